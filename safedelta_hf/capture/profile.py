@@ -1,0 +1,154 @@
+"""The safety profile: the moments of one base model on one set of safety data, in memory and on disk."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safedelta_hf.capture.collect import Capture
+from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.errors import ProfileError
+from safedelta_hf.records import ProfileHeader, Role, Use
+
+HEADER_FILE = "profile.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyProfile:
+    """What the safety data needs of each layer of one base model.
+
+    Made by `collect_profile`; usable for every fine-tune of that base.
+
+    Attributes:
+        header: What the profile was made from.
+        uses: How each covered parameter is used, and the key of its moment.
+        moments: `InputMoment` by key; read from disk one at a time after `load`.
+    """
+
+    header: ProfileHeader
+    uses: tuple[Use, ...]
+    moments: Mapping[str, InputMoment]
+
+    @classmethod
+    def of(cls, capture: Capture, **header: Any) -> "SafetyProfile":  # noqa: ANN401
+        """Join what a capture found with what it was made from.
+
+        Args:
+            capture: Result of one pass over the safety data.
+            **header: Fields of `ProfileHeader`, but for `skipped`.
+
+        Returns:
+            The profile, in memory.
+        """
+        return cls(
+            header=ProfileHeader(skipped=dict(capture.skipped), **header), uses=capture.uses, moments=capture.moments
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder of `profile.json` and one safetensors file per moment; complete or not there at all.
+
+        Args:
+            folder: A folder that does not exist yet.
+
+        Raises:
+            ProfileError: The folder exists.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise ProfileError(f"profile: {str(folder)!r} exists already; remove it or choose another name")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            described = []
+            for number, (key, moment) in enumerate(self.moments.items()):
+                file = f"moment-{number:05d}.safetensors"
+                save_file({"total": moment.total.contiguous()}, unfinished / file)
+                described.append({"key": key, "file": file, "sequences": moment.sequences, "tokens": moment.tokens})
+            content = {"header": asdict(self.header), "uses": [asdict(use) for use in self.uses], "moments": described}
+            (unfinished / HEADER_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            unfinished.chmod(0o755)
+            os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SafetyProfile":
+        """Open a saved profile; moments are read when they are asked for.
+
+        Args:
+            folder: A folder that `save` wrote.
+
+        Returns:
+            The profile.
+
+        Raises:
+            ProfileError: The folder is no profile, is of another format version, or is malformed.
+        """
+        folder = Path(folder)
+        path = folder / HEADER_FILE
+        if not path.is_file():
+            raise ProfileError(f"profile: {str(folder)!r} holds no {HEADER_FILE}; is it a folder that save() wrote?")
+        try:
+            profile = _parse(json.loads(path.read_text(encoding="utf-8")), folder)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"profile: {str(path)!r} is malformed ({error!r}); collect it again") from error
+        if profile.header.format_version != FORMAT_VERSION:
+            raise ProfileError(
+                f"profile: {str(folder)!r} has format version {profile.header.format_version!r}, this package reads "
+                f"{FORMAT_VERSION}; collect the profile again"
+            )
+        unknown = sorted({use.moment for use in profile.uses} - set(profile.moments))
+        if unknown:
+            raise ProfileError(f"profile: {str(path)!r} names moments that it does not hold, such as {unknown[0]!r}")
+        return profile
+
+
+def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
+    uses = (Use(parameter=use["parameter"], role=Role(use["role"]), moment=use["moment"]) for use in content["uses"])
+    return SafetyProfile(
+        header=ProfileHeader(**content["header"]),
+        uses=tuple(uses),
+        moments=_MomentFiles(folder, {entry["key"]: entry for entry in content["moments"]}),
+    )
+
+
+class _MomentFiles(Mapping[str, InputMoment]):
+    """Moments on disk, read one at a time."""
+
+    def __init__(self, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+        self._folder = folder
+        self._entries = entries
+        for key, entry in entries.items():
+            if Path(entry["file"]).name != entry["file"]:
+                raise ValueError(f"the file of {key!r} lies outside the folder: {entry['file']!r}")
+
+    def __getitem__(self, key: str) -> InputMoment:
+        entry = self._entries[key]
+        return InputMoment(
+            total=self._read(self._folder / entry["file"]), sequences=entry["sequences"], tokens=entry["tokens"]
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @staticmethod
+    def _read(path: Path) -> Tensor:
+        try:
+            with safe_open(path, framework="pt") as file:
+                total: Tensor = file.get_tensor("total")
+                return total
+        except (OSError, SafetensorError) as error:
+            raise ProfileError(f"profile: cannot read {str(path)!r} ({error}); collect the profile again") from error

@@ -1,0 +1,99 @@
+"""Damped curvature of the safety loss and its factor."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safedelta_hf.errors import NumericalError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """Damped Hessian of one layer with its upper factor, `H = R R^T`.
+
+    Attributes:
+        hessian: `H` [in, in], damped.
+        factor: `R` [in, in], upper triangular with a positive diagonal.
+        retried: Whether the factorisation needed float64.
+    """
+
+    hessian: Tensor
+    factor: Tensor
+    retried: bool
+
+    @property
+    def pivots(self) -> Tensor:
+        """`1 / U_mm^2` [in]: the safety cost of one unit of energy kept in column m (OBS in sweep order)."""
+        return self.factor.diagonal().square()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Numerical trouble met on the way, for the report."""
+        return ("factorised in float64 after float32 failed",) if self.retried else ()
+
+
+def damp(hessian: Float[Tensor, "i i"], damping: float) -> Float[Tensor, "i i"]:
+    """Make a Hessian positive definite as the published code does.
+
+    Inputs that were always zero get a unit diagonal; then `damping` times the mean diagonal is added.
+
+    Args:
+        hessian: [in, in], symmetric.
+        damping: Share of the mean diagonal.
+
+    Returns:
+        A new [in, in] tensor.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    return damped
+
+
+def cholesky(matrix: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], bool]:
+    """Lower Cholesky factor, with one retry in float64.
+
+    Args:
+        matrix: [in, in], symmetric positive definite.
+
+    Returns:
+        The factor in the dtype of the matrix, and whether float64 was needed.
+
+    Raises:
+        NumericalError: The matrix holds NaN or Inf, or is not positive definite even in float64.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NumericalError("the Hessian of the safety loss holds NaN or Inf; check the model's activations")
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not info.item():
+        return factor, False
+    warnings.warn("Cholesky factorisation failed in float32; retrying in float64", stacklevel=2)
+    factor, info = torch.linalg.cholesky_ex(matrix.to("cpu", torch.float64))
+    if info.item():
+        raise NumericalError(
+            f"the damped Hessian [{len(matrix)}, {len(matrix)}] is not positive definite, also in float64 (leading minor "
+            f"{info.item()}); raise the damping (0.01 by default) or use more safety data"
+        )
+    return factor.to(matrix.device, matrix.dtype), True
+
+
+def factorise(hessian: Float[Tensor, "i i"], damping: float) -> Curvature:
+    """Damp a Hessian and factor it as `R R^T` with `R` upper triangular.
+
+    One Cholesky of the reversed matrix gives `R`; since `R^-1` is the upper Cholesky factor `U` of the inverse,
+    no inverse is ever formed.
+
+    Args:
+        hessian: [in, in], symmetric positive semi-definite, not yet damped.
+        damping: Share of the mean diagonal to add.
+
+    Returns:
+        The damped curvature.
+    """
+    damped = damp(hessian, damping)
+    lower, retried = cholesky(damped.flip(0, 1))
+    return Curvature(hessian=damped, factor=lower.flip(0, 1), retried=retried)

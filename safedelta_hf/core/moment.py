@@ -1,0 +1,77 @@
+"""Second moments of layer inputs: additive, so that batches, files and ranks merge alike."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputMoment:
+    """Sum over tokens of `x x^T`, or of `x^2` where inputs do not mix (embedding, norm scale, bias).
+
+    Attributes:
+        total: [in, in], or [in] for the diagonal kind; float32.
+        sequences: Number of safety sequences read, the N of `H = (2/N) X^T X`.
+        tokens: Number of input vectors summed; 0 where the safety data never reached the layer.
+    """
+
+    total: Tensor
+    sequences: int
+    tokens: int
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether only the diagonal is held."""
+        return self.total.ndim == 1
+
+    def hessian(self, device: torch.device) -> Tensor:
+        """Hessian of the output-reconstruction loss (Safe Delta, arXiv 2505.12038, section 4).
+
+        Args:
+            device: Where the result is wanted.
+
+        Returns:
+            `(2/N) * total` as a new tensor, [in, in] or [in], float32.
+        """
+        return self.total.to(device=device, dtype=torch.float32) * (2.0 / max(self.sequences, 1))
+
+    def merge(self, other: "InputMoment") -> "InputMoment":
+        """Moment of the union of two disjoint sets of sequences.
+
+        Args:
+            other: Moment of the same layer over other sequences.
+
+        Returns:
+            A new moment.
+        """
+        return InputMoment(
+            total=self.total + other.total,
+            sequences=self.sequences + other.sequences,
+            tokens=self.tokens + other.tokens,
+        )
+
+
+def add_outer_(total: Float[Tensor, "i i"], inputs: Num[Tensor, "t i"]) -> None:
+    """Add `X^T X` to a moment in place, accumulating in float32 whatever the dtype of the model.
+
+    Args:
+        total: [in, in] float32, changed in place; it may live on another device than the inputs.
+        inputs: [tokens, in] of any floating dtype.
+    """
+    inputs = inputs.to(torch.float32)
+    if total.device == inputs.device:
+        total.addmm_(inputs.T, inputs)
+    else:
+        total.add_((inputs.T @ inputs).to(total.device))
+
+
+def add_squares_(total: Float[Tensor, " i"], inputs: Num[Tensor, "t i"]) -> None:
+    """Add the diagonal of `X^T X` to a diagonal moment in place.
+
+    Args:
+        total: [in] float32, changed in place.
+        inputs: [tokens, in] of any floating dtype.
+    """
+    total.add_(inputs.to(torch.float32).square().sum(0).to(total.device))

@@ -1,0 +1,44 @@
+"""Named causes of failure. Every message says what is wrong, where, and what to do."""
+
+
+class SafeDeltaError(Exception):
+    """Any failure that this package reports on purpose."""
+
+    def at(self, place: str) -> "SafeDeltaError":
+        """Name the place, once it is known, where the failure arose.
+
+        Args:
+            place: Canonical parameter or module name.
+
+        Returns:
+            The same class of error with the place in front of its message.
+        """
+        return type(self)(f"{place}: {self}")
+
+
+class ConfigurationError(SafeDeltaError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class DataError(SafeDeltaError, ValueError):
+    """The safety data cannot be read as conversations with a response."""
+
+
+class CaptureError(SafeDeltaError, RuntimeError):
+    """The moments of a layer could not be collected."""
+
+
+class NumericalError(SafeDeltaError, ArithmeticError):
+    """A tensor holds NaN or Inf, or a matrix cannot be factorised."""
+
+
+class BaseWeightsError(SafeDeltaError, RuntimeError):
+    """The base (aligned) weights are unknown, unreadable or not the expected ones."""
+
+
+class ProfileError(SafeDeltaError, ValueError):
+    """A safety profile is malformed or was made for something else."""
+
+
+class CoverageError(SafeDeltaError, ValueError):
+    """Trained parameters lie outside what the method can adjust."""

@@ -1,0 +1,127 @@
+"""Which weights are the base of a training run. Never a guess: what cannot be known is an error."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import TrainerState
+
+from safedelta_hf.errors import BaseWeightsError
+from safedelta_hf.names import parameter_names
+from safedelta_hf.weights.base import BaseWeights, FilesOrMemoryBase, open_base
+from safedelta_hf.weights.fingerprint import digest, fingerprint
+
+STATE_KEY = "safedelta_base"
+"""Key in the Trainer state, and so in every checkpoint; no class has this name, so no callback is restored from it."""
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBase:
+    """The base of a training run.
+
+    Attributes:
+        weights: Reader of the base weights.
+        digests: Digest of each base weight in the dtype of the model.
+        moved: Names of the parameters whose weights at train start are not the base's, as after a resume.
+    """
+
+    weights: BaseWeights
+    digests: Mapping[str, str]
+    moved: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """One digest of all weights."""
+        return hashlib.sha256(
+            "".join(f"{name}{value}" for name, value in sorted(self.digests.items())).encode()
+        ).hexdigest()
+
+
+def base_of_run(
+    model: nn.Module, state: TrainerState, given: nn.Module | str | Path | None, output_dir: Path
+) -> RunBase:
+    """Find the base at the start of a training run.
+
+    A run that starts at step 0 has its base in the model, unless another is given. A resumed run has its base in the
+    files that the first run recorded in its checkpoints, or where it is given.
+
+    Args:
+        model: The model as training finds it.
+        state: The Trainer's state.
+        given: What the user passed as `base`.
+        output_dir: Where the Trainer writes; files there are not relied on.
+
+    Returns:
+        The base of the run.
+
+    Raises:
+        BaseWeightsError: The base cannot be known, or is not the one that the run started from.
+    """
+    record = _exported(state).get(STATE_KEY)
+    if given is None and state.global_step == 0:
+        return _from_model(model, output_dir)
+    if given is None and record is None:
+        raise BaseWeightsError(
+            f"resumed at step {state.global_step} from a checkpoint that was trained without this callback, so its "
+            "weights are not the base; pass base=<folder or model that the fine-tuning started from>"
+        )
+    source = given if given is not None else record["source"] if record else None
+    if source is None:
+        raise BaseWeightsError(
+            f"resumed at step {state.global_step}: the base weights were in no file when the run started, and the "
+            "copy in memory is gone; pass base=<the model that the fine-tuning started from>"
+        )
+    run = _from_source(model, source)
+    if record is not None and run.digest != record["digest"]:
+        raise BaseWeightsError(
+            f"base: {run.weights.source} is not the base that the resumed run started from; pass base=<that model>"
+        )
+    return run
+
+
+def remember(run: RunBase, model: nn.Module, state: TrainerState) -> None:
+    """Enter the base into the Trainer's state, so that every checkpoint names it.
+
+    Args:
+        run: The base of the run.
+        model: The model that is trained.
+        state: Changed in place.
+    """
+    in_files = not (isinstance(run.weights, FilesOrMemoryBase) and run.weights.copied)
+    source = getattr(getattr(model, "config", None), "_name_or_path", None) if in_files else None
+    _exported(state).setdefault(STATE_KEY, {"digest": run.digest, "source": source or None})
+
+
+def _exported(state: TrainerState) -> dict[str, Any]:
+    # A dictionary once the state is built, whatever its annotation says.
+    exported: Any = state.stateful_callbacks
+    return cast(dict[str, Any], exported)
+
+
+def _from_model(model: nn.Module, output_dir: Path) -> RunBase:
+    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if name_or_path and (Path(name_or_path) / TRAINER_STATE_FILE).exists():
+        raise BaseWeightsError(
+            f"the model was loaded from {name_or_path!r}, a checkpoint of a Trainer, which is fine-tuned already; pass "
+            "base=<the aligned model>, or base=<this folder> if its weights are the aligned ones"
+        )
+    digests = fingerprint(model)
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return RunBase(
+        weights=FilesOrMemoryBase(model, digests, revision=revision, avoid=output_dir), digests=digests, moved=()
+    )
+
+
+def _from_source(model: nn.Module, source: nn.Module | str | Path) -> RunBase:
+    weights = open_base(source, model)
+    digests, moved = {}, []
+    for parameter, name in parameter_names(model).items():
+        digests[name] = digest(weights.read(name).to(parameter.dtype))
+        if digests[name] != digest(parameter):
+            moved.append(name)
+    return RunBase(weights=weights, digests=digests, moved=tuple(moved))

@@ -1,0 +1,276 @@
+"""Safe Delta as a Trainer callback."""
+
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.safety_data import tokenizer_digest
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, ProfileError
+from safedelta_hf.hf.base import RunBase, base_of_run, remember
+from safedelta_hf.hf.logs import log_metrics
+from safedelta_hf.hf.tuned import save_tuned
+from safedelta_hf.names import parameter_names
+from safedelta_hf.pipeline import adjust_model, collect_profile, plan_model, require_decisions
+from safedelta_hf.records import Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.weights.journal import standing_in
+
+logger = logging.get_logger(__name__)
+
+
+class SafeDeltaCallback(TrainerCallback):
+    """Makes a `Trainer` end with a model that still refuses.
+
+    At train start it reads the safety data with the base model; when training has ended, after the best model was
+    loaded, it adjusts the weights in place, so that `save_model`, `evaluate` and `push_to_hub` see the adjusted model.
+    Checkpoints saved meanwhile are not adjusted.
+
+    A second `train()` on the same model measures its delta from the same base as the first. A resumed run reads its
+    base from the files that the first run recorded in its checkpoints, or from `base`.
+
+    Args:
+        safety_dataset: Harmful prompts with the responses of a safe model, usually refusals; a Dataset, a list of
+            dicts, or the path of a JSON-lines file, in any form that TRL takes.
+        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        profile: A profile made before, instead of `safety_dataset`.
+        base: The aligned model (or its folder), if it is not what the model holds when training starts.
+        treatment: What to do with embeddings, norms, biases, the head, and what cannot be covered.
+        keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist.
+        processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
+        batch_size: Safety sequences per forward pass, at most.
+        max_length: Safety sequences are cut to this many tokens.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
+
+    Attributes:
+        report: What was done; None until training has ended.
+        profile: The safety profile; None until training has started, unless it was given.
+
+    Raises:
+        ConfigurationError: Neither or both of `safety_dataset` and `profile` were given.
+    """
+
+    def __init__(
+        self,
+        safety_dataset: str | Path | Iterable[Mapping[str, Any]] | None = None,
+        rule: Rule | None = None,
+        *,
+        profile: SafetyProfile | None = None,
+        base: nn.Module | str | Path | None = None,
+        treatment: Treatment | None = None,
+        keep_tuned: str | Path | None = None,
+        processing_class: Any = None,  # noqa: ANN401 - tokenizer or processor
+        batch_size: int = 8,
+        max_length: int | None = None,
+        moment_memory: int | str | None = None,
+        offload_folder: str | Path | None = None,
+    ) -> None:
+        if (safety_dataset is None) == (profile is None):
+            raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
+        self.report: Report | None = None
+        self.profile = profile
+        self._safety_dataset = safety_dataset
+        self._rule = rule or SafeDelta()
+        self._given_base = base
+        self._treatment = treatment or Treatment()
+        self._keep_tuned = None if keep_tuned is None else Path(keep_tuned)
+        self._processing_class = processing_class
+        self._collecting: dict[str, Any] = {
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "moment_memory": moment_memory,
+            "offload_folder": offload_folder,
+        }
+        self._run: RunBase | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Find the base, and collect or check its profile, before the first step.
+
+        Args:
+            args: Of the Trainer.
+            state: Of the Trainer; the base is entered into it, so that checkpoints name it.
+            control: Of the Trainer.
+            model: The model that will be trained.
+            processing_class: The Trainer's tokenizer or processor.
+            **kwargs: Unused.
+
+        Raises:
+            SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
+        """  # noqa: DOC502 - raised by the functions called
+        model = _bare(model)
+        _require_supported(args, model)
+        self._require_room_for_tuned()
+        if self._run is None or self._model is None or self._model() is not model:
+            self._run = base_of_run(model, state, self._given_base, _output_dir(args))
+            self._model = weakref.ref(model)
+            processing_class = self._processing_class or processing_class
+            self.profile = self._profile_for(model, self._run, processing_class, args)
+        remember(self._run, model, state)
+        trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
+        plan = plan_model(model, self._require_profile(), self._treatment)
+        require_decisions([entry for entry in plan.entries if entry.parameter in trained])
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Adjust the trained weights in place and log what was done.
+
+        Args:
+            args: Of the Trainer.
+            state: Of the Trainer.
+            control: Of the Trainer.
+            model: The trained model.
+            processing_class: The Trainer's tokenizer or processor, saved with `keep_tuned`.
+            **kwargs: Unused.
+
+        Raises:
+            SafeDeltaError: The adjustment failed. The tuned weights are in the model as they were, and saved in a
+                folder that the error names; `adjust` tries again.
+        """  # noqa: DOC502
+        if _is_pruned(state, control):
+            logger.info("Safe Delta: this trial was pruned, so its weights are not adjusted.")
+            return
+        model = _bare(model)
+        if self._keep_tuned is not None:
+            save_tuned(model, processing_class, self._keep_tuned)
+        started = time.perf_counter()
+        try:
+            report = self.adjust(model, workspace=_output_dir(args), progress=_shows_progress(args, state))
+        except Exception as error:
+            rescued = self._keep_tuned or _output_dir(args) / f"tuned-not-adjusted-{state.global_step}"
+            if not rescued.exists():
+                save_tuned(model, processing_class, rescued)
+            error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(rescued)!r}.")
+            raise
+        log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
+
+    def adjust(self, model: nn.Module, *, workspace: Path | None = None, progress: bool = True) -> Report:
+        """Adjust a model that was trained with this callback; on failure it is left as it was.
+
+        Called when training ends. To be called again, without training, if that failed.
+
+        Args:
+            model: The tuned model.
+            workspace: Folder with room for a temporary copy of the changed weights.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The report, also kept as `report`.
+
+        Raises:
+            BaseWeightsError: The callback has not seen the start of the training.
+        """
+        if self._run is None:
+            raise BaseWeightsError(
+                "SafeDeltaCallback has not seen training start, so it does not know the base; add it before train(), "
+                "or use adjust_model(model, base=..., profile=...)"
+            )
+        self.report = adjust_model(
+            _bare(model),
+            base=self._run.weights,
+            profile=self._require_profile(),
+            rule=self._rule,
+            treatment=self._treatment,
+            workspace=workspace,
+            progress=progress,
+        )
+        if not self.report.changed_anything:
+            logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
+        return self.report
+
+    def _profile_for(
+        self,
+        model: nn.Module,
+        run: RunBase,
+        processing_class: Any,
+        args: TrainingArguments,  # noqa: ANN401
+    ) -> SafetyProfile:
+        if self._safety_dataset is None:
+            return _matching(self._require_profile(), run, processing_class)
+        parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in set(run.moved)}
+        with standing_in(parameters, run.weights, _output_dir(args)):
+            return collect_profile(
+                model, self._safety_dataset, processing_class, progress=not args.disable_tqdm, **self._collecting
+            )
+
+    def _require_profile(self) -> SafetyProfile:
+        if self.profile is None:
+            raise ConfigurationError("SafeDeltaCallback: there is no profile yet; it is collected when training starts")
+        return self.profile
+
+    def _require_room_for_tuned(self) -> None:
+        folder = self._keep_tuned
+        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigurationError(
+                f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
+            )
+
+
+def _bare(model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise ConfigurationError("SafeDeltaCallback: the Trainer passed no model")
+    bare: nn.Module = getattr(model, "_orig_mod", model)
+    return bare
+
+
+def _output_dir(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".")
+
+
+def _shows_progress(args: TrainingArguments, state: TrainerState) -> bool:
+    return state.is_world_process_zero and not args.disable_tqdm
+
+
+def _is_pruned(state: TrainerState, control: TrainerControl) -> bool:
+    # `on_train_end` fires for a pruned trial too, before its last step; then the trial is abandoned.
+    return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
+
+
+def _matching(profile: SafetyProfile, run: RunBase, processing_class: Any) -> SafetyProfile:  # noqa: ANN401
+    found = tokenizer_digest(processing_class)
+    if profile.header.tokenizer is not None and found is not None and found != profile.header.tokenizer:
+        raise ProfileError("profile: made with another tokenizer or chat template; collect it with this model's own")
+    if set(profile.header.base) == set(run.digests):
+        other = [name for name, digest in run.digests.items() if digest != profile.header.base[name]]
+        if other:
+            raise ProfileError(
+                f"profile: made for another base: {len(other)} of {len(run.digests)} weights differ, such as "
+                f"{other[0]}; collect a profile of the model that is fine-tuned, in the same dtype"
+            )
+    return profile
+
+
+def _require_supported(args: TrainingArguments, model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        raise ConfigurationError(
+            "SafeDeltaCallback: the model is a PeftModel, and this callback adjusts full weights; train without the "
+            "callback, then merge_and_unload() and adjust_model(merged, base=..., profile=...)"
+        )
+    if args.world_size > 1 or any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigurationError(
+            f"SafeDeltaCallback: works in one process with all weights in memory; this run has {args.world_size} "
+            "processes or offloaded weights. Train without it, then use adjust_model in one process"
+        )

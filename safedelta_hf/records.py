@@ -1,0 +1,192 @@
+"""The data that flows between rooms: plain, frozen, without tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal
+
+from safedelta_hf.errors import ConfigurationError
+
+
+class Role(StrEnum):
+    """How a parameter meets its inputs: decides its curvature, and its delta's layout as [rows, columns]."""
+
+    LINEAR = "linear"
+    """`y = W x`, stored [out, in]; full curvature."""
+    CONV1D = "conv1d"
+    """`y = W^T x`, stored [in, out] as in GPT-2; full curvature."""
+    HEAD = "head"
+    """The output projection: linear, but often treated apart."""
+    EMBEDDING = "embedding"
+    """Stored [tokens, features]; one column of the delta for each token; diagonal curvature."""
+    SCALE = "norm"
+    """Elementwise scale of a normalised input, [features]; diagonal curvature."""
+    BIAS = "bias"
+    """Added to every output; the single column of a constant input."""
+
+
+class Action(StrEnum):
+    """What happens to a parameter."""
+
+    ADJUST = "adjust"
+    KEEP = "keep"
+    RESET = "reset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """What happens to the parameters that are not the weights of linear layers.
+
+    Each is "adjust" (the rule with a diagonal curvature), "keep" (as tuned) or "reset" (to the base).
+
+    Attributes:
+        embeddings: Token and position embeddings.
+        norms: Scales of norm layers.
+        biases: Biases of linear and norm layers.
+        head: The output projection. A tied head is one parameter with the embedding: the stronger of both settings
+            counts, in the order reset, adjust, keep.
+        uncovered: Parameters that the fine-tuning changed and the method cannot cover; "error" stops before
+            anything is changed and names them.
+
+    Raises:
+        ConfigurationError: A value is not one of those named.
+    """
+
+    embeddings: Literal["adjust", "keep", "reset"] = "adjust"
+    norms: Literal["adjust", "keep", "reset"] = "adjust"
+    biases: Literal["adjust", "keep", "reset"] = "adjust"
+    head: Literal["adjust", "keep", "reset"] = "adjust"
+    uncovered: Literal["error", "keep", "reset"] = "error"
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            allowed = ["error" if setting.name == "uncovered" else "adjust", "keep", "reset"]
+            value = getattr(self, setting.name)
+            if value not in allowed:
+                raise ConfigurationError(f"Treatment: {setting.name}={value!r} is not one of {allowed}")
+
+    def of(self, role: "Role") -> "Action":
+        """What happens to a parameter in one of its roles.
+
+        Args:
+            role: The role.
+
+        Returns:
+            The action; linear layers are always adjusted.
+        """
+        settings = {
+            Role.EMBEDDING: self.embeddings,
+            Role.SCALE: self.norms,
+            Role.BIAS: self.biases,
+            Role.HEAD: self.head,
+        }
+        return Action(settings.get(role, "adjust"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One way in which a parameter is used in the forward pass.
+
+    Attributes:
+        parameter: Canonical name; for a tied weight that of its first appearance.
+        role: How it meets its inputs.
+        moment: Key of its moment; parameters that read the same tensor have the same key.
+    """
+
+    parameter: str
+    role: Role
+    moment: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileHeader:
+    """What a safety profile was made from.
+
+    Attributes:
+        architecture: Class name of the model.
+        base: Digest of each parameter of the base model, by canonical name.
+        dtypes: Data type of each parameter, by canonical name, such as "bfloat16".
+        tokenizer: Digest of the tokenizer, or None if the safety data came tokenised.
+        data: Digest of the tokenised safety data.
+        sequences: Number of safety sequences.
+        tokens: Number of their tokens.
+        skipped: Parameters that no supported layer uses, with the reason.
+        format_version: Version of the layout on disk.
+    """
+
+    architecture: str
+    base: Mapping[str, str]
+    dtypes: Mapping[str, str]
+    tokenizer: str | None
+    data: str
+    sequences: int
+    tokens: int
+    skipped: Mapping[str, str]
+    format_version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """What will be done with one parameter, known before any weight is touched.
+
+    Attributes:
+        parameter: Canonical name.
+        shape: Shape of the parameter.
+        action: What will be done if the fine-tuning changed it; None where that has to be decided by the user first.
+        reason: Why, if it is not adjusted.
+        uses: How the forward pass uses it; empty if unknown.
+        aliases: Other names of the same (tied) parameter.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    action: Action | None
+    reason: str = ""
+    uses: tuple[Use, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One entry for every parameter of the model, in the order in which they are handled."""
+
+    entries: tuple[PlanEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterRecord:
+    """What was done with one parameter.
+
+    Attributes:
+        parameter: Canonical name.
+        shape: Shape of the parameter.
+        outcome: "adjusted", "kept", "reset" or "unchanged" (the fine-tuning did not move it).
+        reason: Why, where it was not adjusted.
+        roles: How the forward pass uses it.
+        delta_energy: Squared norm of tuned minus base.
+        lost_energy: Squared norm of tuned minus adjusted; compensation counts as lost too, so it may exceed the delta's.
+        tuned_loss: Quadratic safety loss of the fine-tuned delta, over all uses; None without a moment.
+        adjusted_loss: The same of the adjusted delta.
+        notes: Numerical trouble met on the way, such as a retry in float64.
+        aliases: Other names of the same (tied) parameter.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    outcome: str
+    reason: str = ""
+    roles: tuple[str, ...] = ()
+    delta_energy: float = 0.0
+    lost_energy: float = 0.0
+    tuned_loss: float | None = None
+    adjusted_loss: float | None = None
+    notes: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleRecord:
+    """Name and settings of the rule that was applied."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)

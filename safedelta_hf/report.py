@@ -1,0 +1,153 @@
+"""What was done to each parameter, for people and for programs."""
+
+import io
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from safedelta_hf.records import ParameterRecord, RuleRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Outcome of one adjustment: scalars only, every parameter named.
+
+    Attributes:
+        rule: The rule and its settings.
+        architecture: Class name of the model.
+        base: Where the base weights came from.
+        sequences: Number of safety sequences behind the moments.
+        tokens: Number of their tokens.
+        parameters: One record for each parameter.
+    """
+
+    rule: RuleRecord
+    architecture: str
+    base: str
+    sequences: int
+    tokens: int
+    parameters: tuple[ParameterRecord, ...]
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Number of parameters by outcome."""
+        return Counter(record.outcome for record in self.parameters)
+
+    @property
+    def changed_anything(self) -> bool:
+        """Whether any weight was written."""
+        return bool(self.outcomes["adjusted"] + self.outcomes["reset"])
+
+    def metrics(self) -> dict[str, float]:
+        """The scalars that tell how much was kept and what it costs in safety.
+
+        Returns:
+            Values by name, each prefixed with `safedelta/`. `kept_share` is `1 - |D - D*|^2 / |D|^2`: 1 where the delta
+            is kept whole, 0 at the base, negative where compensation moved the weights further than it kept them.
+        """
+        delta = sum(record.delta_energy for record in self.parameters)
+        lost = sum(record.lost_energy for record in self.parameters)
+        tuned = sum(record.tuned_loss or 0.0 for record in self.parameters)
+        adjusted = sum(record.adjusted_loss or 0.0 for record in self.parameters)
+        values = {
+            "delta_energy": delta,
+            "lost_energy": lost,
+            "kept_share": 1 - lost / delta if delta else 1.0,
+            "quadratic_loss_tuned": tuned,
+            "quadratic_loss_adjusted": adjusted,
+            "quadratic_loss_share": adjusted / tuned if tuned else 0.0,
+        }
+        counts = {
+            f"parameters_{name}": float(self.outcomes[name]) for name in ("adjusted", "kept", "reset", "unchanged")
+        }
+        return {f"safedelta/{name}": value for name, value in (values | counts).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain values, with the metrics.
+
+        Returns:
+            A dictionary that JSON can hold.
+        """
+        return {**asdict(self), "metrics": self.metrics()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON.
+
+        Args:
+            path: File to write.
+        """
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    def table(self) -> str:
+        """The report as a table for a terminal.
+
+        Returns:
+            Text with one row for each parameter and a summary below.
+        """
+        table = Table("parameter", "shape", "role", "outcome", "kept", "safety loss", "reason", title=self._title())
+        for record in self.parameters:
+            table.add_row(*_cells(record))
+        text = io.StringIO()
+        console = Console(file=text, width=200, highlight=False)
+        console.print(table)
+        console.print(self.summary())
+        return text.getvalue()
+
+    def model_card(self) -> str:
+        """A section for a model card.
+
+        Returns:
+            Markdown.
+        """
+        settings = ", ".join(f"`{key}={value!r}`" for key, value in self.rule.settings.items())
+        left = [record for record in self.parameters if record.outcome in ("kept", "reset")]
+        listed = "\n".join(f"- `{record.parameter}`: {record.outcome} ({record.reason})" for record in left)
+        return (
+            "## Safety adjustment\n\n"
+            f"The fine-tuned weights were adjusted with [Safe Delta](https://arxiv.org/abs/2505.12038), rule "
+            f"`{self.rule.name}` ({settings}), against base weights from {self.base} and {self.sequences} safety "
+            f"examples ({self.tokens} tokens).\n\n{self.summary()}\n\n"
+            "The quadratic safety loss is an estimate at the base weights, not a measured refusal rate.\n"
+            + (f"\nNot adjusted:\n\n{listed}\n" if listed else "")
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _title(self) -> str:
+        return f"Safe Delta on {self.architecture}, rule {self.rule.name}"
+
+    def summary(self) -> str:
+        """The outcome in a sentence or two.
+
+        Returns:
+            Plain text.
+        """
+        metrics = self.metrics()
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
+        if not metrics["safedelta/delta_energy"]:
+            return f"Parameters: {counts}. The fine-tuning changed nothing, so nothing was adjusted."
+        return (
+            f"Parameters: {counts}. Kept {metrics['safedelta/kept_share']:.1%} of the delta's energy; quadratic "
+            f"safety loss {metrics['safedelta/quadratic_loss_tuned']:.4g} as tuned, "
+            f"{metrics['safedelta/quadratic_loss_adjusted']:.4g} as adjusted "
+            f"({metrics['safedelta/quadratic_loss_share']:.2%})."
+        )
+
+
+def _cells(record: ParameterRecord) -> tuple[str, ...]:
+    has_loss = record.tuned_loss is not None and record.adjusted_loss is not None
+    return (
+        record.parameter,
+        "x".join(map(str, record.shape)),
+        "+".join(record.roles),
+        record.outcome,
+        f"{1 - record.lost_energy / record.delta_energy:.1%}" if record.delta_energy else "",
+        f"{record.tuned_loss:.3g} -> {record.adjusted_loss:.3g}" if has_loss else "",
+        "; ".join(filter(None, (record.reason, *record.notes))),
+    )

@@ -1,0 +1,128 @@
+"""Safe Delta: selection of columns under a safety budget, with compensation (arXiv 2505.12038)."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from safedelta_hf.core.compensation import joint_response, sequential_response
+from safedelta_hf.core.curvature import Curvature, factorise
+from safedelta_hf.core.selection import budget, select_blockwise, select_columns
+from safedelta_hf.core.transform import Dense, KeepColumns, Transform
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.rules.rule import DeltaStatistics
+
+Compensation = Literal["joint", "sequential", "none"]
+
+
+@dataclass(frozen=True)
+class DiagonalCurvature:
+    """Curvature of parameters whose inputs do not mix: embedding rows, norm scales, biases.
+
+    Attributes:
+        pivots: [in] `H_mm`; zero where the safety data never used the entry.
+    """
+
+    pivots: Tensor
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeDelta:
+    """The published rule: keep the columns with the most utility per safety cost, compensate in the rest.
+
+    Args:
+        strength: `s`, the safety budget; 0 returns the base weights, larger values keep more of the fine-tuning.
+            The paper uses 0.1 for 7B models; small models with large deltas need 10 to 100 and more.
+        compensation: "joint" solves for the least quadratic loss over all columns that are not kept,
+            "sequential" is the published sweep, "none" leaves them at the base.
+        exclude_top: Share of each block's columns, the most expensive in safety, that are never kept, in [0, 1];
+            of linear layers only.
+        damping: Share of the mean diagonal added to the Hessian, positive.
+        block: Columns per block of the published sweep; each block has a budget of its own. A multiple of 4.
+
+    Raises:
+        ConfigurationError: A value is outside its range or not a number.
+    """
+
+    strength: float = 0.1
+    compensation: Compensation = "joint"
+    exclude_top: float = 0.15
+    damping: float = 0.01
+    block: int = 2048
+
+    name: ClassVar[str] = "safe_delta"
+
+    def __post_init__(self) -> None:
+        _require_number("strength", self.strength, "at least 0", lambda value: value >= 0)
+        _require_number("exclude_top", self.exclude_top, "in [0, 1]", lambda value: 0 <= value <= 1)
+        _require_number("damping", self.damping, "positive and finite", lambda value: 0 < value < math.inf)
+        if self.compensation not in get_args(Compensation):
+            raise ConfigurationError(
+                f"SafeDelta: compensation={self.compensation!r} is not one of {list(get_args(Compensation))}"
+            )
+        if not isinstance(self.block, int) or self.block < 4 or self.block % 4:
+            raise ConfigurationError(f"SafeDelta: block={self.block!r} must be a positive multiple of 4, such as 2048")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields, as plain values."""
+        return asdict(self)
+
+    def prepare(self, hessian: Tensor) -> Curvature | DiagonalCurvature:
+        """Damp and factor a Hessian.
+
+        Args:
+            hessian: `H` [in, in], or its diagonal [in], not damped; float32.
+
+        Returns:
+            The state that `transform` takes. A diagonal needs no damping: it is never inverted.
+        """
+        if hessian.ndim == 1:
+            return DiagonalCurvature(hessian)
+        return factorise(hessian, self.damping)
+
+    def transform(self, state: Curvature | DiagonalCurvature, delta: DeltaStatistics) -> Transform:
+        """Choose the columns to keep and the response of the others.
+
+        Args:
+            state: What `prepare` returned for the layer's Hessian.
+            delta: Statistics of the layer's delta.
+
+        Returns:
+            The transform of the delta.
+        """
+        if isinstance(state, DiagonalCurvature):
+            return self._diagonal_transform(state, delta)
+        kept = select_blockwise(
+            state,
+            delta.column_energy,
+            rows=delta.rows,
+            strength=self.strength,
+            exclude_top=self.exclude_top,
+            block=self.block,
+        )
+        return KeepColumns(kept=kept, response=self._response(state, kept))
+
+    def _response(self, curvature: Curvature, kept: Tensor) -> Tensor | None:
+        if self.compensation == "none" or not kept.any() or kept.all():
+            return None
+        return (joint_response if self.compensation == "joint" else sequential_response)(curvature, kept)
+
+    def _diagonal_transform(self, state: DiagonalCurvature, delta: DeltaStatistics) -> Transform:
+        # What the safety data never used is free. With a diagonal `H` nothing can compensate for anything else, and
+        # there is no sweep: hence no blocks, and no exclusion, which would never let a bias (one column) be kept.
+        used = state.pivots > 0
+        kept = ~used
+        if used.any():
+            limit = budget(state.pivots[used], self.strength, delta.rows)
+            kept[used] = select_columns(state.pivots[used], delta.column_energy()[used], limit, exclude_top=0.0)
+        return Dense(matrix=kept.to(torch.float32))
+
+
+def _require_number(name: str, value: object, allowed: str, accepts: Any) -> None:  # noqa: ANN401
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if not is_number or not accepts(value):
+        raise ConfigurationError(f"SafeDelta: {name}={value!r} must be a number {allowed}")

@@ -1,0 +1,261 @@
+"""The base weights, wherever they can be read: files, a model, or a copy in host memory."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from safedelta_hf.errors import BaseWeightsError
+from safedelta_hf.names import parameter_aliases, parameter_names
+from safedelta_hf.weights.fingerprint import digest
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class BaseWeights(Protocol):
+    """Reads one base weight at a time."""
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, for the report."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The base weight of a canonical name, in the dtype of its file or model."""
+        ...
+
+
+class ModelBase:
+    """Base weights in a model that stays in memory.
+
+    Args:
+        model: The base model; it must not be trained meanwhile.
+    """
+
+    source = "a model in memory"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {name: parameter for parameter, name in parameter_names(model).items()}
+
+    def read(self, name: str) -> Tensor:
+        """The base weight of a canonical name.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            The parameter's own storage; not to be written to.
+
+        Raises:
+            BaseWeightsError: The base model has no such parameter.
+        """
+        if name not in self._parameters:
+            raise BaseWeightsError(f"{name}: the base model has no such parameter; pass the model that was fine-tuned")
+        return self._parameters[name].detach()
+
+
+class CheckpointBase:
+    """Base weights in safetensors files, read one at a time.
+
+    Args:
+        name_or_path: A folder, or a repository already in the local Hub cache.
+        aliases: Other names under which a parameter may stand in the files, by canonical name.
+        revision: Revision in the Hub cache.
+
+    Raises:
+        BaseWeightsError: There are no safetensors files.
+    """
+
+    def __init__(
+        self, name_or_path: str | Path, aliases: Mapping[str, tuple[str, ...]], revision: str | None = None
+    ) -> None:
+        self.source = str(name_or_path)
+        self._aliases = aliases
+        self._files = _tensor_files(self.source, revision)
+
+    def __contains__(self, name: str) -> bool:
+        return any(candidate in self._files for candidate in self._candidates(name))
+
+    def read(self, name: str) -> Tensor:
+        """The base weight of a canonical name.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            A new tensor in host memory, in the dtype of the file.
+
+        Raises:
+            BaseWeightsError: No file has it, or the file cannot be read.
+        """
+        for candidate in self._candidates(name):
+            if candidate in self._files:
+                try:
+                    with safe_open(self._files[candidate], framework="pt") as file:
+                        tensor: Tensor = file.get_tensor(candidate)
+                        return tensor
+                except (OSError, SafetensorError) as error:
+                    raise BaseWeightsError(f"{name}: cannot read {self._files[candidate]} ({error})") from error
+        raise BaseWeightsError(
+            f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>"
+        )
+
+    def _candidates(self, name: str) -> Iterator[str]:
+        yield name
+        yield from self._aliases.get(name, ())
+
+
+class FilesOrMemoryBase:
+    """Base weights that stand in files where they can be read again, and copies of the others.
+
+    Args:
+        model: The base model as it is now.
+        digests: Digest of each of its parameters.
+        revision: Revision in the Hub cache.
+        avoid: Folder whose files may be overwritten by the training, and so are not relied on.
+    """
+
+    def __init__(
+        self, model: nn.Module, digests: Mapping[str, str], *, revision: str | None, avoid: Path | None
+    ) -> None:
+        self._files = _usable_files(model, revision, avoid)
+        self._memory: dict[str, Tensor] = {}
+        for parameter, name in parameter_names(model).items():
+            if not self._in_files(name, parameter.dtype, digests[name]) and parameter.requires_grad:
+                self._memory[name] = parameter.detach().to("cpu", copy=True)
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Names of the weights that are held as copies."""
+        return tuple(self._memory)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        copies = f"{len(self._memory)} weights copied to host memory at train start"
+        if self._files is None:
+            return copies
+        return f"{self._files.source}, {copies}" if self._memory else self._files.source
+
+    def read(self, name: str) -> Tensor:
+        """The base weight of a canonical name.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            The weight in host memory; not to be written to.
+
+        Raises:
+            BaseWeightsError: It was frozen when training started and is in no file.
+        """
+        if name in self._memory:
+            return self._memory[name]
+        if self._files is None:
+            raise BaseWeightsError(
+                f"{name}: was frozen at train start, so no copy was kept; pass base=<the base model>"
+            )
+        return self._files.read(name)
+
+    def _in_files(self, name: str, dtype: torch.dtype, expected: str) -> bool:
+        return self._files is not None and name in self._files and digest(self._files.read(name).to(dtype)) == expected
+
+
+def verified(base: BaseWeights, name: str, dtype: str, expected: str) -> Tensor:
+    """Read a base weight and make sure that it is the one that was meant.
+
+    Args:
+        base: Where to read.
+        name: Canonical parameter name.
+        dtype: Data type in which the digest was taken, such as "bfloat16".
+        expected: Digest of the weight in that data type.
+
+    Returns:
+        The weight in that data type.
+
+    Raises:
+        BaseWeightsError: It is another weight.
+    """
+    weight = base.read(name).to(getattr(torch, dtype))
+    if digest(weight) != expected:
+        raise BaseWeightsError(
+            f"{name}: the weight in {base.source} is not that of the base model whose safety profile is used; "
+            "were the files changed since? Pass base=<the model that the profile was made of>"
+        )
+    return weight
+
+
+def open_base(base: nn.Module | str | Path, model: nn.Module) -> BaseWeights:
+    """Open base weights that were given explicitly.
+
+    Args:
+        base: A model, or a folder or cached repository of safetensors files.
+        model: The fine-tuned model, whose tied names are looked for too.
+
+    Returns:
+        A reader.
+    """
+    if isinstance(base, nn.Module):
+        return ModelBase(base)
+    return CheckpointBase(base, parameter_aliases(model))
+
+
+def _usable_files(model: nn.Module, revision: str | None, avoid: Path | None) -> CheckpointBase | None:
+    config = getattr(model, "config", None)
+    name_or_path = getattr(config, "_name_or_path", "")
+    if not name_or_path or (avoid is not None and Path(name_or_path).resolve() == avoid.resolve()):
+        return None
+    try:
+        return CheckpointBase(name_or_path, parameter_aliases(model), revision)
+    except BaseWeightsError:
+        return None
+
+
+def _tensor_files(source: str, revision: str | None) -> dict[str, str]:
+    """Find the file of each tensor.
+
+    Args:
+        source: Folder or cached repository.
+        revision: Revision in the Hub cache.
+
+    Returns:
+        Paths by tensor name.
+
+    Raises:
+        BaseWeightsError: There are no readable safetensors files.
+    """
+
+    def locate(file: str) -> str | None:
+        path: str | None = cached_file(
+            source,
+            file,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        return path
+
+    try:
+        index = locate(INDEX_FILE)
+        if index is not None:
+            shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            paths = {shard: locate(shard) for shard in set(shards.values())}
+            return {name: str(paths[shard]) for name, shard in shards.items() if paths[shard] is not None}
+        single = locate(SINGLE_FILE)
+        if single is not None:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BaseWeightsError(f"base: cannot open {source!r} ({error})") from error
+    raise BaseWeightsError(
+        f"base: {source!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of safetensors files or a "
+        "repository in the local Hub cache"
+    )

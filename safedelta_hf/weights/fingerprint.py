@@ -1,0 +1,47 @@
+"""Digests that tell whether two weights are the same, bit for bit."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from safedelta_hf.names import parameter_names
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes of a tensor.
+
+    Args:
+        tensor: Any dense tensor, on any device.
+
+    Returns:
+        A hexadecimal digest.
+    """
+    plain = tensor.detach().cpu().contiguous()
+    result = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    result.update(memoryview(plain.flatten().view(torch.uint8).numpy()))
+    return result.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Digest of every parameter.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Digests by canonical name.
+    """
+    return {name: digest(parameter) for parameter, name in parameter_names(model).items()}
+
+
+def data_types(model: nn.Module) -> dict[str, str]:
+    """Data type of every parameter.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Names such as "bfloat16", by canonical parameter name.
+    """
+    return {name: str(parameter.dtype).removeprefix("torch.") for parameter, name in parameter_names(model).items()}

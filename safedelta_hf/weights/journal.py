@@ -1,0 +1,88 @@
+"""Weights are replaced all together or not at all."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safedelta_hf.weights.base import BaseWeights
+
+
+class Journal:
+    """Replaces parameters in place and puts all of them back if the block fails.
+
+    The originals are kept on disk, one file each, so that undoing costs no memory. They go to a temporary folder that
+    is removed at the end.
+
+    Args:
+        folder: Where to make the temporary folder; None for the system's default.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._parent = folder
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written: list[tuple[Tensor, Path]] = []
+
+    def __enter__(self) -> "Journal":
+        if self._parent is not None:
+            self._parent.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=".safedelta-", dir=self._parent)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.restore()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def replace(self, parameter: Tensor, value: Tensor) -> None:
+        """Write a new value into a parameter, once its old one is safe.
+
+        Args:
+            parameter: Changed in place.
+            value: Of the same shape; cast to the dtype of the parameter.
+
+        Raises:
+            RuntimeError: The journal is not open.
+        """
+        if self._folder is None:
+            raise RuntimeError("a Journal is used as a context manager")
+        path = Path(self._folder.name) / f"{len(self._written):05d}.safetensors"
+        save_file({"weight": parameter.detach().contiguous()}, path)
+        self._written.append((parameter, path))
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    def restore(self) -> None:
+        """Put back every parameter that was replaced, bit for bit."""
+        with torch.no_grad():
+            while self._written:
+                parameter, path = self._written[-1]
+                parameter.copy_(load_file(path)["weight"])
+                self._written.pop()
+
+
+@contextmanager
+def standing_in(parameters: Mapping[str, Tensor], base: BaseWeights, folder: Path | None) -> Iterator[None]:
+    """Let the base weights stand in for the tuned ones, and put those back bit for bit however the block ends.
+
+    Args:
+        parameters: Parameters to replace, by canonical name.
+        base: Where the base weights are read.
+        folder: Where to make the temporary folder that holds the tuned weights meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    with Journal(folder) as journal:
+        for name, parameter in parameters.items():
+            journal.replace(parameter, base.read(name))
+        yield
+        journal.restore()

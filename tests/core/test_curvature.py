@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given
+
+from safedelta_hf.core.curvature import cholesky, factorise
+from safedelta_hf.errors import NumericalError
+from tests.core.problems import layers
+from tests.reference import oracles
+
+
+@given(layers)
+def test_factor_is_upper_and_multiplies_to_the_damped_hessian(problem):
+    _, hessian = problem
+    curvature = factorise(hessian, 0.01)
+    assert torch.equal(curvature.factor, curvature.factor.triu())
+    expected = oracles.damped(hessian, 0.01)
+    assert (curvature.factor @ curvature.factor.T - expected).norm() <= 1e-5 * expected.norm()
+
+
+@given(layers)
+def test_pivots_are_those_of_the_inverse(problem):
+    _, hessian = problem
+    expected = 1 / oracles.upper_factor_of_inverse(oracles.damped(hessian, 0.01)).diagonal().square()
+    torch.testing.assert_close(factorise(hessian, 0.01).pivots.double(), expected, rtol=2e-2, atol=1e-6)
+
+
+def test_dead_inputs_get_a_unit_diagonal():
+    inputs = torch.randn(50, 6)
+    inputs[:, 2] = 0
+    curvature = factorise(inputs.T @ inputs, 0.01)
+    torch.testing.assert_close(curvature.hessian.double(), oracles.damped(inputs.T @ inputs, 0.01))
+
+
+def test_the_hessian_is_not_changed():
+    hessian = torch.eye(4)
+    factorise(hessian, 0.5)
+    assert torch.equal(hessian, torch.eye(4))
+
+
+def barely_positive_definite():
+    """Integer matrices, exact in float32, whose smaller pivot of at most 1 drowns in the rounding of about 1e7."""
+    for b in range(6000, 7000):
+        matrix = torch.tensor([[3.0, b], [b, b * b // 3 + 1]])
+        if torch.linalg.cholesky_ex(matrix)[1]:
+            return matrix
+    raise AssertionError("float32 factorised all of them")
+
+
+def test_float32_failure_is_retried_in_float64_with_a_warning():
+    matrix = barely_positive_definite()
+    with pytest.warns(UserWarning, match="float64"):
+        factor, retried = cholesky(matrix)
+    assert retried and factor.dtype == torch.float32
+    torch.testing.assert_close(factor.double(), torch.linalg.cholesky(matrix.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_an_indefinite_matrix_is_an_error_that_says_what_to_do():
+    with pytest.warns(UserWarning), pytest.raises(NumericalError, match="raise the damping"):
+        cholesky(torch.diag(torch.tensor([1.0, -1.0])))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_are_errors(value):
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        cholesky(torch.full((2, 2), value))

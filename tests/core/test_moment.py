@@ -1,0 +1,50 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safedelta_hf.core.loss import quadratic_loss
+from safedelta_hf.core.moment import InputMoment, add_outer_, add_squares_
+from safedelta_hf.core.transform import Dense
+from tests.reference import oracles
+
+
+def moment(inputs, sequences=1):
+    total = torch.zeros(inputs.shape[1], inputs.shape[1])
+    add_outer_(total, inputs)
+    return InputMoment(total=total, sequences=sequences, tokens=len(inputs))
+
+
+@given(st.integers(1, 40), st.integers(0, 40))
+def test_moments_of_parts_add_up_to_the_moment_of_the_whole(first, second):
+    inputs = torch.randn(first + second, 5)
+    merged = moment(inputs[:first], 2).merge(moment(inputs[first:], 3))
+    torch.testing.assert_close(merged.total, moment(inputs).total, rtol=1e-4, atol=1e-4)
+    assert (merged.sequences, merged.tokens) == (5, first + second)
+
+
+def test_hessian_is_two_over_n_times_the_moment():
+    inputs = torch.randn(30, 4)
+    hessian = moment(inputs, 6).hessian(torch.device("cpu"))
+    torch.testing.assert_close(hessian.double(), 2 / 6 * inputs.double().T @ inputs.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+    inputs = torch.full((4096, 1), 1.0, dtype=torch.bfloat16)
+    assert moment(inputs).total.item() == 4096.0
+    squares = torch.zeros(1)
+    add_squares_(squares, inputs)
+    assert squares.item() == 4096.0
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_quadratic_loss_is_half_the_trace(diagonal):
+    delta, inputs = torch.randn(3, 6), torch.randn(20, 6)
+    hessian = inputs.T @ inputs
+    if diagonal:
+        hessian = hessian.diagonal()
+    full = torch.diag(hessian) if diagonal else hessian
+    assert quadratic_loss(delta, hessian) == pytest.approx(oracles.loss(delta, full), rel=1e-5)
+    assert 0.5 * float((delta * Dense(matrix=hessian)(delta)).sum()) == pytest.approx(
+        oracles.loss(delta, full), rel=1e-5
+    )
