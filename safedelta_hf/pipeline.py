@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from safedelta_hf.capture.collect import capture_moments
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.safety_data import digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.core.transform import Dense
@@ -30,7 +30,7 @@ from safedelta_hf.weights.journal import Journal
 def collect_profile(
     model: nn.Module,
     safety_dataset: str | Path | Iterable[Mapping[str, Any]],
-    processing_class: Any = None,  # noqa: ANN401 - tokenizer or processor
+    processing_class: ProcessingClass | None = None,
     *,
     batch_size: int = 8,
     max_length: int | None = None,

@@ -164,7 +164,7 @@ class ParameterRecord:
         reason: Why, where it was not adjusted.
         roles: How the forward pass uses it.
         delta_energy: Squared norm of tuned minus base.
-        lost_energy: Squared norm of tuned minus adjusted; compensation counts as lost too, so it may exceed the delta's.
+        lost_energy: Squared norm of tuned minus adjusted. Compensation counts as lost, so it may exceed the delta's.
         tuned_loss: Quadratic safety loss of the fine-tuned delta, over all uses; None without a moment.
         adjusted_loss: The same of the adjusted delta.
         notes: Numerical trouble met on the way, such as a retry in float64.

@@ -30,11 +30,13 @@ class Capture:
         uses: How each covered parameter is used.
         moments: Moments by key, in host memory.
         skipped: Reason by parameter name for those that cannot be covered.
+        storage: What holds the moments; their files, if any, live as long.
     """
 
     uses: tuple[Use, ...]
     moments: Mapping[str, InputMoment]
     skipped: Mapping[str, str]
+    storage: MomentStorage
 
 
 def capture_moments(
@@ -81,7 +83,10 @@ def capture_moments(
     if not uses:
         raise CaptureError(f"{type(model).__name__}: the safety data reached no layer; is forward() the right entry?")
     return Capture(
-        uses=tuple(uses), moments=collector.moments(len(sequences)), skipped=_uncovered(skipped | missing, uses)
+        uses=tuple(uses),
+        moments=collector.moments(len(sequences)),
+        skipped=_uncovered(skipped | missing, uses),
+        storage=storage,
     )
 
 

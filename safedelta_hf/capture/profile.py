@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safedelta_hf.capture.collect import Capture
+from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.records import ProfileHeader, Role, Use
@@ -32,11 +33,13 @@ class SafetyProfile:
         header: What the profile was made from.
         uses: How each covered parameter is used, and the key of its moment.
         moments: `InputMoment` by key; read from disk one at a time after `load`.
+        storage: What holds the moments of a profile made in this process; offloaded files live as long.
     """
 
     header: ProfileHeader
     uses: tuple[Use, ...]
     moments: Mapping[str, InputMoment]
+    storage: MomentStorage | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, capture: Capture, **header: Any) -> "SafetyProfile":  # noqa: ANN401
@@ -50,7 +53,10 @@ class SafetyProfile:
             The profile, in memory.
         """
         return cls(
-            header=ProfileHeader(skipped=dict(capture.skipped), **header), uses=capture.uses, moments=capture.moments
+            header=ProfileHeader(skipped=dict(capture.skipped), **header),
+            uses=capture.uses,
+            moments=capture.moments,
+            storage=capture.storage,
         )
 
     def save(self, folder: str | Path) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from safedelta_hf.errors import DataError
+
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 IGNORED = -100
 """Label of a token that is not part of the response."""
@@ -32,7 +34,7 @@ class SafetySequence:
 
 def read_safety_data(
     source: str | Path | Iterable[Mapping[str, Any]],
-    processing_class: Any = None,  # noqa: ANN401 - tokenizer or processor
+    processing_class: ProcessingClass | None = None,
     max_length: int | None = None,
 ) -> list[SafetySequence]:
     """Tokenise safety data: prompts together with the responses of a safe model, usually refusals.
@@ -49,7 +51,7 @@ def read_safety_data(
     Raises:
         DataError: There are no rows, a row has no known form, no response, or none left within `max_length`.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = _tokenizer_of(processing_class)
     sequences = [_tokenise(number, row, tokenizer) for number, row in enumerate(_rows(source))]
     if not sequences:
         raise DataError("safety data: it is empty; give at least one harmful prompt with the response to preserve")
@@ -78,7 +80,7 @@ def digest_of(sequences: Sequence[SafetySequence]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def tokenizer_digest(processing_class: Any) -> str | None:  # noqa: ANN401
+def tokenizer_digest(processing_class: ProcessingClass | None) -> str | None:
     """Fingerprint of what turns conversations into tokens: vocabulary, special tokens and chat template.
 
     Args:
@@ -87,7 +89,7 @@ def tokenizer_digest(processing_class: Any) -> str | None:  # noqa: ANN401
     Returns:
         A hexadecimal SHA-256 digest, or None without a tokenizer.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = _tokenizer_of(processing_class)
     if tokenizer is None:
         return None
     content = [
@@ -96,6 +98,13 @@ def tokenizer_digest(processing_class: Any) -> str | None:  # noqa: ANN401
         tokenizer.chat_template,
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _tokenizer_of(processing_class: ProcessingClass | None) -> PreTrainedTokenizerBase | None:
+    if isinstance(processing_class, ProcessorMixin):
+        tokenizer: PreTrainedTokenizerBase = processing_class.tokenizer
+        return tokenizer
+    return processing_class
 
 
 def _require_responses(sequences: Sequence[SafetySequence], complaint: str) -> None:

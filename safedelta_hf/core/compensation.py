@@ -44,9 +44,10 @@ def sweep_ratios(curvature: Curvature, kept: Int[Tensor, " s"]) -> Float[Tensor,
     size = len(curvature.factor)
     units = torch.zeros(len(kept), size, dtype=curvature.factor.dtype, device=kept.device)
     units[torch.arange(len(kept), device=kept.device), kept] = curvature.factor.diagonal()[kept]
-    ratios = torch.linalg.solve_triangular(curvature.factor, units, upper=True, left=False)
+    ratios: Tensor = torch.linalg.solve_triangular(curvature.factor, units, upper=True, left=False)
     columns = torch.arange(size, device=kept.device)
-    return ratios.masked_fill_(columns // SWEEP_GROUP <= kept[:, None] // SWEEP_GROUP, 0.0)
+    ratios.masked_fill_(columns // SWEEP_GROUP <= kept[:, None] // SWEEP_GROUP, 0.0)
+    return ratios
 
 
 def sweep_response(
@@ -65,7 +66,10 @@ def sweep_response(
     Returns:
         `M` [kept, block].
     """
-    return torch.linalg.solve_triangular(ratios[:, kept], ratios[:, columns], upper=True, unitriangular=True)
+    response: Tensor = torch.linalg.solve_triangular(
+        ratios[:, kept], ratios[:, columns], upper=True, unitriangular=True
+    )
+    return response
 
 
 def sequential_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Float[Tensor, "s r"]:

@@ -75,7 +75,7 @@ def cholesky(matrix: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], bool]:
     factor, info = torch.linalg.cholesky_ex(matrix.to("cpu", torch.float64))
     if info.item():
         raise NumericalError(
-            f"the damped Hessian [{len(matrix)}, {len(matrix)}] is not positive definite, also in float64 (leading minor "
+            f"the damped Hessian of {len(matrix)} inputs is not positive definite, also in float64 (leading minor "
             f"{info.item()}); raise the damping (0.01 by default) or use more safety data"
         )
     return factor.to(matrix.device, matrix.dtype), True

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.safety_data import tokenizer_digest
+from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError, ProfileError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember
 from safedelta_hf.hf.logs import log_metrics
@@ -67,7 +67,7 @@ class SafeDeltaCallback(TrainerCallback):
         base: nn.Module | str | Path | None = None,
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
-        processing_class: Any = None,  # noqa: ANN401 - tokenizer or processor
+        processing_class: ProcessingClass | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         moment_memory: int | str | None = None,
@@ -98,7 +98,7 @@ class SafeDeltaCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        processing_class: Any = None,  # noqa: ANN401
+        processing_class: ProcessingClass | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Find the base, and collect or check its profile, before the first step.
@@ -133,7 +133,7 @@ class SafeDeltaCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        processing_class: Any = None,  # noqa: ANN401
+        processing_class: ProcessingClass | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Adjust the trained weights in place and log what was done.
@@ -205,12 +205,13 @@ class SafeDeltaCallback(TrainerCallback):
         self,
         model: nn.Module,
         run: RunBase,
-        processing_class: Any,
-        args: TrainingArguments,  # noqa: ANN401
+        processing_class: ProcessingClass | None,
+        args: TrainingArguments,
     ) -> SafetyProfile:
         if self._safety_dataset is None:
             return _matching(self._require_profile(), run, processing_class)
-        parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in set(run.moved)}
+        moved = set(run.moved)
+        parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
         with standing_in(parameters, run.weights, _output_dir(args)):
             return collect_profile(
                 model, self._safety_dataset, processing_class, progress=not args.disable_tqdm, **self._collecting
@@ -249,7 +250,7 @@ def _is_pruned(state: TrainerState, control: TrainerControl) -> bool:
     return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
 
 
-def _matching(profile: SafetyProfile, run: RunBase, processing_class: Any) -> SafetyProfile:  # noqa: ANN401
+def _matching(profile: SafetyProfile, run: RunBase, processing_class: ProcessingClass | None) -> SafetyProfile:
     found = tokenizer_digest(processing_class)
     if profile.header.tokenizer is not None and found is not None and found != profile.header.tokenizer:
         raise ProfileError("profile: made with another tokenizer or chat template; collect it with this model's own")

@@ -4,13 +4,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_model
 from torch import nn
+from transformers import PreTrainedModel
+
+from safedelta_hf.capture.safety_data import ProcessingClass
 
 
-def save_tuned(model: nn.Module, processing_class: Any, folder: Path) -> None:  # noqa: ANN401
+def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folder: Path) -> None:
     """Write a model as it is now; complete or not there at all.
 
     Args:
@@ -21,11 +23,11 @@ def save_tuned(model: nn.Module, processing_class: Any, folder: Path) -> None:  
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        if hasattr(model, "save_pretrained"):
+        if isinstance(model, PreTrainedModel):
             model.save_pretrained(unfinished)
         else:
             save_model(model, str(unfinished / "model.safetensors"))
-        if hasattr(processing_class, "save_pretrained"):
+        if processing_class is not None:
             processing_class.save_pretrained(unfinished)
         unfinished.chmod(0o755)
         os.replace(unfinished, folder)

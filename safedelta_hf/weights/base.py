@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.names import parameter_aliases, parameter_names

@@ -19,7 +19,7 @@ def digest(tensor: Tensor) -> str:
     """
     plain = tensor.detach().cpu().contiguous()
     result = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    result.update(memoryview(plain.flatten().view(torch.uint8).numpy()))
+    result.update(plain.flatten().view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 

@@ -1,0 +1,40 @@
+"""Tiny models and data, and quiet defaults."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import tiny
+
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def llama():
+    return tiny.llama()
+
+
+@pytest.fixture
+def gpt2():
+    return tiny.gpt2()
+
+
+@pytest.fixture
+def safety_rows():
+    return tiny.rows(24, seed=1)
+
+
+@pytest.fixture
+def train_rows():
+    return tiny.rows(16, seed=2, length=10)

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from safedelta_hf import Report
+from safedelta_hf.records import ParameterRecord, RuleRecord
+
+
+@pytest.fixture
+def report():
+    return Report(
+        rule=RuleRecord(name="safe_delta", settings={"strength": 0.1}),
+        architecture="LlamaForCausalLM",
+        base="org/aligned",
+        sequences=3,
+        tokens=30,
+        parameters=(
+            ParameterRecord(
+                parameter="a.weight",
+                shape=(2, 3),
+                outcome="adjusted",
+                roles=("linear",),
+                delta_energy=4.0,
+                lost_energy=1.0,
+                tuned_loss=8.0,
+                adjusted_loss=2.0,
+                notes=("factorised in float64 after float32 failed",),
+            ),
+            ParameterRecord(
+                parameter="b.weight", shape=(2,), outcome="reset", reason="no layer", delta_energy=4.0, lost_energy=4.0
+            ),
+            ParameterRecord(parameter="c.weight", shape=(2,), outcome="unchanged"),
+        ),
+    )
+
+
+def test_metrics_are_sums_over_all_parameters(report):
+    metrics = report.metrics()
+    assert metrics["safedelta/kept_share"] == pytest.approx(1 - 5 / 8)
+    assert metrics["safedelta/quadratic_loss_share"] == pytest.approx(0.25)
+    assert metrics["safedelta/parameters_reset"] == 1
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_the_table_names_every_parameter_and_reason(report):
+    for text in ("a.weight", "b.weight", "c.weight", "no layer", "float64", "2x3", "75.0%", "37.5%"):
+        assert text in str(report)
+
+
+def test_json_holds_everything(report, tmp_path):
+    report.save(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [record["parameter"] for record in content["parameters"]] == ["a.weight", "b.weight", "c.weight"]
+    assert content["rule"] == {"name": "safe_delta", "settings": {"strength": 0.1}}
+    assert content["metrics"] == report.metrics()
+
+
+def test_the_model_card_lists_what_was_not_adjusted(report):
+    card = report.model_card()
+    assert card.startswith("## ") and "`b.weight`: reset (no layer)" in card and "org/aligned" in card
+    assert "a.weight" not in card and "not a measured refusal rate" in card

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from safedelta_hf.weights.base import ModelBase
+from safedelta_hf.weights.journal import Journal, standing_in
+from tests import tiny
+
+
+def zeroed(model, journal, count):
+    for parameter in list(model.parameters())[:count]:
+        journal.replace(parameter, torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_failed_block_puts_every_weight_back_bit_for_bit(tmp_path, error, dtype):
+    model = tiny.llama().to(dtype)
+    before = tiny.weights(model)
+    with pytest.raises(error), Journal(tmp_path) as journal:
+        zeroed(model, journal, 5)
+        raise error
+    assert tiny.same(before, tiny.weights(model))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_replaced_twice_goes_back_to_the_first_value(tmp_path):
+    model = tiny.Plain()
+    before = tiny.weights(model)
+    with pytest.raises(RuntimeError), Journal(tmp_path) as journal:
+        journal.replace(model.up.weight, torch.zeros(16, 8))
+        journal.replace(model.up.weight, torch.ones(16, 8))
+        raise RuntimeError
+    assert tiny.same(before, tiny.weights(model))
+
+
+def test_a_block_that_succeeds_leaves_the_new_weights_and_no_files(tmp_path):
+    model = tiny.llama()
+    with Journal(tmp_path) as journal:
+        zeroed(model, journal, 3)
+    assert all(not parameter.any() for parameter in list(model.parameters())[:3])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_base_stands_in_and_the_tuned_weights_come_back(tmp_path, fails):
+    base, model = tiny.llama(), tiny.perturbed(tiny.llama())
+    tuned, parameters = tiny.weights(model), dict(model.named_parameters())
+    try:
+        with standing_in(parameters, ModelBase(base), tmp_path):
+            assert tiny.same(tiny.weights(base), tiny.weights(model))
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert tiny.same(tuned, tiny.weights(model))
+
+
+def test_a_closed_journal_refuses(tmp_path):
+    with pytest.raises(RuntimeError, match="context manager"):
+        Journal(tmp_path).replace(torch.zeros(1), torch.ones(1))
