@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from tests import tiny
 
+torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ci")
 

@@ -99,7 +99,7 @@ def conversations(count: int = 6) -> list[dict]:
     ]
 
 
-def trainer(model, callback, output: Path, *, data=None, **changes) -> Trainer:
+def arguments(output: Path, **changes) -> TrainingArguments:
     settings = {
         "output_dir": str(output),
         "num_train_epochs": 2,
@@ -111,12 +111,16 @@ def trainer(model, callback, output: Path, *, data=None, **changes) -> Trainer:
         "save_strategy": "no",
         "seed": 0,
     }
-    callbacks = [] if callback is None else [callback]
+    return TrainingArguments(**settings | changes)
+
+
+def trainer(model, callback, output: Path, **changes) -> Trainer:
     return Trainer(
         model=model,
-        args=TrainingArguments(**settings | changes),
-        train_dataset=data or rows(16, seed=2, length=10),
-        callbacks=callbacks,
+        args=arguments(output, **changes),
+        train_dataset=rows(16, seed=2, length=10),
+        eval_dataset=rows(8, seed=3, length=10),
+        callbacks=[] if callback is None else [callback],
     )
 
 
