@@ -214,7 +214,12 @@ class SafeDeltaCallback(TrainerCallback):
         parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
         with standing_in(parameters, run.weights, _output_dir(args)):
             return collect_profile(
-                model, self._safety_dataset, processing_class, progress=not args.disable_tqdm, **self._collecting
+                model,
+                self._safety_dataset,
+                processing_class,
+                digests=run.digests,
+                progress=not args.disable_tqdm,
+                **self._collecting,
             )
 
     def _require_profile(self) -> SafetyProfile:
@@ -270,8 +275,10 @@ def _require_supported(args: TrainingArguments, model: nn.Module) -> None:
             "SafeDeltaCallback: the model is a PeftModel, and this callback adjusts full weights; train without the "
             "callback, then merge_and_unload() and adjust_model(merged, base=..., profile=...)"
         )
-    if args.world_size > 1 or any(parameter.is_meta for parameter in model.parameters()):
+    sharded = args.world_size > 1 or bool(args.fsdp) or bool(args.deepspeed)
+    if sharded or any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigurationError(
             f"SafeDeltaCallback: works in one process with all weights in memory; this run has {args.world_size} "
-            "processes or offloaded weights. Train without it, then use adjust_model in one process"
+            f"processes, fsdp={args.fsdp!r}, deepspeed={args.deepspeed!r}, or offloaded weights. Train without it, "
+            "then use adjust_model in one process"
         )

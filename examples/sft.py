@@ -1,0 +1,20 @@
+"""The same with TRL's SFTTrainer, which reads conversations itself (pip install trl)."""
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from safedelta_hf import SafeDelta, SafeDeltaCallback
+from safedelta_hf.testbed import CASES, load_aligned, safety_data
+
+model, tokenizer = load_aligned()
+callback = SafeDeltaCallback(Dataset.from_list(safety_data()), SafeDelta(strength=30.0))
+trainer = SFTTrainer(
+    model=model,
+    args=SFTConfig(output_dir="tuned-model", num_train_epochs=5, learning_rate=5e-4, save_strategy="no"),
+    train_dataset=Dataset.from_list(CASES["harmful"].examples()),
+    processing_class=tokenizer,
+    callbacks=[callback],
+)
+trainer.train()
+trainer.save_model()
+print(callback.report)

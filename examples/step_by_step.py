@@ -1,0 +1,19 @@
+"""Without the callback: collect a profile once, keep it, and adjust any fine-tune of that base later."""
+
+import tempfile
+from pathlib import Path
+
+from safedelta_hf import SafeDelta, SafetyProfile, adjust_model, collect_profile
+from safedelta_hf.testbed import ALIGNED_MODEL, load_aligned, safety_data
+
+base, tokenizer = load_aligned()
+with tempfile.TemporaryDirectory() as folder:
+    collect_profile(base, safety_data(), tokenizer).save(Path(folder) / "profile")
+    profile = SafetyProfile.load(Path(folder) / "profile")
+
+    tuned, _ = load_aligned()
+    for parameter in tuned.parameters():  # stands for a fine-tuning
+        parameter.data.mul_(1.01)
+
+    report = adjust_model(tuned, base=ALIGNED_MODEL, profile=profile, rule=SafeDelta(strength=30.0))
+print(report)

@@ -1,0 +1,72 @@
+"""A safety profile of a model in memory."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import convert_file_size_to_int
+from torch import nn
+
+from safedelta_hf.capture.collect import capture_moments
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.weights.fingerprint import data_types, fingerprint
+
+
+def collect_profile(
+    model: nn.Module,
+    safety_dataset: str | Path | Iterable[Mapping[str, Any]],
+    processing_class: ProcessingClass | None = None,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    moment_memory: int | str | None = None,
+    offload_folder: str | Path | None = None,
+    share_moments: bool = True,
+    digests: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> SafetyProfile:
+    """Let the base model read the safety data, and keep the second moments of every layer's inputs.
+
+    Args:
+        model: The base (aligned) model; it is left as it was.
+        safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
+            a JSON-lines file, in any form that TRL takes.
+        processing_class: Tokenizer or processor; not needed for tokenised data.
+        batch_size: Sequences per forward pass, at most; batches hold sequences of one length and no padding.
+        max_length: Sequences are cut to this many tokens.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
+        share_moments: Whether layers that read the same tensor share one moment.
+        digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The profile, with its moments in host memory or mapped from the offload folder.
+
+    Raises:
+        DataError: The safety data is empty, has no responses, or does not fit the model.
+        CaptureError: The model has no linear layer.
+        NumericalError: Weights or activations hold NaN or Inf.
+    """  # noqa: DOC502 - raised by the rooms below
+    sequences = read_safety_data(safety_dataset, processing_class, max_length)
+    budget = None if moment_memory is None else convert_file_size_to_int(moment_memory)
+    capture = capture_moments(
+        model,
+        sequences,
+        storage=MomentStorage(budget, offload_folder),
+        batch_size=batch_size,
+        share_moments=share_moments,
+        progress=progress,
+    )
+    return SafetyProfile.of(
+        capture,
+        architecture=type(model).__name__,
+        base=dict(digests) if digests is not None else fingerprint(model),
+        dtypes=data_types(model),
+        tokenizer=tokenizer_digest(processing_class),
+        data=digest_of(sequences),
+        sequences=len(sequences),
+        tokens=sum(len(sequence.input_ids) for sequence in sequences),
+    )

@@ -1,0 +1,109 @@
+"""What will happen to each parameter, decided from names and shapes before any weight is touched."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.errors import CoverageError, ProfileError
+from safedelta_hf.names import parameter_aliases, parameter_names
+from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
+from safedelta_hf.weights.delta import MatrixDelta
+
+
+def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> Plan:
+    """Decide what happens to each parameter, from names and shapes alone.
+
+    Args:
+        model: The model that will be adjusted, or any other of its architecture.
+        profile: Profile of its base.
+        treatment: What to do with parameters other than linear weights.
+
+    Returns:
+        One entry for each parameter; those that read the same moment stand together.
+
+    Raises:
+        ProfileError: The profile was made for another architecture.
+    """
+    shapes = {name: tuple(parameter.shape) for parameter, name in parameter_names(model).items()}
+    if set(shapes) != set(profile.header.base):
+        strangers = sorted(set(shapes) ^ set(profile.header.base))
+        raise ProfileError(
+            f"profile: made for {profile.header.architecture} with {len(profile.header.base)} parameters, this is "
+            f"{type(model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
+            "Collect a profile of this model's base"
+        )
+    aliases = parameter_aliases(model)
+    uses: dict[str, list[Use]] = {}
+    for use in profile.uses:
+        uses.setdefault(use.parameter, []).append(use)
+    order = {key: number for number, key in enumerate(profile.moments)}
+    entries = [
+        _plan_entry(name, shapes[name], uses.get(name, []), profile, treatment, aliases[name]) for name in shapes
+    ]
+    entries.sort(key=lambda entry: order[entry.uses[-1].moment] if entry.uses else len(order))
+    return Plan(entries=tuple(entries))
+
+
+def _plan_entry(
+    name: str,
+    shape: tuple[int, ...],
+    uses: Sequence[Use],
+    profile: SafetyProfile,
+    treatment: Treatment,
+    aliases: tuple[str, ...],
+) -> PlanEntry:
+    if not uses:
+        action = None if treatment.uncovered == "error" else Action(treatment.uncovered)
+        reason = profile.header.skipped.get(name, "no supported layer uses it")
+        return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, aliases=aliases)
+    actions = {use: treatment.of(use.role) for use in uses}
+    action = next(action for action in (Action.RESET, Action.ADJUST, Action.KEEP) if action in actions.values())
+    if action is not Action.ADJUST:
+        roles = " and ".join(use.role for use in uses)
+        return PlanEntry(
+            parameter=name, shape=shape, action=action, reason=f"the setting for {roles} is {action}", aliases=aliases
+        )
+    adjusted = tuple(use for use in uses if actions[use] is Action.ADJUST)
+    return PlanEntry(parameter=name, shape=shape, action=action, uses=adjusted, aliases=aliases)
+
+
+def require_decisions(entries: Sequence[PlanEntry]) -> None:
+    """Stop where a trained parameter cannot be covered and nobody said what to do with it.
+
+    Args:
+        entries: Plan entries of trained parameters.
+
+    Raises:
+        CoverageError: One of them has no action.
+    """
+    undecided = [entry for entry in entries if entry.action is None]
+    if undecided:
+        listed = "\n".join(f"  {entry.parameter}: {entry.reason}" for entry in undecided[:20])
+        more = f"\n  ... and {len(undecided) - 20} more" if len(undecided) > 20 else ""
+        raise CoverageError(
+            f"{len(undecided)} trained parameters cannot be covered:\n{listed}{more}\n"
+            "Pass treatment=Treatment(uncovered='reset') to put them back to the base, or 'keep' to leave them as tuned"
+        )
+
+
+def check_moments(entry: PlanEntry, moments: Mapping[str, InputMoment]) -> None:
+    """Make sure that the moments of a parameter have its number of inputs.
+
+    Args:
+        entry: Plan of the parameter.
+        moments: Moments of the profile.
+
+    Raises:
+        ProfileError: One of them has another shape.
+    """
+    for use in entry.uses:
+        columns = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role).columns
+        found = tuple(moments[use.moment].total.shape)
+        if found[-1:] != (columns,):
+            raise ProfileError(
+                f"{entry.parameter}: has {columns} inputs, its moment in the profile has the shape {list(found)}; "
+                "the profile was made for another model"
+            )
