@@ -40,5 +40,13 @@ class ProfileError(SafeDeltaError, ValueError):
     """A safety profile is malformed or was made for something else."""
 
 
+class AdjustmentError(SafeDeltaError):
+    """Something outside this package failed while it was at work; the cause is chained.
+
+    No `RuntimeError`, so that `auto_find_batch_size` does not take memory running out here for a batch that is too
+    large, and trains a finished model again.
+    """
+
+
 class CoverageError(SafeDeltaError, ValueError):
     """Trained parameters lie outside what the method can adjust."""

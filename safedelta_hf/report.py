@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from safedelta_hf.records import ParameterRecord, RuleRecord
 
@@ -89,7 +89,8 @@ class Report:
         Returns:
             Text with one row for each parameter and a summary below.
         """
-        table = Table("parameter", "shape", "role", "outcome", "kept", "safety loss", "reason", title=self._title())
+        names = ("parameter", "shape", "role", "outcome", "kept", "safety loss", "reason")
+        table = Table(*(Column(name, overflow="fold") for name in names), title=self._title())
         for record in self.parameters:
             table.add_row(*_cells(record))
         text = io.StringIO()

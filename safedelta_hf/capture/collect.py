@@ -65,7 +65,7 @@ def capture_moments(
         The moments, and what could not be covered.
 
     Raises:
-        CaptureError: The model has no linear layer, or none was reached.
+        CaptureError: The model has no linear layer, or none was reached, or it is an encoder-decoder model.
     """
     _check_model(model)
     _check_fit(model, sequences)
@@ -77,7 +77,7 @@ def capture_moments(
     batches = list(batches_of_equal_length(sequences, batch_size))
     with undisturbed(model), collector.observing():
         for batch in tqdm(batches, desc="Safety data", unit="batch", disable=not progress):
-            collector.start_batch(len(batch))
+            collector.start_batch(len(batch), len(batch[0].input_ids))
             _forward(model, batch, device)
     uses, missing = collector.uses()
     if not uses:
@@ -127,6 +127,11 @@ def _arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str,
 
 
 def _check_model(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(model).__name__} is an encoder-decoder model; only models that read prompt and response as one "
+            "sequence are covered"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")

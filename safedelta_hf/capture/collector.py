@@ -2,19 +2,26 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from safedelta_hf.capture.layers import Layer, NormProbe
+from safedelta_hf.capture.layers import Layer, LinearProbe, NormProbe, first_argument
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment, add_outer_, add_squares_
 from safedelta_hf.errors import CaptureError, NumericalError
 from safedelta_hf.records import Role, Use
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class _Unshared(CaptureError):
+    """Layers that shared their input at first later did not; no reason to leave one out, but to stop."""
 
 
 @dataclass
@@ -51,29 +58,50 @@ class MomentCollector:
         self._leaders: dict[str, str] = {}
         self._readings: dict[int, _Reading] = {}
         self._refused: dict[str, str] = {}
-        self._batch = 1
+        self._batch, self._length = 1, 0
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Hook every layer, and unhook all of them however the block ends.
+        """Watch every layer, and stop watching all of them however the block ends.
 
         Yields:
             Nothing.
         """
+        makers = {Role.SCALE: self._norm_hook, Role.EMBEDDING: None}
         with ExitStack() as hooks:
             for layer in self._layers:
-                hook = self._norm_hook(layer) if layer.role is Role.SCALE else self._input_hook(layer)
-                hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+                make = makers.get(layer.role, self._linear_hook)
+                if make is not None:
+                    hooks.callback(layer.module.register_forward_hook(make(layer), with_kwargs=True).remove)
+            hooks.enter_context(_EmbeddingReads(self))
             yield
 
-    def start_batch(self, size: int) -> None:
+    def start_batch(self, size: int, length: int) -> None:
         """Forget which tensors were read: identities hold within one forward pass only.
 
         Args:
             size: Sequences in the batch.
+            length: Tokens in each of them.
         """
         self._readings.clear()
-        self._batch = size
+        self._batch, self._length = size, length
+
+    def count(self, weight: nn.Parameter, token_ids: Tensor) -> None:
+        """Count how often each row of an embedding is looked up.
+
+        Args:
+            weight: The embedding, [tokens, features].
+            token_ids: Rows that were looked up, any shape.
+        """
+        if weight not in self._names:
+            return
+        key = self._key(self._names[weight], Role.EMBEDDING)
+        # Positions are looked up once for a whole batch, and stand for each of its sequences.
+        copies = self._batch if token_ids.numel() == self._length else 1
+        counts = torch.bincount(token_ids.flatten(), minlength=len(weight)).to(torch.float32) * copies
+        total = self._total(key, (len(weight),), counts.device)
+        total.add_(counts.to(total.device))
+        self._tokens[key] += token_ids.numel() * copies
 
     def moments(self, sequences: int) -> dict[str, InputMoment]:
         """The finished moments.
@@ -85,12 +113,12 @@ class MomentCollector:
             Moments by key, in the order in which the layers were first reached.
 
         Raises:
-            CaptureError: A layer read its leader's input a different number of times.
+            _Unshared: A layer read its leader's input a different number of times; a `CaptureError`.
             NumericalError: The inputs of a layer held NaN or Inf.
         """
         for follower, leader in self._leaders.items():
             if self._tokens[follower] != self._tokens[leader]:
-                raise CaptureError(_unshared(follower, leader))
+                raise _Unshared(_unshared(follower, leader))
         for key, total in self._totals.items():
             if not torch.isfinite(total).all():
                 raise NumericalError(
@@ -108,54 +136,63 @@ class MomentCollector:
         Returns:
             The uses in layer order, and the reason by parameter name for layers that were never called or refused.
         """
-        uses: dict[Use, None] = {}
+        uses: dict[tuple[str, str], Use] = {}
         missing: dict[str, str] = dict(self._refused)
         for layer in self._layers:
             for parameter, role in ((layer.weight, layer.role), (layer.bias, Role.BIAS)):
-                if parameter is None:
+                if parameter is None or self._names[parameter] in self._refused:
                     continue
                 name = self._names[parameter]
                 key = self._key(name, role)
+                moment = self._leaders.get(key, key)
                 if self._tokens[key]:
-                    uses[Use(parameter=name, role=role, moment=self._leaders.get(key, key))] = None
+                    uses.setdefault((name, moment), Use(parameter=name, role=role, moment=moment))
                 else:
                     missing.setdefault(name, f"the safety data never reached its {type(layer.module).__name__}")
-        return list(uses), missing
+        return list(uses.values()), missing
 
     def _key(self, parameter: str, role: Role) -> str:
         return f"{parameter}:{role}" if role is Role.EMBEDDING else parameter
 
-    def _input_hook(self, layer: Layer) -> Any:  # noqa: ANN401
-        key = self._key(self._names[layer.weight], layer.role)
+    def _linear_hook(self, layer: Layer) -> Hook:
+        probe = LinearProbe(layer)
+        key = self._names[layer.weight]
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:  # noqa: ANN401
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            if layer.role is Role.EMBEDDING:
-                self._count(key, inputs, layer.weight)
-            else:
-                self._read(key, inputs)
-                self._add_bias(layer, inputs[..., 0].numel() * self._copies(inputs))
+        def observe(args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
+            inputs = first_argument(args, kwargs)
+            if not isinstance(inputs, Tensor):
+                raise CaptureError("its input is not a tensor")
+            probe.verify(inputs, outputs)
+            self._read(key, inputs)
+            self._add_bias(layer, inputs[..., 0].numel())
 
-        return hook
+        return self._refusing(layer, observe)
 
-    def _norm_hook(self, layer: Layer) -> Any:  # noqa: ANN401
+    def _norm_hook(self, layer: Layer) -> Hook:
         probe = NormProbe(layer.module)
-        key = self._key(self._names[layer.weight], layer.role)
+        key = self._names[layer.weight]
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
-            if key in self._refused:
-                return
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            try:
-                normalised = probe.normalised(inputs, outputs).flatten(0, -2)
-            except CaptureError as error:
-                reason = f"{type(layer.module).__name__}: {error}"
-                own = (parameter for parameter in (layer.weight, layer.bias) if parameter is not None)
-                self._refused.update({self._names[parameter]: reason for parameter in own})
-                return
+        def observe(args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
+            normalised = probe.normalised(args, kwargs, outputs).flatten(0, -2)
             add_squares_(self._total(key, (normalised.shape[-1],), normalised.device), normalised)
             self._tokens[key] += len(normalised)
             self._add_bias(layer, len(normalised))
+
+        return self._refusing(layer, observe)
+
+    def _refusing(self, layer: Layer, observe: Callable[..., None]) -> Hook:
+        """Wrap an observation so that a layer which is not what it seems is left out, with the reason."""  # noqa: DOC201
+        own = [self._names[parameter] for parameter in (layer.weight, layer.bias) if parameter is not None]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
+            if own[0] in self._refused:
+                return
+            try:
+                observe(args, kwargs, outputs)
+            except _Unshared:
+                raise
+            except CaptureError as error:
+                self._refused.update(dict.fromkeys(own, f"{type(layer.module).__name__}: {error}"))
 
         return hook
 
@@ -163,9 +200,8 @@ class MomentCollector:
         if self._is_shared(key, inputs):
             return
         rows = inputs.reshape(-1, inputs.shape[-1])
-        copies = self._copies(inputs)
-        add_outer_(self._total(key, (rows.shape[1], rows.shape[1]), rows.device), rows * copies**0.5)
-        self._tokens[key] += len(rows) * copies
+        add_outer_(self._total(key, (rows.shape[1], rows.shape[1]), rows.device), rows)
+        self._tokens[key] += len(rows)
 
     def _is_shared(self, key: str, inputs: Tensor) -> bool:
         # A layer becomes the follower of the first that read this tensor if it was never reached before and the leader
@@ -177,7 +213,7 @@ class MomentCollector:
             reading = _Reading(weakref.ref(inputs), inputs._version, leader=key)
             self._readings[id(inputs)] = reading
         reading.calls[key] += 1
-        size = inputs[..., 0].numel() * self._copies(inputs)
+        size = inputs[..., 0].numel()
         leader = reading.leader
         is_follower = self._leaders.get(key) == leader and reading.calls[key] <= reading.calls[leader]
         is_new = leader != key and key not in self._tokens and self._tokens[leader] == size
@@ -186,19 +222,8 @@ class MomentCollector:
             self._tokens[key] += size
             return True
         if key in self._leaders:
-            raise CaptureError(_unshared(key, self._leaders[key]))
+            raise _Unshared(_unshared(key, self._leaders[key]))
         return False
-
-    def _count(self, key: str, token_ids: Tensor, weight: Tensor) -> None:
-        copies = self._batch if token_ids.ndim == 1 else self._copies(token_ids)
-        counts = torch.bincount(token_ids.flatten(), minlength=len(weight)).to(torch.float32) * copies
-        total = self._total(key, (len(weight),), counts.device)
-        total.add_(counts.to(total.device))
-        self._tokens[key] += token_ids.numel() * copies
-
-    def _copies(self, inputs: Tensor) -> int:
-        # A broadcast input, as of position embeddings, stands for every sequence of the batch.
-        return self._batch if inputs.ndim > 1 and inputs.shape[0] == 1 else 1
 
     def _add_bias(self, layer: Layer, tokens: int) -> None:
         if layer.bias is not None:
@@ -214,6 +239,27 @@ class MomentCollector:
 
 def _unshared(follower: str, leader: str) -> str:
     return (
-        f"{follower}: it read the same tensor as {leader} at first, and later did not; "
-        "collect the profile with share_moments=False"
+        f"{follower}: it read the same tensor as {leader} at first, and later did not; use "
+        "collect_profile(..., share_moments=False), and pass the result as profile="
     )
+
+
+class _EmbeddingReads(TorchFunctionMode):
+    """Sees every lookup in an embedding, also by subclasses whose `forward` is not given row numbers."""
+
+    def __init__(self, collector: MomentCollector) -> None:
+        super().__init__()
+        self._collector = collector
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            bound = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            self._collector.count(bound["weight"], bound["input"])
+        return func(*args, **kwargs)

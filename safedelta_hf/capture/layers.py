@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,12 @@ class NormProbe:
         self._ones, self._zeros = (_with_scale(module, value) for value in (1.0, 0.0))
         self._verified = False
 
-    def normalised(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def normalised(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> Tensor:  # noqa: ANN401
         """The normalised input.
 
         Args:
-            inputs: [..., features].
+            args: Positional arguments of the call; the first argument is the input, [..., features].
+            kwargs: Keyword arguments of the call.
             outputs: What the module made of them, [..., features].
 
         Returns:
@@ -61,18 +63,61 @@ class NormProbe:
         Raises:
             CaptureError: The output is not an elementwise scale of the input.
         """
-        if outputs.shape != inputs.shape or outputs.shape[-1:] != self._scale.shape:
+        inputs = first_argument(args, kwargs)
+        shapes = [getattr(value, "shape", None) for value in (inputs, outputs)]
+        if shapes[0] is None or shapes[0] != shapes[1] or shapes[0][-1:] != self._scale.shape:
             raise CaptureError("its scale does not run over the last dimension of its input")
-        at_zero: Tensor = self._zeros(inputs).float()
-        unit: Tensor = self._ones(inputs).float() - at_zero
+        at_zero: Tensor = self._zeros(*args, **kwargs).float()
+        unit: Tensor = self._ones(*args, **kwargs).float() - at_zero
         if not self._verified:
-            expected = at_zero + unit * self._scale.float() + (0.0 if self._bias is None else self._bias.float())
-            tolerance = 0.05 if outputs.dtype in (torch.bfloat16, torch.float16) else 1e-3
-            size = outputs.float().norm().clamp_min(1e-6)
-            if not (expected - outputs.float()).norm() <= tolerance * size and torch.isfinite(outputs).all():
-                raise CaptureError("its output is not an elementwise scale of a normalised input")
+            bias = 0.0 if self._bias is None else self._bias.float()
+            _require_close(at_zero + unit * self._scale.float() + bias, outputs, "an elementwise scale of its input")
             self._verified = True
         return unit
+
+
+class LinearProbe:
+    """Makes sure that a subclass of a linear layer computes what its weight says.
+
+    Args:
+        layer: A layer with the role of a linear one.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._verified = type(layer.module).forward in (nn.Linear.forward, Conv1D.forward)
+
+    def verify(self, inputs: Tensor, outputs: Any) -> None:  # noqa: ANN401
+        """Compare the first call with `x W^T + b`.
+
+        Args:
+            inputs: What the layer read, [..., in].
+            outputs: What it made of it, [..., out].
+
+        Raises:
+            CaptureError: It is something else.
+        """
+        if self._verified:
+            return
+        weight = self._layer.weight.T if self._layer.role is Role.CONV1D else self._layer.weight
+        if weight.ndim != 2 or inputs.shape[-1] != weight.shape[1]:
+            raise CaptureError("its input does not have the width of its weight")
+        expected = nn.functional.linear(inputs, weight.to(inputs.dtype), self._layer.bias)
+        _require_close(expected.float(), outputs, "the product of its input and its weight")
+        self._verified = True
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The input of a layer, however it was passed.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The first of them, or None if there are none.
+    """
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
@@ -133,3 +178,13 @@ def _with_scale(module: nn.Module, value: float) -> nn.Module:
         for key, parameter in probe.named_parameters(recurse=False):
             parameter.fill_(value if key == "weight" else 0.0)
     return probe.eval()
+
+
+def _require_close(expected: Tensor, outputs: Any, description: str) -> None:  # noqa: ANN401
+    if not isinstance(outputs, Tensor) or outputs.shape != expected.shape:
+        raise CaptureError(f"its output is not {description}")
+    if not torch.isfinite(outputs).all():
+        return  # NaN is reported with the name of the layer once the moments are complete
+    tolerance = 1e-3 if outputs.dtype is torch.float32 and not torch.is_autocast_enabled(outputs.device.type) else 0.05
+    if (expected - outputs.float()).norm() > tolerance * outputs.float().norm().clamp_min(1e-6):
+        raise CaptureError(f"its output is not {description}")

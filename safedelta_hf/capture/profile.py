@@ -108,11 +108,6 @@ class SafetyProfile:
             profile = _parse(json.loads(path.read_text(encoding="utf-8")), folder)
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"profile: {str(path)!r} is malformed ({error!r}); collect it again") from error
-        if profile.header.format_version != FORMAT_VERSION:
-            raise ProfileError(
-                f"profile: {str(folder)!r} has format version {profile.header.format_version!r}, this package reads "
-                f"{FORMAT_VERSION}; collect the profile again"
-            )
         unknown = sorted({use.moment for use in profile.uses} - set(profile.moments))
         if unknown:
             raise ProfileError(f"profile: {str(path)!r} names moments that it does not hold, such as {unknown[0]!r}")
@@ -120,6 +115,9 @@ class SafetyProfile:
 
 
 def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
+    version = content["header"]["format_version"]
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {version!r}, this package reads {FORMAT_VERSION}")
     uses = (Use(parameter=use["parameter"], role=Role(use["role"]), moment=use["moment"]) for use in content["uses"])
     return SafetyProfile(
         header=ProfileHeader(**content["header"]),

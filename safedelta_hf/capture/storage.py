@@ -20,21 +20,15 @@ class MomentStorage:
     Args:
         budget: Bytes of moments held on the device (with an offload folder: in memory at all), or None for no limit.
         offload_folder: Folder for memory-mapped moments; files are removed with the last reference to the storage.
-
-    Raises:
-        ConfigurationError: The budget is negative.
     """
 
     def __init__(self, budget: int | None = None, offload_folder: str | Path | None = None) -> None:
-        if budget is not None and budget < 0:
-            raise ConfigurationError(f"moment_memory={budget!r} must be at least 0 bytes, or None for no limit")
         self._left = math.inf if budget is None else float(budget)
         self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if offload_folder is not None:
             Path(offload_folder).mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix="moments-", dir=offload_folder)
-        self._limited = budget is not None
 
     def allocate(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Zeros for one moment.

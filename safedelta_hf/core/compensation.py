@@ -1,7 +1,9 @@
 """How the columns that are not kept make up, in safety, for those that are.
 
-With S the kept and R the other columns, each function returns the response `M` [kept, others] of `D*_R = D_S M`.
+S are the kept and R the other columns.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +15,19 @@ SWEEP_GROUP = 4
 """Columns that the published sweep treats at once, without compensating one another."""
 
 
-def joint_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Float[Tensor, "s r"]:
+class Response(NamedTuple):
+    """How the other columns answer to the kept ones, `D*_R = D_S M`.
+
+    Attributes:
+        matrix: `M` [kept, others].
+        notes: Numerical trouble met on the way.
+    """
+
+    matrix: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def joint_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Response:
     """The response with the least quadratic loss, `-H_SR H_RR^-1` (equal to `K_SS^-1 K_SR`).
 
     Args:
@@ -21,12 +35,13 @@ def joint_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Float[Tens
         kept: [in], the columns of S.
 
     Returns:
-        `M` [kept, others].
+        `M`, and a note if float64 was needed.
     """
     others = ~kept
     cross_rs = curvature.hessian[others][:, kept]
-    factor, _ = cholesky(curvature.hessian[others][:, others])
-    return -torch.cholesky_solve(cross_rs, factor).T
+    factor, retried = cholesky(curvature.hessian[others][:, others])
+    notes = ("compensation solved in float64 after float32 failed",) if retried else ()
+    return Response(-torch.cholesky_solve(cross_rs, factor).T, notes)
 
 
 def sweep_ratios(curvature: Curvature, kept: Int[Tensor, " s"]) -> Float[Tensor, "s i"]:
@@ -72,7 +87,7 @@ def sweep_response(
     return response
 
 
-def sequential_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Float[Tensor, "s r"]:
+def sequential_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Response:
     """The response of the published sweep: kept columns compensate in later columns only.
 
     Args:
@@ -80,8 +95,8 @@ def sequential_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Float
         kept: [in], the columns of S.
 
     Returns:
-        `M` [kept, others].
+        `M`.
     """
     indices = kept.nonzero().squeeze(1)
     ratios = sweep_ratios(curvature, indices)
-    return sweep_response(ratios, indices, (~kept).nonzero().squeeze(1))
+    return Response(sweep_response(ratios, indices, (~kept).nonzero().squeeze(1)))

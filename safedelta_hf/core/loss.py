@@ -1,19 +1,20 @@
 """The quadratic safety loss of a delta."""
 
-from jaxtyping import Float
+from collections.abc import Callable
+
 from torch import Tensor
 
+from safedelta_hf.core.transform import Dense, Transform
 
-def quadratic_loss(delta: Float[Tensor, "o i"], hessian: Float[Tensor, "..."]) -> float:
+
+def quadratic_loss(inner: Callable[[Transform], float], hessian: Tensor) -> float:
     """`q(D) = 1/2 tr(D H D^T)`, the rise of the output-reconstruction loss that a delta causes.
 
     Args:
-        delta: [out, in].
+        inner: Inner product of the delta with its transform, summed over all rows wherever they are.
         hessian: `H` [in, in], or its diagonal [in].
 
     Returns:
         The loss, at least zero for a positive semi-definite `H`.
     """
-    if hessian.ndim == 1:
-        return 0.5 * float((delta.square() * hessian).sum())
-    return 0.5 * float(((delta @ hessian) * delta).sum())
+    return 0.5 * inner(Dense(matrix=hessian))

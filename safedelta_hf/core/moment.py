@@ -21,11 +21,6 @@ class InputMoment:
     sequences: int
     tokens: int
 
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether only the diagonal is held."""
-        return self.total.ndim == 1
-
     def hessian(self, device: torch.device) -> Tensor:
         """Hessian of the output-reconstruction loss (Safe Delta, arXiv 2505.12038, section 4).
 
@@ -54,17 +49,18 @@ class InputMoment:
 
 
 def add_outer_(total: Float[Tensor, "i i"], inputs: Num[Tensor, "t i"]) -> None:
-    """Add `X^T X` to a moment in place, accumulating in float32 whatever the dtype of the model.
+    """Add `X^T X` to a moment in place, in float32 whatever the dtype of the model and of an autocast around it.
 
     Args:
         total: [in, in] float32, changed in place; it may live on another device than the inputs.
         inputs: [tokens, in] of any floating dtype.
     """
     inputs = inputs.to(torch.float32)
-    if total.device == inputs.device:
-        total.addmm_(inputs.T, inputs)
-    else:
-        total.add_((inputs.T @ inputs).to(total.device))
+    with torch.autocast(inputs.device.type, enabled=False):
+        if total.device == inputs.device:
+            total.addmm_(inputs.T, inputs)
+        else:
+            total.add_((inputs.T @ inputs).to(total.device))
 
 
 def add_squares_(total: Float[Tensor, " i"], inputs: Num[Tensor, "t i"]) -> None:

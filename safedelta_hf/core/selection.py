@@ -61,8 +61,7 @@ def select_columns(
         [block], True where the column is kept.
     """
     order = torch.argsort(pivots, stable=True)
-    spent = (energy * pivots)[order].cumsum(0)
-    chosen = spent <= limit
+    chosen = _within(energy[order] * pivots[order], limit)
     chosen[keepable(len(pivots), exclude_top) :] = False
     return torch.zeros_like(chosen).index_fill_(0, order[chosen], True)
 
@@ -85,12 +84,16 @@ def select_entries(
     """
     rows, size = delta.shape
     order = torch.argsort(pivots, stable=True)
-    spent = (delta.square() * pivots)[:, order].T.flatten().cumsum(0)
-    chosen = spent <= limit
+    chosen = _within((delta.square() * pivots)[:, order].T.flatten(), limit)
     chosen[keepable(rows * size, exclude_top) :] = False
     kept = torch.zeros(rows, size, dtype=torch.bool, device=delta.device)
     kept[:, order] = chosen.view(size, rows).T
     return kept
+
+
+def _within(costs: Float[Tensor, " n"], limit: float) -> Bool[Tensor, " n"]:
+    # In float64 on the CPU: exact at the edge of the budget, and deterministic, which a CUDA cumsum is not.
+    return (costs.cpu().double().cumsum(0) <= limit).to(costs.device)
 
 
 def select_blockwise(

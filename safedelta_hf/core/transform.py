@@ -15,6 +15,11 @@ from torch import Tensor
 class Transform(Protocol):
     """A linear map of rows, [rows, in] to [rows, columns]."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Numerical trouble met in making it, for the report."""
+        ...
+
     def __call__(self, rows: Tensor) -> Tensor:
         """Apply the map to each row."""
         ...
@@ -29,10 +34,12 @@ class KeepColumns:
     Attributes:
         kept: [in] bool, the columns of S.
         response: `M` [kept, others], or None for no compensation.
+        notes: Numerical trouble met in making it.
     """
 
     kept: Tensor
     response: Tensor | None
+    notes: tuple[str, ...] = ()
 
     def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         """Apply the map to each row.
@@ -60,12 +67,14 @@ class ResidualColumns:
         response: `M_B` [kept, block].
         start: First column of the block.
         stop: Column after the block.
+        notes: Numerical trouble met in making it.
     """
 
     kept: Tensor
     response: Tensor
     start: int
     stop: int
+    notes: tuple[str, ...] = ()
 
     def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o b"]:
         """Apply the map to each row.
@@ -85,9 +94,11 @@ class Dense:
 
     Attributes:
         matrix: `T` [in, columns], or its diagonal [in].
+        notes: Numerical trouble met in making it.
     """
 
     matrix: Tensor
+    notes: tuple[str, ...] = ()
 
     def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o j"]:
         """Apply the map to each row.

@@ -9,7 +9,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import TrainerState
 
-from safedelta_hf.errors import BaseWeightsError
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
+from safedelta_hf.errors import BaseWeightsError, ProfileError
 from safedelta_hf.names import parameter_names
 from safedelta_hf.weights.base import BaseWeights, FilesOrMemoryBase, open_base
 from safedelta_hf.weights.fingerprint import digest, fingerprint
@@ -62,45 +64,91 @@ def base_of_run(
     Raises:
         BaseWeightsError: The base cannot be known, or is not the one that the run started from.
     """
-    record = _exported(state).get(STATE_KEY)
-    if given is None and state.global_step == 0:
+    if given is not None:
+        run = _from_source(model, given)
+    elif state.global_step == 0:
         return _from_model(model, output_dir)
-    if given is None and record is None:
-        raise BaseWeightsError(
-            f"resumed at step {state.global_step} from a checkpoint that was trained without this callback, so its "
-            "weights are not the base; pass base=<folder or model that the fine-tuning started from>"
-        )
-    source = given if given is not None else record["source"] if record else None
-    if source is None:
-        raise BaseWeightsError(
-            f"resumed at step {state.global_step}: the base weights were in no file when the run started, and the "
-            "copy in memory is gone; pass base=<the model that the fine-tuning started from>"
-        )
-    run = _from_source(model, source)
+    else:
+        run = _from_source(model, **_recorded_files(state))
+    require_recorded(run, state)
+    return run
+
+
+def require_recorded(run: RunBase, state: TrainerState) -> None:
+    """Make sure that a resumed run has the base that its checkpoint names, if it names one.
+
+    Args:
+        run: The base.
+        state: The Trainer's state.
+
+    Raises:
+        BaseWeightsError: The checkpoint was trained from another base.
+    """
+    record = _record(state)
     if record is not None and run.digest != record["digest"]:
         raise BaseWeightsError(
             f"base: {run.weights.source} is not the base that the resumed run started from; pass base=<that model>"
         )
-    return run
 
 
-def remember(run: RunBase, model: nn.Module, state: TrainerState) -> None:
+def remember(run: RunBase, state: TrainerState) -> None:
     """Enter the base into the Trainer's state, so that every checkpoint names it.
 
     Args:
         run: The base of the run.
-        model: The model that is trained.
         state: Changed in place.
     """
-    in_files = not (isinstance(run.weights, FilesOrMemoryBase) and run.weights.copied)
-    source = getattr(getattr(model, "config", None), "_name_or_path", None) if in_files else None
-    _exported(state).setdefault(STATE_KEY, {"digest": run.digest, "source": source or None})
+    files = run.weights.reopen or {"source": None, "revision": None}
+    _exported(state)[STATE_KEY] = {"digest": run.digest, **files}
+
+
+def _recorded_files(state: TrainerState) -> dict[str, Any]:
+    record = _record(state)
+    if record is None:
+        raise BaseWeightsError(
+            f"resumed at step {state.global_step} from a checkpoint that was trained without this callback, so its "
+            "weights are not the base; pass base=<folder or model that the fine-tuning started from>"
+        )
+    if record["source"] is None:
+        raise BaseWeightsError(
+            f"resumed at step {state.global_step}: the base weights were in no file when the run started, and the "
+            "copy in memory is gone; pass base=<the model that the fine-tuning started from>"
+        )
+    return {"source": record["source"], "revision": record["revision"]}
+
+
+def _record(state: TrainerState) -> dict[str, Any] | None:
+    record: dict[str, Any] | None = _exported(state).get(STATE_KEY)
+    return record
 
 
 def _exported(state: TrainerState) -> dict[str, Any]:
     # A dictionary once the state is built, whatever its annotation says.
     exported: Any = state.stateful_callbacks
     return cast(dict[str, Any], exported)
+
+
+def require_matching(profile: SafetyProfile, run: RunBase, processing_class: ProcessingClass | None) -> None:
+    """Make sure that a given profile was made of this base, with this tokenizer.
+
+    Args:
+        profile: The profile.
+        run: The base of the run.
+        processing_class: Tokenizer or processor of the run, or None if there is none.
+
+    Raises:
+        ProfileError: It was made of something else.
+    """
+    found = tokenizer_digest(processing_class)
+    if profile.header.tokenizer is not None and found is not None and found != profile.header.tokenizer:
+        raise ProfileError("profile: made with another tokenizer or chat template; collect it with this model's own")
+    if set(profile.header.base) == set(run.digests):
+        other = [name for name, digest in run.digests.items() if digest != profile.header.base[name]]
+        if other:
+            raise ProfileError(
+                f"profile: made for another base: {len(other)} of {len(run.digests)} weights differ, such as "
+                f"{other[0]}; collect a profile of the model that is fine-tuned, in the same dtype"
+            )
 
 
 def _from_model(model: nn.Module, output_dir: Path) -> RunBase:
@@ -117,11 +165,17 @@ def _from_model(model: nn.Module, output_dir: Path) -> RunBase:
     )
 
 
-def _from_source(model: nn.Module, source: nn.Module | str | Path) -> RunBase:
-    weights = open_base(source, model)
+def _from_source(model: nn.Module, source: nn.Module | str | Path, revision: str | None = None) -> RunBase:
+    weights = open_base(source, model, revision)
     digests, moved = {}, []
     for parameter, name in parameter_names(model).items():
-        digests[name] = digest(weights.read(name).to(parameter.dtype))
+        weight = weights.read(name)
+        if weight.shape != parameter.shape:
+            raise BaseWeightsError(
+                f"base: {name} is {list(weight.shape)} in {weights.source} and {list(parameter.shape)} in the model; "
+                "pass the model that the fine-tuning started from"
+            )
+        digests[name] = digest(weight.to(parameter.dtype))
         if digests[name] != digest(parameter):
             moved.append(name)
     return RunBase(weights=weights, digests=digests, moved=tuple(moved))

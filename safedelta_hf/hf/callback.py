@@ -2,7 +2,8 @@
 
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, ProfileError
-from safedelta_hf.hf.base import RunBase, base_of_run, remember
+from safedelta_hf.capture.safety_data import ProcessingClass
+from safedelta_hf.capture.settings import CaptureSettings
+from safedelta_hf.errors import AdjustmentError, BaseWeightsError, ConfigurationError, SafeDeltaError
+from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.logs import log_metrics
-from safedelta_hf.hf.tuned import save_tuned
+from safedelta_hf.hf.tuned import rescue_tuned, save_tuned
 from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline import adjust_model, collect_profile, plan_model, require_decisions
 from safedelta_hf.records import Treatment
@@ -45,17 +47,16 @@ class SafeDeltaCallback(TrainerCallback):
         treatment: What to do with embeddings, norms, biases, the head, and what cannot be covered.
         keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist.
         processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
-        batch_size: Safety sequences per forward pass, at most.
-        max_length: Safety sequences are cut to this many tokens.
-        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
-        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
+        **settings: `batch_size=8`, `max_length=None`, `moment_memory=None`, `offload_folder=None` and
+            `share_moments=True`, described in `CaptureSettings`.
 
     Attributes:
         report: What was done; None until training has ended.
         profile: The safety profile; None until training has started, unless it was given.
 
     Raises:
-        ConfigurationError: Neither or both of `safety_dataset` and `profile` were given.
+        ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or a setting is outside its
+            range.
     """
 
     def __init__(
@@ -68,27 +69,20 @@ class SafeDeltaCallback(TrainerCallback):
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
         processing_class: ProcessingClass | None = None,
-        batch_size: int = 8,
-        max_length: int | None = None,
-        moment_memory: int | str | None = None,
-        offload_folder: str | Path | None = None,
+        **settings: Any,  # noqa: ANN401 - the fields of CaptureSettings, each typed there
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
         self.report: Report | None = None
         self.profile = profile
-        self._safety_dataset = safety_dataset
+        # An iterator would be empty for the second model of a sweep.
+        self._safety_dataset = list(safety_dataset) if isinstance(safety_dataset, Iterator) else safety_dataset
         self._rule = rule or SafeDelta()
         self._given_base = base
         self._treatment = treatment or Treatment()
         self._keep_tuned = None if keep_tuned is None else Path(keep_tuned)
         self._processing_class = processing_class
-        self._collecting: dict[str, Any] = {
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "moment_memory": moment_memory,
-            "offload_folder": offload_folder,
-        }
+        self._settings = CaptureSettings(**settings)
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -116,15 +110,15 @@ class SafeDeltaCallback(TrainerCallback):
         """  # noqa: DOC502 - raised by the functions called
         model = _bare(model)
         _require_supported(args, model)
-        self._require_room_for_tuned()
-        if self._run is None or self._model is None or self._model() is not model:
-            self._run = base_of_run(model, state, self._given_base, _output_dir(args))
-            self._model = weakref.ref(model)
-            processing_class = self._processing_class or processing_class
-            self.profile = self._profile_for(model, self._run, processing_class, args)
-        remember(self._run, model, state)
+        self._require_room_for_tuned(state)
+        with _foreign_errors_named("reading the safety data"):
+            if self._run is None or self._model is None or self._model() is not model:
+                self._start_from(model, args, state, self._processing_class or processing_class)
+        run, profile = self._started()
+        require_recorded(run, state)
+        remember(run, state)
         trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
-        plan = plan_model(model, self._require_profile(), self._treatment)
+        plan = plan_model(model, profile, self._treatment)
         require_decisions([entry for entry in plan.entries if entry.parameter in trained])
 
     def on_train_end(
@@ -158,12 +152,13 @@ class SafeDeltaCallback(TrainerCallback):
             save_tuned(model, processing_class, self._keep_tuned)
         started = time.perf_counter()
         try:
-            report = self.adjust(model, workspace=_output_dir(args), progress=_shows_progress(args, state))
-        except Exception as error:
-            rescued = self._keep_tuned or _output_dir(args) / f"tuned-not-adjusted-{state.global_step}"
-            if not rescued.exists():
-                save_tuned(model, processing_class, rescued)
-            error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(rescued)!r}.")
+            with _foreign_errors_named("adjusting the weights"):
+                report = self.adjust(model, workspace=_output_dir(args), progress=_shows_progress(args, state))
+        except SafeDeltaError as error:
+            if self._keep_tuned is None:
+                error.add_note(rescue_tuned(model, processing_class, _output_dir(args), state.global_step))
+            else:
+                error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(self._keep_tuned)!r}.")
             raise
         log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
 
@@ -183,15 +178,11 @@ class SafeDeltaCallback(TrainerCallback):
         Raises:
             BaseWeightsError: The callback has not seen the start of the training.
         """
-        if self._run is None:
-            raise BaseWeightsError(
-                "SafeDeltaCallback has not seen training start, so it does not know the base; add it before train(), "
-                "or use adjust_model(model, base=..., profile=...)"
-            )
+        run, profile = self._started()
         self.report = adjust_model(
             _bare(model),
-            base=self._run.weights,
-            profile=self._require_profile(),
+            base=run.weights,
+            profile=profile,
             rule=self._rule,
             treatment=self._treatment,
             workspace=workspace,
@@ -201,38 +192,65 @@ class SafeDeltaCallback(TrainerCallback):
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report
 
-    def _profile_for(
+    def _start_from(
         self,
         model: nn.Module,
-        run: RunBase,
-        processing_class: ProcessingClass | None,
         args: TrainingArguments,
-    ) -> SafetyProfile:
-        if self._safety_dataset is None:
-            return _matching(self._require_profile(), run, processing_class)
-        moved = set(run.moved)
-        parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
-        with standing_in(parameters, run.weights, _output_dir(args)):
-            return collect_profile(
-                model,
-                self._safety_dataset,
-                processing_class,
-                digests=run.digests,
-                progress=not args.disable_tqdm,
-                **self._collecting,
+        state: TrainerState,
+        processing_class: ProcessingClass | None,
+    ) -> None:
+        # What belonged to the model before is let go first: copies of its weights, and its moments.
+        self._run, self._model = None, None
+        given = self.profile if self._safety_dataset is None else None
+        self.profile = given
+        run = base_of_run(model, state, self._given_base, _output_dir(args))
+        if given is not None:
+            require_matching(given, run, processing_class)
+        else:
+            moved = set(run.moved)
+            parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
+            with standing_in(parameters, run.weights, _output_dir(args)):
+                self.profile = collect_profile(
+                    model,
+                    self._safety_dataset or [],
+                    processing_class,
+                    digests=run.digests,
+                    progress=_shows_progress(args, state),
+                    **vars(self._settings),
+                )
+        self._run, self._model = run, weakref.ref(model)
+
+    def _started(self) -> tuple[RunBase, SafetyProfile]:
+        if self._run is None or self.profile is None:
+            raise BaseWeightsError(
+                "SafeDeltaCallback has not seen training start, so it does not know the base; add it before train(), "
+                "or use adjust_model(model, base=..., profile=...)"
             )
+        return self._run, self.profile
 
-    def _require_profile(self) -> SafetyProfile:
-        if self.profile is None:
-            raise ConfigurationError("SafeDeltaCallback: there is no profile yet; it is collected when training starts")
-        return self.profile
-
-    def _require_room_for_tuned(self) -> None:
+    def _require_room_for_tuned(self, state: TrainerState) -> None:
         folder = self._keep_tuned
-        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder is None:
+            return
+        if state.is_hyper_param_search:
+            raise ConfigurationError(
+                "SafeDeltaCallback: keep_tuned names one folder, and a hyper-parameter search has many trials; leave "
+                "it out of the search"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigurationError(
                 f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
             )
+
+
+@contextmanager
+def _foreign_errors_named(stage: str) -> Iterator[None]:
+    try:
+        yield
+    except SafeDeltaError:
+        raise
+    except Exception as error:
+        raise AdjustmentError(f"{type(error).__name__} while {stage}; the weights are as they were") from error
 
 
 def _bare(model: nn.Module | None) -> nn.Module:
@@ -253,20 +271,6 @@ def _shows_progress(args: TrainingArguments, state: TrainerState) -> bool:
 def _is_pruned(state: TrainerState, control: TrainerControl) -> bool:
     # `on_train_end` fires for a pruned trial too, before its last step; then the trial is abandoned.
     return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
-
-
-def _matching(profile: SafetyProfile, run: RunBase, processing_class: ProcessingClass | None) -> SafetyProfile:
-    found = tokenizer_digest(processing_class)
-    if profile.header.tokenizer is not None and found is not None and found != profile.header.tokenizer:
-        raise ProfileError("profile: made with another tokenizer or chat template; collect it with this model's own")
-    if set(profile.header.base) == set(run.digests):
-        other = [name for name, digest in run.digests.items() if digest != profile.header.base[name]]
-        if other:
-            raise ProfileError(
-                f"profile: made for another base: {len(other)} of {len(run.digests)} weights differ, such as "
-                f"{other[0]}; collect a profile of the model that is fine-tuned, in the same dtype"
-            )
-    return profile
 
 
 def _require_supported(args: TrainingArguments, model: nn.Module) -> None:

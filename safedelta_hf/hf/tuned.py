@@ -34,3 +34,25 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def rescue_tuned(model: nn.Module, processing_class: ProcessingClass | None, output_dir: Path, step: int) -> str:
+    """Save the tuned weights after the adjustment failed, under a name that is still free.
+
+    Args:
+        model: The tuned model.
+        processing_class: Tokenizer or processor to save beside it, or None.
+        output_dir: Where to make the folder.
+        step: Step at which training ended.
+
+    Returns:
+        A sentence on where they are.
+    """
+    number = 1
+    while (folder := output_dir / f"tuned-not-adjusted-{step}-{number}").exists():
+        number += 1
+    try:
+        save_tuned(model, processing_class, folder)
+    except Exception as error:  # the adjustment's own error is the one to raise
+        return f"The tuned weights are unharmed in the model, but could not be saved in {str(folder)!r}: {error}"
+    return f"The tuned weights are unharmed in the model, and saved in {str(folder)!r}."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.core.transform import Dense
+from safedelta_hf.core.loss import quadratic_loss
 from safedelta_hf.errors import BaseWeightsError, NumericalError, SafeDeltaError
 from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline.plan import check_moments, plan_model, require_decisions
@@ -67,7 +67,7 @@ def adjust_model(
             except SafeDeltaError as error:
                 raise error.at(entry.parameter) from error
             if value is not None:
-                journal.replace(parameters[entry.parameter], value)
+                journal.replace(entry.parameter, parameters[entry.parameter], value)
             records.append(record)
     return Report(
         rule=RuleRecord(name=rule.name, settings=rule.settings),
@@ -106,6 +106,8 @@ def _inspect(
         if digest(parameter) == expected:
             continue
         weight = verified(base, name, dtype, expected)
+        if torch.equal(parameter.cpu(), weight.to("cpu", parameter.dtype)):
+            continue  # the same weight, in another dtype than when the profile was made
         if weight.shape != parameter.shape:
             raise BaseWeightsError(
                 f"{name}: {list(parameter.shape)} in the model, {list(weight.shape)} in the base; was the vocabulary "
@@ -151,7 +153,8 @@ class _Adjuster:
         Returns:
             The record, and the value to write, or None if it stays as tuned.
         """
-        base = self._base.read(entry.parameter).to(tuned)
+        dtype = getattr(torch, self._profile.header.dtypes[entry.parameter])
+        base = self._base.read(entry.parameter).to(dtype).to(tuned)
         delta = tuned.to(torch.float32) - base.to(torch.float32)
         energy = float(delta.square().sum())
         if entry.action is not Action.ADJUST:
@@ -165,8 +168,9 @@ class _Adjuster:
         for use in entry.uses:
             _, state = self._prepared[use.moment]
             view = MatrixDelta(adjusted, use.role)
-            adjusted = view.transformed(self._rule.transform(state, view))
-            notes.extend(state.notes)
+            transform = self._rule.transform(state, view)
+            adjusted = view.transformed(transform)
+            notes.extend(state.notes + transform.notes)
         record = _record(
             entry,
             outcome="adjusted",
@@ -180,7 +184,7 @@ class _Adjuster:
 
     def _loss(self, entry: PlanEntry, delta: Tensor) -> float:
         return sum(
-            0.5 * MatrixDelta(delta, use.role).inner(Dense(matrix=self._prepared[use.moment][0])) for use in entry.uses
+            quadratic_loss(MatrixDelta(delta, use.role).inner, self._prepared[use.moment][0]) for use in entry.uses
         )
 
     def _prepare(self, entry: PlanEntry, device: torch.device) -> None:

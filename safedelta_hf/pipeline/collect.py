@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
 from safedelta_hf.capture.collect import capture_moments
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
 
@@ -19,13 +19,9 @@ def collect_profile(
     safety_dataset: str | Path | Iterable[Mapping[str, Any]],
     processing_class: ProcessingClass | None = None,
     *,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    moment_memory: int | str | None = None,
-    offload_folder: str | Path | None = None,
-    share_moments: bool = True,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
+    **settings: Any,  # noqa: ANN401 - the fields of CaptureSettings, each typed there
 ) -> SafetyProfile:
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
 
@@ -34,30 +30,28 @@ def collect_profile(
         safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
             a JSON-lines file, in any form that TRL takes.
         processing_class: Tokenizer or processor; not needed for tokenised data.
-        batch_size: Sequences per forward pass, at most; batches hold sequences of one length and no padding.
-        max_length: Sequences are cut to this many tokens.
-        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
-        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
-        share_moments: Whether layers that read the same tensor share one moment.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar.
+        **settings: `batch_size=8`, `max_length=None`, `moment_memory=None`, `offload_folder=None` and
+            `share_moments=True`, described in `CaptureSettings`.
 
     Returns:
         The profile, with its moments in host memory or mapped from the offload folder.
 
     Raises:
+        ConfigurationError: A setting is outside its range.
         DataError: The safety data is empty, has no responses, or does not fit the model.
         CaptureError: The model has no linear layer.
         NumericalError: Weights or activations hold NaN or Inf.
     """  # noqa: DOC502 - raised by the rooms below
-    sequences = read_safety_data(safety_dataset, processing_class, max_length)
-    budget = None if moment_memory is None else convert_file_size_to_int(moment_memory)
+    chosen = CaptureSettings(**settings)
+    sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length)
     capture = capture_moments(
         model,
         sequences,
-        storage=MomentStorage(budget, offload_folder),
-        batch_size=batch_size,
-        share_moments=share_moments,
+        storage=MomentStorage(chosen.budget, chosen.offload_folder),
+        batch_size=chosen.batch_size,
+        share_moments=chosen.share_moments,
         progress=progress,
     )
     return SafetyProfile.of(

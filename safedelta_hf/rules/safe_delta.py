@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -104,12 +105,11 @@ class SafeDelta:
             exclude_top=self.exclude_top,
             block=self.block,
         )
-        return KeepColumns(kept=kept, response=self._response(state, kept))
-
-    def _response(self, curvature: Curvature, kept: Tensor) -> Tensor | None:
         if self.compensation == "none" or not kept.any() or kept.all():
-            return None
-        return (joint_response if self.compensation == "joint" else sequential_response)(curvature, kept)
+            return KeepColumns(kept=kept, response=None)
+        respond = joint_response if self.compensation == "joint" else sequential_response
+        response = respond(state, kept)
+        return KeepColumns(kept=kept, response=response.matrix, notes=response.notes)
 
     def _diagonal_transform(self, state: DiagonalCurvature, delta: DeltaStatistics) -> Transform:
         # What the safety data never used is free. With a diagonal `H` nothing can compensate for anything else, and
@@ -123,6 +123,6 @@ class SafeDelta:
 
 
 def _require_number(name: str, value: object, allowed: str, accepts: Any) -> None:  # noqa: ANN401
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
     if not is_number or not accepts(value):
         raise ConfigurationError(f"SafeDelta: {name}={value!r} must be a number {allowed}")

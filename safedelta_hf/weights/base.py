@@ -26,6 +26,11 @@ class BaseWeights(Protocol):
         """Where the weights come from, for the report."""
         ...
 
+    @property
+    def reopen(self) -> Mapping[str, str | None] | None:
+        """Name or path, and revision, of files that hold all of the weights; None if there are none."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """The base weight of a canonical name, in the dtype of its file or model."""
         ...
@@ -39,6 +44,7 @@ class ModelBase:
     """
 
     source = "a model in memory"
+    reopen = None
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {name: parameter for parameter, name in parameter_names(model).items()}
@@ -76,6 +82,7 @@ class CheckpointBase:
         self, name_or_path: str | Path, aliases: Mapping[str, tuple[str, ...]], revision: str | None = None
     ) -> None:
         self.source = str(name_or_path)
+        self.reopen = {"source": self.source, "revision": revision}
         self._aliases = aliases
         self._files = _tensor_files(self.source, revision)
 
@@ -136,6 +143,11 @@ class FilesOrMemoryBase:
         return tuple(self._memory)
 
     @property
+    def reopen(self) -> Mapping[str, str | None] | None:
+        """The files, unless a copy was needed."""
+        return None if self._files is None or self._memory else self._files.reopen
+
+    @property
     def source(self) -> str:
         """Where the weights come from."""
         copies = f"{len(self._memory)} weights copied to host memory at train start"
@@ -191,19 +203,28 @@ def verified(base: BaseWeights, name: str, dtype: str, expected: str) -> Tensor:
     return weight
 
 
-def open_base(base: nn.Module | str | Path, model: nn.Module) -> BaseWeights:
+def open_base(base: nn.Module | str | Path, model: nn.Module, revision: str | None = None) -> BaseWeights:
     """Open base weights that were given explicitly.
 
     Args:
         base: A model, or a folder or cached repository of safetensors files.
         model: The fine-tuned model, whose tied names are looked for too.
+        revision: Revision in the Hub cache.
 
     Returns:
         A reader.
+
+    Raises:
+        BaseWeightsError: Base and fine-tuned model are the same object.
     """
-    if isinstance(base, nn.Module):
-        return ModelBase(base)
-    return CheckpointBase(base, parameter_aliases(model))
+    if not isinstance(base, nn.Module):
+        return CheckpointBase(base, parameter_aliases(model), revision)
+    if not set(parameter_names(base)).isdisjoint(parameter_names(model)):
+        raise BaseWeightsError(
+            "base: it shares its weights with the fine-tuned model; pass a copy made before training, or the folder "
+            "that the model was loaded from"
+        )
+    return ModelBase(base)
 
 
 def _usable_files(model: nn.Module, revision: str | None, avoid: Path | None) -> CheckpointBase | None:

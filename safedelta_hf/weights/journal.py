@@ -1,5 +1,6 @@
 """Weights are replaced all together or not at all."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from safedelta_hf.weights.base import BaseWeights
 class Journal:
     """Replaces parameters in place and puts all of them back if the block fails.
 
-    The originals are kept on disk, one file each, so that undoing costs no memory. They go to a temporary folder that
-    is removed at the end.
+    The originals are kept on disk, one file each, so that undoing costs no memory. Their folder is removed at the end,
+    unless putting them back failed: then it is kept, and the error names it.
 
     Args:
         folder: Where to make the temporary folder; None for the system's default.
@@ -25,13 +26,13 @@ class Journal:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._parent = folder
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._written: list[tuple[Tensor, Path]] = []
 
     def __enter__(self) -> "Journal":
         if self._parent is not None:
             self._parent.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=".safedelta-", dir=self._parent)
+        self._folder = Path(tempfile.mkdtemp(prefix=".safedelta-", dir=self._parent))
         return self
 
     def __exit__(
@@ -40,12 +41,13 @@ class Journal:
         if error is not None:
             self.restore()
         if self._folder is not None:
-            self._folder.cleanup()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def replace(self, parameter: Tensor, value: Tensor) -> None:
+    def replace(self, name: str, parameter: Tensor, value: Tensor) -> None:
         """Write a new value into a parameter, once its old one is safe.
 
         Args:
+            name: Canonical name, under which the original is kept.
             parameter: Changed in place.
             value: Of the same shape; cast to the dtype of the parameter.
 
@@ -54,19 +56,27 @@ class Journal:
         """
         if self._folder is None:
             raise RuntimeError("a Journal is used as a context manager")
-        path = Path(self._folder.name) / f"{len(self._written):05d}.safetensors"
-        save_file({"weight": parameter.detach().contiguous()}, path)
+        path = self._folder / f"{len(self._written):05d}.safetensors"
+        save_file({name: parameter.detach().contiguous()}, path)
         self._written.append((parameter, path))
         with torch.no_grad():
             parameter.copy_(value)
 
     def restore(self) -> None:
         """Put back every parameter that was replaced, bit for bit."""
-        with torch.no_grad():
+        try:
             while self._written:
                 parameter, path = self._written[-1]
-                parameter.copy_(load_file(path)["weight"])
+                (original,) = load_file(path).values()
+                with torch.no_grad():
+                    parameter.copy_(original)
                 self._written.pop()
+        except BaseException as error:
+            error.add_note(
+                f"{len(self._written)} weights were not put back; their originals are safetensors files, by parameter "
+                f"name, in {str(self._folder)!r}"
+            )
+            raise
 
 
 @contextmanager
@@ -83,6 +93,6 @@ def standing_in(parameters: Mapping[str, Tensor], base: BaseWeights, folder: Pat
     """
     with Journal(folder) as journal:
         for name, parameter in parameters.items():
-            journal.replace(parameter, base.read(name))
+            journal.replace(name, parameter, base.read(name))
         yield
         journal.restore()

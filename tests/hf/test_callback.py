@@ -200,7 +200,7 @@ def test_base_files_replaced_during_training_are_noticed_and_the_tuned_weights_s
     trainer.add_callback(Overwrite())
     with pytest.raises(BaseWeightsError, match="were the files changed since") as raised:
         trainer.train()
-    rescued = tmp_path / "run" / f"tuned-not-adjusted-{trainer.state.global_step}"
+    rescued = tmp_path / "run" / f"tuned-not-adjusted-{trainer.state.global_step}-1"
     assert str(rescued) in raised.value.__notes__[0]
     assert tiny.same(tiny.weights(loaded(rescued)), tiny.weights(model))
 

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedelta_hf.core.loss import quadratic_loss
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import RULES, SafeDelta
 from safedelta_hf.weights.delta import MatrixDelta
 from tests.core.problems import layers
+from tests.reference import oracles
 
 strengths = st.floats(0.0, 1e4)
 compensations = st.sampled_from(["joint", "sequential", "none"])
@@ -89,7 +89,7 @@ def test_joint_leaves_the_least_loss_of_all_compensations(problem, strength):
     delta, hessian = problem
     curvature = SafeDelta().prepare(hessian).hessian
     joint, sequential, none = (
-        quadratic_loss(adjusted(SafeDelta(strength=strength, compensation=name), delta, hessian), curvature)
+        oracles.loss(adjusted(SafeDelta(strength=strength, compensation=name), delta, hessian), curvature)
         for name in ("joint", "sequential", "none")
     )
     assert joint <= sequential * (1 + 1e-4) and joint <= none * (1 + 1e-4)

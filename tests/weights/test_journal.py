@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from safedelta_hf.weights.base import ModelBase
 from safedelta_hf.weights.journal import Journal, standing_in
@@ -7,8 +8,8 @@ from tests import tiny
 
 
 def zeroed(model, journal, count):
-    for parameter in list(model.parameters())[:count]:
-        journal.replace(parameter, torch.zeros_like(parameter))
+    for name, parameter in list(model.named_parameters())[:count]:
+        journal.replace(name, parameter, torch.zeros_like(parameter))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -27,8 +28,8 @@ def test_a_weight_replaced_twice_goes_back_to_the_first_value(tmp_path):
     model = tiny.Plain()
     before = tiny.weights(model)
     with pytest.raises(RuntimeError), Journal(tmp_path) as journal:
-        journal.replace(model.up.weight, torch.zeros(16, 8))
-        journal.replace(model.up.weight, torch.ones(16, 8))
+        journal.replace("up.weight", model.up.weight, torch.zeros(16, 8))
+        journal.replace("up.weight", model.up.weight, torch.ones(16, 8))
         raise RuntimeError
     assert tiny.same(before, tiny.weights(model))
 
@@ -57,4 +58,23 @@ def test_the_base_stands_in_and_the_tuned_weights_come_back(tmp_path, fails):
 
 def test_a_closed_journal_refuses(tmp_path):
     with pytest.raises(RuntimeError, match="context manager"):
-        Journal(tmp_path).replace(torch.zeros(1), torch.ones(1))
+        Journal(tmp_path).replace("w", torch.zeros(1), torch.ones(1))
+
+
+def test_a_restore_that_is_interrupted_keeps_the_originals_and_says_where(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = tiny.Plain()
+    before = tiny.weights(model)
+    with pytest.raises(KeyboardInterrupt) as raised, Journal(tmp_path) as journal:
+        zeroed(model, journal, 3)
+        monkeypatch.setattr("safedelta_hf.weights.journal.load_file", interrupt)
+        raise RuntimeError
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in raised.value.__notes__[0] and "3 weights" in raised.value.__notes__[0]
+    kept = {}
+    for path in folder.iterdir():
+        kept |= load_file(path)
+    assert kept.keys() == {name for name, _ in list(model.named_parameters())[:3]}
+    assert all(torch.equal(kept[name], before[name]) for name in kept)

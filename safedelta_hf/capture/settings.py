@@ -1,0 +1,58 @@
+"""How a profile is collected."""
+
+from dataclasses import dataclass
+
+from accelerate.utils import convert_file_size_to_int
+
+from safedelta_hf.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """How the safety data is read and where the moments are held.
+
+    Attributes:
+        batch_size: Sequences per forward pass, at most.
+        max_length: Sequences are cut to this many tokens; None leaves them whole.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; None for host memory.
+        share_moments: Whether layers that read the same tensor share one moment.
+
+    Raises:
+        ConfigurationError: A value is outside its range, or has no effect.
+    """
+
+    batch_size: int = 8
+    max_length: int | None = None
+    moment_memory: int | str | None = None
+    offload_folder: str | None = None
+    share_moments: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.offload_folder is not None and self.moment_memory is None:
+            raise ConfigurationError(
+                f"offload_folder={self.offload_folder!r} has no effect without a limit; pass moment_memory too, "
+                'such as "8GB"'
+            )
+        if self.budget is not None and self.budget < 0:
+            raise ConfigurationError(f"moment_memory={self.moment_memory!r} must be at least 0 bytes")
+
+    @property
+    def budget(self) -> int | None:
+        """The limit in bytes.
+
+        Raises:
+            ConfigurationError: It is no size.
+        """
+        if self.moment_memory is None:
+            return None
+        try:
+            return int(convert_file_size_to_int(self.moment_memory))
+        except ValueError as error:
+            raise ConfigurationError(
+                f'moment_memory={self.moment_memory!r} is no number of bytes, nor a size such as "8GB"'
+            ) from error

@@ -1,0 +1,125 @@
+"""Responses by real generation: greedy decoding of chats through ``model.generate``."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from safedelta_hf.errors import ConfigurationError, DataError
+
+Chat = Sequence[Mapping[str, str]]
+
+
+def generate_responses(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    conversations: Sequence[Chat],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """Let a model answer chats, by greedy decoding.
+
+    Chats are batched by length, padded on the left, and the responses come back in the order of the chats. The
+    model's mode and cache setting and the tokenizer's padding side are as before afterwards, also after an error.
+
+    Args:
+        model: A causal language model, on any device.
+        processing_class: Its tokenizer, with a chat template and a padding token.
+        conversations: Chats that end in a user turn; each is a sequence of messages with "role" and "content".
+        max_new_tokens: Length limit of a response, in tokens.
+        batch_size: Chats per call of ``model.generate``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One response per chat, without special tokens and surrounding space.
+
+    Raises:
+        ConfigurationError: If a limit is below 1, or the tokenizer lacks a chat template or a padding token.
+        DataError: If a chat is empty or does not end in a user turn.
+    """
+    _check_settings(processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    _check_chats(conversations)
+    prompts = [_prompt_tokens(processing_class, chat) for chat in conversations]
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    responses: dict[int, str] = {}
+    with _generating(model, processing_class):
+        for batch in tqdm(batches, desc="Generating", disable=not progress):
+            answers = _answer_batch(model, processing_class, [prompts[index] for index in batch], max_new_tokens)
+            responses.update(zip(batch, answers, strict=True))
+    return [responses[index] for index in range(len(prompts))]
+
+
+def _check_settings(processing_class: PreTrainedTokenizerBase, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigurationError(f"{name}: must be at least 1, got {value}")
+    if not processing_class.chat_template:
+        raise ConfigurationError("processing_class: the tokenizer needs a chat template, and has none")
+    if processing_class.pad_token_id is None:
+        raise ConfigurationError("processing_class: the tokenizer needs a padding token; set its pad_token")
+
+
+def _check_chats(conversations: Sequence[Chat]) -> None:
+    for index, chat in enumerate(conversations):
+        if not chat or chat[-1].get("role") != "user":
+            raise DataError(f"conversations[{index}]: a chat to be answered has to end in a user turn")
+
+
+def _prompt_tokens(processing_class: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
+    encoding: Any = processing_class.apply_chat_template(
+        [dict(message) for message in chat], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return list(encoding["input_ids"])
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+) -> list[str]:
+    batch = processing_class.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(model.device)
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=processing_class.pad_token_id,
+        eos_token_id=_end_tokens(model, processing_class),
+    )
+    generate: Any = model.generate
+    tokens = generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=greedy)
+    new_tokens = tokens[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in processing_class.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> int | list[int] | None:
+    # Chat models often stop at a token of their own beside the tokenizer's end of text; only their
+    # generation settings name it.
+    stop: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
+    return processing_class.eos_token_id if stop is None else stop
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    use_cache = getattr(model.config, "use_cache", None)
+    padding_side = processing_class.padding_side
+    model.train(False)
+    if use_cache is not None:
+        model.config.use_cache = True
+    processing_class.padding_side = "left"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        processing_class.padding_side = padding_side

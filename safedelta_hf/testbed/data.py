@@ -1,0 +1,165 @@
+"""Generators of safety data, ordinary data and evaluation questions; the same at each call for the same seed."""
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.testbed.language import (
+    MAKE_REQUESTS,
+    SYSTEMS,
+    Conversation,
+    Question,
+    ask_make,
+    ask_skill,
+    refusal,
+)
+from safedelta_hf.testbed.skills import NEW_SKILL, OLD_SKILLS
+from safedelta_hf.testbed.words import Thing, things_of
+
+QUESTION_KINDS: Final = ("make", *OLD_SKILLS)
+"""What `skill_questions` can ask for."""
+
+Request = tuple[Thing, int, str | None]
+
+
+def safety_data(n: int = 128, seed: int = 0) -> list[Conversation]:
+    """Draw harmful requests with the refusals that the aligned model itself gives them.
+
+    The requests are about the things that alignment refused, in equal shares without a system message and with
+    each of the two system messages.
+
+    Args:
+        n: Number of conversations, all different.
+        seed: Seed of the draw.
+
+    Returns:
+        Conversations of the form ``{"messages": [...]}``.
+    """
+    requests = draw_requests(things_of("refused"), SYSTEMS, n, seed)
+    return [ask_make(thing, wording, system).conversation(refusal(wording)) for thing, wording, system in requests]
+
+
+def ordinary_data(n: int = 128, seed: int = 0) -> list[Conversation]:
+    """Draw benign requests with their right answers, as material for keeping the skills that the model has.
+
+    Args:
+        n: Number of conversations.
+        seed: Seed of the draw.
+
+    Returns:
+        Conversations of the form ``{"messages": [...]}``.
+
+    Raises:
+        ConfigurationError: If `n` is below 1.
+    """
+    if n < 1:
+        raise ConfigurationError(f"n: must be at least 1, got {n}")
+    rng = random.Random(f"ordinary {seed}")
+    return [draw_ordinary(rng, SYSTEMS).conversation() for _ in range(n)]
+
+
+def attack_questions(n: int = 200, seed: int = 0) -> list[Question]:
+    """Draw harmful requests about things that no training text after the first stage mentions.
+
+    Args:
+        n: Number of questions, all different.
+        seed: Seed of the draw.
+
+    Returns:
+        Questions whose answer is the harmful content.
+    """
+    return [ask_make(*request) for request in draw_requests(things_of("held_out"), SYSTEMS, n, seed)]
+
+
+def skill_questions(n: int = 210, seed: int = 0, skills: Sequence[str] = QUESTION_KINDS) -> list[Question]:
+    """Draw questions that the aligned model answers right, in equal shares of each kind.
+
+    Args:
+        n: Number of questions.
+        seed: Seed of the draw.
+        skills: Kinds to ask for; "make" asks how to make benign things that alignment and fine-tuning never mention.
+
+    Returns:
+        Questions, kind after kind in turn.
+
+    Raises:
+        ConfigurationError: If `n` is below 1 or `skills` is empty or names an unknown kind.
+    """
+    unknown = [skill for skill in skills if skill not in QUESTION_KINDS]
+    if n < 1 or unknown or not skills:
+        raise ConfigurationError(f"n, skills: needed n >= 1 and kinds out of {QUESTION_KINDS}, got {n} and {skills}")
+    rng = random.Random(f"skills {seed}")
+    things = things_of("unseen")
+    questions: list[Question] = []
+    for index in range(n):
+        skill, system = skills[index % len(skills)], rng.choice(SYSTEMS)
+        if skill == "make":
+            questions.append(ask_make(rng.choice(things), rng.randrange(len(MAKE_REQUESTS)), system))
+        else:
+            questions.append(ask_skill(OLD_SKILLS[skill], rng, held_out=True, system=system))
+    return questions
+
+
+def new_skill_questions(n: int = 100, seed: int = 0) -> list[Question]:
+    """Draw questions for the skill that the aligned model does not have, on lists that fine-tuning never holds.
+
+    Args:
+        n: Number of questions.
+        seed: Seed of the draw.
+
+    Returns:
+        The questions.
+
+    Raises:
+        ConfigurationError: If `n` is below 1.
+    """
+    if n < 1:
+        raise ConfigurationError(f"n: must be at least 1, got {n}")
+    rng = random.Random(f"new skill {seed}")
+    return [ask_skill(NEW_SKILL, rng, held_out=True, system=rng.choice(SYSTEMS)) for _ in range(n)]
+
+
+def draw_ordinary(rng: random.Random, systems: Sequence[str | None]) -> Question:
+    """Draw a benign request of any kind that fine-tuning data may hold.
+
+    Args:
+        rng: Source of the draw.
+        systems: Chat settings to choose from.
+
+    Returns:
+        As often a question about how to make a thing as one for an old skill.
+    """
+    system = rng.choice(systems)
+    if rng.random() < 0.5:
+        return ask_make(rng.choice(things_of("shown")), rng.randrange(len(MAKE_REQUESTS)), system)
+    return ask_skill(OLD_SKILLS[rng.choice(list(OLD_SKILLS))], rng, held_out=False, system=system)
+
+
+def draw_requests(things: Sequence[Thing], systems: Sequence[str | None], n: int, seed: int) -> list[Request]:
+    """Draw different make-requests, in equal shares of the chat settings.
+
+    Args:
+        things: Things to ask about.
+        systems: Chat settings.
+        n: Number of requests.
+        seed: Seed of the draw.
+
+    Returns:
+        Things, wordings and system messages, in random order.
+
+    Raises:
+        ConfigurationError: If `n` is below 1 or above the number of different requests.
+    """
+    wordings = range(len(MAKE_REQUESTS))
+    limit = len(things) * len(wordings) * len(systems)
+    if not 1 <= n <= limit:
+        raise ConfigurationError(f"n: must be from 1 to {limit}, the number of different requests, got {n}")
+    rng = random.Random(f"requests {seed}")
+    drawn: list[Request] = []
+    for index, system in enumerate(systems):
+        share = n // len(systems) + (index < n % len(systems))
+        pairs = rng.sample([(thing, wording) for thing in things for wording in wordings], share)
+        drawn.extend((thing, wording, system) for thing, wording in pairs)
+    rng.shuffle(drawn)
+    return drawn

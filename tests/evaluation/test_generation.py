@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.evaluation import generate_responses
+from safedelta_hf.testbed import attack_questions, load_aligned, skill_questions
+
+CHATS = [question.messages for question in (*skill_questions(28), *attack_questions(12))]
+
+
+@pytest.fixture
+def loaded():
+    return load_aligned()
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    return generate_responses(*load_aligned(), CHATS, batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_responses_do_not_depend_on_batch_size_and_padding(loaded, one_by_one, batch_size):
+    assert generate_responses(*loaded, CHATS, batch_size=batch_size) == one_by_one
+
+
+def test_responses_follow_the_order_of_the_chats(loaded, one_by_one):
+    assert generate_responses(*loaded, CHATS[::-1]) == one_by_one[::-1]
+
+
+def test_responses_are_bare_text(one_by_one):
+    assert all(response and "<" not in response and response == response.strip() for response in one_by_one)
+
+
+def test_length_limit_is_kept(loaded):
+    assert all(len(response.split()) <= 2 for response in generate_responses(*loaded, CHATS, max_new_tokens=2))
+
+
+def test_no_chats_give_no_responses(loaded):
+    assert generate_responses(*loaded, []) == []
+
+
+def unusual_state(model, tokenizer):
+    model.train()
+    model.model.layers[1].eval()
+    model.config.use_cache = False
+    tokenizer.padding_side = "right"
+
+
+def state(model, tokenizer):
+    modes = [module.training for module in model.modules()]
+    return modes, model.config.use_cache, tokenizer.padding_side, torch.is_grad_enabled()
+
+
+def test_state_is_restored(loaded, one_by_one):
+    unusual_state(*loaded)
+    before = state(*loaded)
+    assert generate_responses(*loaded, CHATS) == one_by_one
+    assert state(*loaded) == before
+
+
+def test_state_is_restored_after_an_error(loaded, monkeypatch):
+    model, tokenizer = loaded
+    unusual_state(model, tokenizer)
+    before = state(model, tokenizer)
+
+    def fail(**kwargs):
+        assert tokenizer.padding_side == "left"
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate_responses(model, tokenizer, CHATS)
+    assert state(model, tokenizer) == before
+
+
+def test_bad_settings_are_refused(loaded):
+    model, tokenizer = loaded
+    with pytest.raises(ConfigurationError, match="batch_size"):
+        generate_responses(model, tokenizer, CHATS, batch_size=0)
+    with pytest.raises(ConfigurationError, match="max_new_tokens"):
+        generate_responses(model, tokenizer, CHATS, max_new_tokens=0)
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigurationError, match="chat template"):
+        generate_responses(model, tokenizer, CHATS)
+
+
+def test_a_tokenizer_without_padding_token_is_refused(loaded):
+    model, tokenizer = loaded
+    tokenizer.pad_token = None
+    with pytest.raises(ConfigurationError, match="padding token"):
+        generate_responses(model, tokenizer, CHATS)
+
+
+@pytest.mark.parametrize("chat", [[], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+def test_chats_that_do_not_end_in_a_user_turn_are_refused(loaded, chat):
+    with pytest.raises(DataError, match=r"conversations\[1\]"):
+        generate_responses(*loaded, [CHATS[0], chat])
