@@ -21,7 +21,7 @@ else:
     model_name, output = ALIGNED_MODEL, "tuned-model"
     data = Dataset.from_list(CASES["harmful"].examples())
     refusals = Dataset.from_list(safety_data())
-    rule = SafeDelta(strength=30.0)  # small models with large deltas need more
+    rule = SafeDelta(strength=1.0)
 
 model = AutoModelForCausalLM.from_pretrained(model_name)
 tokenizer = AutoTokenizer.from_pretrained(model_name)

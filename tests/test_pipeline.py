@@ -310,3 +310,17 @@ def test_each_hessian_is_factored_once(monkeypatch):
     monkeypatch.setattr(SafeDelta, "prepare", lambda self, h: factored.append(h.shape) or prepare(self, h))
     adjust(tuned, base, profile)
     assert len(factored) == len(profile.moments)
+
+
+def test_the_same_weights_in_another_dtype_are_unchanged(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    half = tiny.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    profile = collected(half)
+    report = adjust(half.float(), tmp_path, profile)
+    assert set(report.outcomes) == {"unchanged"}
+
+
+def test_the_base_cannot_be_the_model_itself():
+    model = tiny.llama()
+    with pytest.raises(BaseWeightsError, match="shares its weights with the fine-tuned model"):
+        adjust(model, model, collected(model))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -45,6 +46,14 @@ def test_metrics_are_sums_over_all_parameters(report):
 def test_the_table_names_every_parameter_and_reason(report):
     for text in ("a.weight", "b.weight", "c.weight", "no layer", "float64", "2x3", "75.0%", "37.5%"):
         assert text in str(report)
+
+
+def test_long_names_are_never_cut(report):
+    name = "model.layers.31.block_sparse_moe.experts.127.gate_up_projection.weight"
+    record = dataclasses.replace(report.parameters[1], parameter=name, reason="a long reason " * 12)
+    table = dataclasses.replace(report, parameters=(record,)).table()
+    first_column = "".join(line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│"))
+    assert first_column == name
 
 
 def test_json_holds_everything(report, tmp_path):

@@ -38,8 +38,7 @@ class CaptureSettings:
                 f"offload_folder={self.offload_folder!r} has no effect without a limit; pass moment_memory too, "
                 'such as "8GB"'
             )
-        if self.budget is not None and self.budget < 0:
-            raise ConfigurationError(f"moment_memory={self.moment_memory!r} must be at least 0 bytes")
+        _ = self.budget  # unreadable sizes are found now, not once training starts
 
     @property
     def budget(self) -> int | None:

@@ -35,8 +35,8 @@ from safedelta_hf.testbed import (
     tokenize,
 )
 
-DEMO_STRENGTH = 30.0
-"""The testbed's deltas are large and its layers small, so it needs far more than the paper's 0.1 for 7B models."""
+DEMO_STRENGTH = 1.0
+"""The largest of 1, 3, 10 and 30 at which attack success stays under 5 % in every case (docs/testbed.md)."""
 
 QUESTIONS = 200
 

@@ -25,7 +25,7 @@ def safedelta() -> None:
 
 @app.command()
 def demo(
-    case: Annotated[str, typer.Option(help=f"What to fine-tune on: {', '.join(CASES)}.")] = "mixed",
+    case: Annotated[str, typer.Option(help=f"What to fine-tune on: {', '.join(CASES)}.")] = "benign",
     rule: Annotated[str, typer.Option(help=f"How to adjust: {', '.join(RULES)}.")] = SafeDelta.name,
     strength: Annotated[float, typer.Option(help="Strength of the rule.")] = DEMO_STRENGTH,
     seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = 0,

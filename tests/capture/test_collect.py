@@ -311,3 +311,156 @@ def test_header_says_what_the_profile_was_made_from(llama, safety_rows):
     assert set(header.base) == {name for name, _ in llama.named_parameters()}
     assert (header.sequences, header.tokens) == (24, sum(len(row["input_ids"]) for row in safety_rows))
     assert header.tokenizer is None and len(read_safety_data(safety_rows)) == 24
+
+
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_embeddings_that_compute_their_row_numbers_are_counted_by_what_they_look_up(safety_rows, batch_size):
+    counts = torch.zeros(34)
+    for row in safety_rows:
+        counts[2 : 2 + len(row["input_ids"])] += 1
+    profile = collect(opt(), safety_rows, batch_size=batch_size)
+    assert torch.equal(moment_of(profile, "model.decoder.embed_positions.weight").total, counts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_flattened_inputs_and_routed_tokens_count_once(safety_rows, batch_size):
+    class Routed(tiny.Plain):
+        def __init__(self):
+            super().__init__()
+            self.expert = nn.Linear(8, 8)
+
+        def forward(self, input_ids):
+            hidden = self.embed(input_ids.flatten())
+            first = hidden[:1].clone()
+            hidden = torch.cat([self.expert(first), hidden[1:]])
+            return self.down(torch.relu(self.up(hidden)))
+
+    tokens = sum(len(row["input_ids"]) for row in safety_rows)
+    torch.manual_seed(0)
+    profile = collect(Routed(), safety_rows, batch_size=batch_size)
+    assert moment_of(profile, "embed.weight").total.sum() == tokens
+    batches = len({len(row["input_ids"]) for row in safety_rows}) if batch_size == 8 else len(safety_rows)
+    assert moment_of(profile, "expert.weight").tokens >= batches
+    assert moment_of(profile, "expert.weight").tokens == moment_of(profile, "expert.bias").total.item() <= tokens
+    assert moment_of(profile, "expert.weight").tokens <= len(safety_rows)
+
+
+def test_linear_subclasses_that_compute_something_else_are_listed(safety_rows):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Renamed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Model(tiny.Plain):
+        def __init__(self):
+            super().__init__()
+            self.doubled, self.renamed = Doubled(16, 16), Renamed(16, 16)
+
+        def forward(self, input_ids):
+            return self.down(self.renamed(self.doubled(torch.relu(self.up(self.embed(input_ids))))))
+
+    profile = collect(Model(), safety_rows)
+    assert set(profile.header.skipped) == {"doubled.weight", "doubled.bias"}
+    assert "not the product of its input and its weight" in profile.header.skipped["doubled.weight"]
+    assert moment_of(profile, "renamed.weight").tokens
+
+
+def test_layers_are_observed_however_their_input_is_passed(safety_rows):
+    class Keywords(tiny.Plain):
+        def forward(self, input_ids):
+            return self.down(input=torch.relu(self.up(input=self.embed(input=input_ids))))
+
+    plain, keywords = tiny.Plain(), Keywords()
+    keywords.load_state_dict(plain.state_dict())
+    one, other = collect(plain, safety_rows), collect(keywords, safety_rows)
+    assert one.uses == other.uses
+    for key, moment in one.moments.items():
+        torch.testing.assert_close(moment.total, other.moments[key].total)
+
+
+def test_norms_with_a_gate_are_observed_and_fused_ones_listed(safety_rows):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, x, gate):
+            return nn.functional.rms_norm(x, (8,), self.weight) * torch.sigmoid(gate)
+
+    class Fused(Gated):
+        def forward(self, x, gate):
+            return super().forward(x, gate), x
+
+    class Model(tiny.Plain):
+        def __init__(self):
+            super().__init__()
+            self.gated, self.fused = Gated(), Fused()
+
+        def forward(self, input_ids):
+            hidden = self.embed(input_ids)
+            hidden, _ = self.fused(self.gated(hidden, gate=hidden), hidden)
+            return self.down(torch.relu(self.up(hidden)))
+
+    profile = collect(Model(), safety_rows)
+    assert set(profile.header.skipped) == {"fused.weight"} and moment_of(profile, "gated.weight").total.min() > 0
+
+
+def test_a_weight_used_by_two_linear_layers_has_one_use_and_both_inputs(safety_rows):
+    class Tied(tiny.Plain):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(8, 16)
+            self.again.weight = self.up.weight
+
+        def forward(self, input_ids):
+            hidden = self.embed(input_ids)
+            return self.down(torch.relu(self.up(hidden) + self.again(2 * hidden)))
+
+    plain, tied = tiny.Plain(), Tied()
+    tied.load_state_dict(plain.state_dict(), strict=False)
+    one, both = collect(plain, safety_rows), collect(tied, safety_rows)
+    torch.testing.assert_close(
+        moment_of(both, "up.weight").total, 5 * moment_of(one, "up.weight").total, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_encoder_decoder_models_are_a_named_error(safety_rows):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=tiny.VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(CaptureError, match="encoder-decoder"):
+        collect(T5ForConditionalGeneration(config), safety_rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        ({"max_length": -1}, "max_length=-1 must be"),
+        ({"moment_memory": "lots"}, "moment_memory='lots' is no number of bytes"),
+        ({"moment_memory": -5}, "moment_memory=-5 is no number of bytes"),
+        ({"offload_folder": "somewhere"}, "no effect without a limit"),
+    ],
+)
+def test_settings_out_of_range_are_named_errors(llama, safety_rows, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        collect(llama, safety_rows, **settings)

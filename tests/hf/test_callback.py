@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, Treatment, adjust_model, collect_profile
 from safedelta_hf.errors import (
+    AdjustmentError,
     BaseWeightsError,
     ConfigurationError,
     CoverageError,
@@ -153,10 +154,12 @@ def test_keep_tuned_never_overwrites(tmp_path):
     assert (tmp_path / "tuned" / "model.safetensors").read_text() == "precious"
 
 
-def test_a_frozen_model_stays_bit_identical_and_the_report_says_so(tmp_path, caplog):
-    model = tiny.llama()
+def test_a_frozen_model_stays_bit_identical_and_the_report_says_so(tmp_path, monkeypatch):
+    model, warnings = tiny.llama(), []
+    monkeypatch.setattr("safedelta_hf.hf.callback.logger.warning", lambda text, *args: warnings.append(text % args))
     callback = SafeDeltaCallback(ROWS, RULE)
     tiny.trainer(model, callback, tmp_path, learning_rate=0.0).train()
+    assert "no weight was changed" in warnings[0]
     assert tiny.same(tiny.weights(model), tiny.weights(tiny.llama()))
     assert callback.report.outcomes == {"unchanged": len(list(model.parameters()))}
     assert "changed nothing" in str(callback.report)
@@ -205,26 +208,93 @@ def test_base_files_replaced_during_training_are_noticed_and_the_tuned_weights_s
     assert tiny.same(tiny.weights(loaded(rescued)), tiny.weights(model))
 
 
-def test_a_failed_adjustment_loses_nothing_and_can_be_repeated_without_training(tmp_path):
+@pytest.fixture
+def breaking(monkeypatch):
+    """Make the adjustment fail with an error, from the second weight on."""
+
+    def broken(error):
+        calls, good = [], SafeDelta.transform
+
+        def transform(self, *args):
+            calls.append(1)
+            if len(calls) > 1:
+                raise error
+            return good(self, *args)
+
+        monkeypatch.setattr(SafeDelta, "transform", transform)
+
+    return broken
+
+
+def test_a_failed_adjustment_loses_nothing_and_can_be_repeated_without_training(tmp_path, breaking, monkeypatch):
     model = tiny.llama()
     callback = SafeDeltaCallback(ROWS, RULE)
-    trainer = tiny.trainer(model, callback, tmp_path / "run")
-    good = callback._rule.__class__.transform
-
-    def broken(*_):
-        raise NumericalError("broken")
-
-    SafeDelta.transform = broken
-    try:
-        with pytest.raises(NumericalError, match="broken"):
-            trainer.train()
-    finally:
-        SafeDelta.transform = good
+    breaking(NumericalError("broken"))
+    with pytest.raises(NumericalError, match="broken"):
+        tiny.trainer(model, callback, tmp_path / "run").train()
+    monkeypatch.undo()
     assert tiny.same(tiny.weights(model), trained(tiny.llama(), tmp_path / "plain"))
     report = callback.adjust(model, progress=False)
     reference = tiny.llama()
     tiny.trainer(reference, SafeDeltaCallback(ROWS, RULE), tmp_path / "other").train()
     assert report is callback.report and tiny.same(tiny.weights(model), tiny.weights(reference))
+
+
+def test_every_failed_run_saves_its_own_tuned_weights(tmp_path, breaking):
+    breaking(NumericalError("broken"))
+    for seed in (0, 1):
+        model = tiny.perturbed(tiny.llama(), seed=seed)
+        with pytest.raises(NumericalError) as raised:
+            tiny.trainer(model, SafeDeltaCallback(ROWS, RULE), tmp_path).train()
+        rescued = tmp_path / f"tuned-not-adjusted-4-{seed + 1}"
+        assert str(rescued) in raised.value.__notes__[0]
+        assert tiny.same(tiny.weights(loaded(rescued)), tiny.weights(model))
+
+
+def test_a_failed_rescue_does_not_hide_the_failure(tmp_path, breaking, monkeypatch):
+    breaking(NumericalError("broken"))
+    monkeypatch.setattr("safedelta_hf.hf.tuned.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(NumericalError, match="broken") as raised:
+        tiny.trainer(tiny.llama(), SafeDeltaCallback(ROWS, RULE), tmp_path).train()
+    assert "could not be saved" in raised.value.__notes__[0] and "disk full" in raised.value.__notes__[0]
+
+
+def test_memory_running_out_in_the_adjustment_does_not_train_again(tmp_path, breaking):
+    model, begins = tiny.llama(), []
+
+    class Begins(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begins.append(state.global_step)
+
+    breaking(RuntimeError("CUDA out of memory. Tried to allocate"))
+    trainer = tiny.trainer(model, SafeDeltaCallback(ROWS, RULE), tmp_path / "run", auto_find_batch_size=True)
+    trainer.add_callback(Begins())
+    with pytest.raises(AdjustmentError, match="RuntimeError while adjusting the weights") as raised:
+        trainer.train()
+    assert begins == [0] and "out of memory" in str(raised.value.__cause__)
+    assert tiny.same(tiny.weights(model), trained(tiny.llama(), tmp_path / "plain"))
+
+
+def test_an_iterator_of_safety_data_serves_every_model(tmp_path):
+    callback = SafeDeltaCallback(iter(ROWS), RULE)
+    for _ in range(2):
+        tiny.trainer(tiny.llama(), callback, tmp_path).train()
+        assert callback.report.sequences == len(ROWS)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"moment_memory": "lots"}, {"max_length": 0}])
+def test_settings_out_of_range_stop_at_once(settings):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        SafeDeltaCallback(ROWS, **settings)
+
+
+def test_moments_may_be_kept_on_disk_while_training(tmp_path):
+    one, other = tiny.llama(), tiny.llama()
+    callback = SafeDeltaCallback(ROWS, RULE, moment_memory="2KB", offload_folder=str(tmp_path / "moments"))
+    tiny.trainer(one, callback, tmp_path / "one").train()
+    assert list((tmp_path / "moments").rglob("*.f32"))
+    tiny.trainer(other, SafeDeltaCallback(ROWS, RULE), tmp_path / "other").train()
+    assert tiny.same(tiny.weights(one), tiny.weights(other))
 
 
 @pytest.mark.parametrize(
@@ -240,16 +310,18 @@ def test_a_failed_adjustment_loses_nothing_and_can_be_repeated_without_training(
     ids=lambda settings: next(iter(settings)),
 )
 def test_it_works_with(settings, tmp_path):
-    model = tiny.llama()
+    model, reference = tiny.llama().train(), tiny.llama().train()
     callback = SafeDeltaCallback(ROWS, RULE)
-    trainer = tiny.trainer(model, callback, tmp_path / "run", **settings)
-    trainer.train()
-    assert set(callback.report.outcomes) == {"adjusted"}
+    tiny.trainer(model, callback, tmp_path / "run", **settings).train()
     expected = collect_profile(tiny.llama(), ROWS, progress=False)
     tolerance = 0.05 if "bf16" in settings else 1e-5
     for key, moment in expected.moments.items():
         found = callback.profile.moments[key].total
         assert (found - moment.total).norm() <= tolerance * moment.total.norm(), key
+    trained(reference, tmp_path / "plain", **settings)
+    adjust_model(reference, base=tiny.llama(), profile=callback.profile, rule=RULE, progress=False)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_pure_bfloat16_models_are_adjusted_in_bfloat16(folder, tmp_path):

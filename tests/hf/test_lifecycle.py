@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_model, collect_profile
-from safedelta_hf.errors import BaseWeightsError
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError
 from safedelta_hf.hf.base import STATE_KEY
 from tests import tiny
 
@@ -277,3 +277,47 @@ def test_training_starts_from_its_own_weights_although_a_base_is_given(tmp_path)
     tiny.trainer(model, SafeDeltaCallback(ROWS, keep_all, base=tiny.llama()), tmp_path / "one").train()
     tiny.trainer(reference, None, tmp_path / "two").train()
     assert tiny.same(tiny.weights(model), tiny.weights(reference))
+
+
+def test_a_reused_base_is_compared_with_the_checkpoint_that_is_resumed(folder, interrupted, tmp_path):
+    checkpoint, _, _ = interrupted
+    model, callback = tiny.perturbed(tiny.llama()), SafeDeltaCallback(ROWS)
+    trainer = tiny.trainer(model, callback, tmp_path / "again", save_strategy="epoch", num_train_epochs=3)
+    trainer.train()
+    with pytest.raises(BaseWeightsError, match="not the base that the resumed run started from"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_base_that_was_given_as_a_folder_is_found_again_on_resume(folder, tmp_path):
+    start = tiny.perturbed(tiny.llama())
+    callback = SafeDeltaCallback(ROWS, RULE, base=folder)
+    tiny.trainer(start, callback, tmp_path / "run", save_strategy="epoch", num_train_epochs=3).train()
+    model = tiny.llama()
+    resumed(model, SafeDeltaCallback(ROWS, RULE), tmp_path / "again", tmp_path / "run" / "checkpoint-2")
+    assert tiny.same(tiny.weights(model), tiny.weights(start))
+
+
+@pytest.mark.parametrize("wrong", ["the model", "another size"])
+def test_a_base_that_cannot_be_one_stops_before_training(tmp_path, wrong):
+    model = tiny.llama()
+    base, message = {
+        "the model": (model, "shares its weights"),
+        "another size": (tiny.llama(vocab_size=64), r"is \[64, 16\] in a model in memory and \[48, 16\] in the model"),
+    }[wrong]
+    trainer = tiny.trainer(model, SafeDeltaCallback(ROWS, base=base), tmp_path)
+    with pytest.raises(BaseWeightsError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_keep_tuned_is_refused_in_a_search(tmp_path):
+    callback = SafeDeltaCallback(ROWS, keep_tuned=tmp_path / "tuned")
+    trainer = Trainer(
+        model_init=lambda trial=None: tiny.llama(),
+        args=tiny.arguments(tmp_path / "run"),
+        train_dataset=tiny.rows(16, seed=2, length=10),
+        eval_dataset=tiny.rows(8, seed=3, length=10),
+        callbacks=[callback],
+    )
+    with pytest.raises(ConfigurationError, match="leave it out of the search"):
+        trainer.hyperparameter_search(hp_space=lambda trial: {}, n_trials=1, backend="optuna")
