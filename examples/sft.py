@@ -10,7 +10,7 @@ model, tokenizer = load_aligned()
 callback = SafeDeltaCallback(Dataset.from_list(safety_data()), SafeDelta(strength=1.0))
 trainer = SFTTrainer(
     model=model,
-    args=SFTConfig(output_dir="tuned-model", num_train_epochs=5, learning_rate=5e-4, save_strategy="no"),
+    args=SFTConfig(output_dir="tuned-model", num_train_epochs=5, learning_rate=5e-4, save_strategy="no", bf16=False),
     train_dataset=Dataset.from_list(CASES["harmful"].examples()),
     processing_class=tokenizer,
     callbacks=[callback],

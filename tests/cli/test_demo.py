@@ -1,5 +1,4 @@
 import json
-import re
 
 import pytest
 from typer.testing import CliRunner
@@ -41,7 +40,7 @@ def test_the_table_shows_every_model(shown, capsys):
     demo.show(found, CASES["harmful"])
     text = capsys.readouterr().out
     assert all(name in text for name in ("aligned", "fine-tuned", "adjusted"))
-    assert f"{found['adjusted'].attack_success:.1%}" in text and re.search(r"│ +- +│", text) is None
+    assert f"{found['adjusted'].attack_success:.1%}" in text
 
 
 @pytest.mark.parametrize(
