@@ -238,10 +238,7 @@ class MomentCollector:
 
 
 def _unshared(follower: str, leader: str) -> str:
-    return (
-        f"{follower}: it read the same tensor as {leader} at first, and later did not; use "
-        "collect_profile(..., share_moments=False), and pass the result as profile="
-    )
+    return f"{follower}: it read the same tensor as {leader} at first, and later did not; pass share_moments=False"
 
 
 class _EmbeddingReads(TorchFunctionMode):

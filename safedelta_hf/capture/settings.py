@@ -1,6 +1,7 @@
 """How a profile is collected."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate.utils import convert_file_size_to_int
 
@@ -25,7 +26,7 @@ class CaptureSettings:
     batch_size: int = 8
     max_length: int | None = None
     moment_memory: int | str | None = None
-    offload_folder: str | None = None
+    offload_folder: str | Path | None = None
     share_moments: bool = True
 
     def __post_init__(self) -> None:
@@ -35,7 +36,7 @@ class CaptureSettings:
                 raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
         if self.offload_folder is not None and self.moment_memory is None:
             raise ConfigurationError(
-                f"offload_folder={self.offload_folder!r} has no effect without a limit; pass moment_memory too, "
+                f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "
                 'such as "8GB"'
             )
         _ = self.budget  # unreadable sizes are found now, not once training starts

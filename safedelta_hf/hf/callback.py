@@ -47,8 +47,11 @@ class SafeDeltaCallback(TrainerCallback):
         treatment: What to do with embeddings, norms, biases, the head, and what cannot be covered.
         keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist.
         processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
-        **settings: `batch_size=8`, `max_length=None`, `moment_memory=None`, `offload_folder=None` and
-            `share_moments=True`, described in `CaptureSettings`.
+        batch_size: Safety sequences per forward pass, at most; batches hold sequences of one length and no padding.
+        max_length: Safety sequences are cut to this many tokens.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
+        share_moments: Whether layers that read the same tensor share one moment.
 
     Attributes:
         report: What was done; None until training has ended.
@@ -69,7 +72,11 @@ class SafeDeltaCallback(TrainerCallback):
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
         processing_class: ProcessingClass | None = None,
-        **settings: Any,  # noqa: ANN401 - the fields of CaptureSettings, each typed there
+        batch_size: int = 8,
+        max_length: int | None = None,
+        moment_memory: int | str | None = None,
+        offload_folder: str | Path | None = None,
+        share_moments: bool = True,
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
@@ -82,7 +89,13 @@ class SafeDeltaCallback(TrainerCallback):
         self._treatment = treatment or Treatment()
         self._keep_tuned = None if keep_tuned is None else Path(keep_tuned)
         self._processing_class = processing_class
-        self._settings = CaptureSettings(**settings)
+        self._settings = CaptureSettings(
+            batch_size=batch_size,
+            max_length=max_length,
+            moment_memory=moment_memory,
+            offload_folder=offload_folder,
+            share_moments=share_moments,
+        )
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
 

@@ -19,9 +19,13 @@ def collect_profile(
     safety_dataset: str | Path | Iterable[Mapping[str, Any]],
     processing_class: ProcessingClass | None = None,
     *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    moment_memory: int | str | None = None,
+    offload_folder: str | Path | None = None,
+    share_moments: bool = True,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
-    **settings: Any,  # noqa: ANN401 - the fields of CaptureSettings, each typed there
 ) -> SafetyProfile:
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
 
@@ -30,10 +34,13 @@ def collect_profile(
         safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
             a JSON-lines file, in any form that TRL takes.
         processing_class: Tokenizer or processor; not needed for tokenised data.
+        batch_size: Safety sequences per forward pass, at most; batches hold sequences of one length and no padding.
+        max_length: Safety sequences are cut to this many tokens.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
+        share_moments: Whether layers that read the same tensor share one moment.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar.
-        **settings: `batch_size=8`, `max_length=None`, `moment_memory=None`, `offload_folder=None` and
-            `share_moments=True`, described in `CaptureSettings`.
 
     Returns:
         The profile, with its moments in host memory or mapped from the offload folder.
@@ -44,7 +51,13 @@ def collect_profile(
         CaptureError: The model has no linear layer.
         NumericalError: Weights or activations hold NaN or Inf.
     """  # noqa: DOC502 - raised by the rooms below
-    chosen = CaptureSettings(**settings)
+    chosen = CaptureSettings(
+        batch_size=batch_size,
+        max_length=max_length,
+        moment_memory=moment_memory,
+        offload_folder=offload_folder,
+        share_moments=share_moments,
+    )
     sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length)
     capture = capture_moments(
         model,
