@@ -17,6 +17,7 @@ from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.errors import AdjustmentError, BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.logs import log_metrics
+from safedelta_hf.hf.run import bare, is_pruned, output_dir, require_supported, shows_progress
 from safedelta_hf.hf.tuned import rescue_tuned, save_tuned
 from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline import adjust_model, collect_profile, plan_model, require_decisions
@@ -81,7 +82,7 @@ class SafeDeltaCallback(TrainerCallback):
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
         self.report: Report | None = None
-        self.profile = profile
+        self.profile = self._given_profile = profile
         # An iterator would be empty for the second model of a sweep.
         self._safety_dataset = list(safety_dataset) if isinstance(safety_dataset, Iterator) else safety_dataset
         self._rule = rule or SafeDelta()
@@ -121,8 +122,8 @@ class SafeDeltaCallback(TrainerCallback):
         Raises:
             SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
         """  # noqa: DOC502 - raised by the functions called
-        model = _bare(model)
-        _require_supported(args, model)
+        model = bare(model)
+        require_supported(args, model)
         self._require_room_for_tuned(state)
         with _foreign_errors_named("reading the safety data"):
             if self._run is None or self._model is None or self._model() is not model:
@@ -157,21 +158,24 @@ class SafeDeltaCallback(TrainerCallback):
             SafeDeltaError: The adjustment failed. The tuned weights are in the model as they were, and saved in a
                 folder that the error names; `adjust` tries again.
         """  # noqa: DOC502
-        if _is_pruned(state, control):
+        if is_pruned(state, control):
             logger.info("Safe Delta: this trial was pruned, so its weights are not adjusted.")
             return
-        model = _bare(model)
-        if self._keep_tuned is not None:
-            save_tuned(model, processing_class, self._keep_tuned)
+        model = bare(model)
         started = time.perf_counter()
+        saved = None
         try:
+            if self._keep_tuned is not None:
+                with _foreign_errors_named("saving the tuned weights"):
+                    save_tuned(model, processing_class, self._keep_tuned)
+                saved = self._keep_tuned
             with _foreign_errors_named("adjusting the weights"):
-                report = self.adjust(model, workspace=_output_dir(args), progress=_shows_progress(args, state))
+                report = self.adjust(model, workspace=output_dir(args), progress=shows_progress(args, state))
         except SafeDeltaError as error:
-            if self._keep_tuned is None:
-                error.add_note(rescue_tuned(model, processing_class, _output_dir(args), state.global_step))
+            if saved is None:
+                error.add_note(rescue_tuned(model, processing_class, output_dir(args), state.global_step))
             else:
-                error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(self._keep_tuned)!r}.")
+                error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(saved)!r}.")
             raise
         log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
 
@@ -193,7 +197,7 @@ class SafeDeltaCallback(TrainerCallback):
         """
         run, profile = self._started()
         self.report = adjust_model(
-            _bare(model),
+            bare(model),
             base=run.weights,
             profile=profile,
             rule=self._rule,
@@ -214,21 +218,20 @@ class SafeDeltaCallback(TrainerCallback):
     ) -> None:
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
-        given = self.profile if self._safety_dataset is None else None
-        self.profile = given
-        run = base_of_run(model, state, self._given_base, _output_dir(args))
-        if given is not None:
-            require_matching(given, run, processing_class)
-        else:
+        self.profile = self._given_profile
+        run = base_of_run(model, state, self._given_base, output_dir(args))
+        if self.profile is not None:
+            require_matching(self.profile, run, processing_class)
+        elif self._safety_dataset is not None:
             moved = set(run.moved)
             parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
-            with standing_in(parameters, run.weights, _output_dir(args)):
+            with standing_in(parameters, run.weights, output_dir(args)):
                 self.profile = collect_profile(
                     model,
-                    self._safety_dataset or [],
+                    self._safety_dataset,
                     processing_class,
                     digests=run.digests,
-                    progress=_shows_progress(args, state),
+                    progress=shows_progress(args, state),
                     **vars(self._settings),
                 )
         self._run, self._model = run, weakref.ref(model)
@@ -264,38 +267,3 @@ def _foreign_errors_named(stage: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise AdjustmentError(f"{type(error).__name__} while {stage}; the weights are as they were") from error
-
-
-def _bare(model: nn.Module | None) -> nn.Module:
-    if model is None:
-        raise ConfigurationError("SafeDeltaCallback: the Trainer passed no model")
-    bare: nn.Module = getattr(model, "_orig_mod", model)
-    return bare
-
-
-def _output_dir(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
-
-
-def _shows_progress(args: TrainingArguments, state: TrainerState) -> bool:
-    return state.is_world_process_zero and not args.disable_tqdm
-
-
-def _is_pruned(state: TrainerState, control: TrainerControl) -> bool:
-    # `on_train_end` fires for a pruned trial too, before its last step; then the trial is abandoned.
-    return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
-
-
-def _require_supported(args: TrainingArguments, model: nn.Module) -> None:
-    if hasattr(model, "peft_config"):
-        raise ConfigurationError(
-            "SafeDeltaCallback: the model is a PeftModel, and this callback adjusts full weights; train without the "
-            "callback, then merge_and_unload() and adjust_model(merged, base=..., profile=...)"
-        )
-    sharded = args.world_size > 1 or bool(args.fsdp) or bool(args.deepspeed)
-    if sharded or any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigurationError(
-            f"SafeDeltaCallback: works in one process with all weights in memory; this run has {args.world_size} "
-            f"processes, fsdp={args.fsdp!r}, deepspeed={args.deepspeed!r}, or offloaded weights. Train without it, "
-            "then use adjust_model in one process"
-        )

@@ -427,3 +427,35 @@ def test_exactly_one_source_of_moments_is_needed(given):
 def test_a_callback_that_has_not_seen_training_says_so():
     with pytest.raises(BaseWeightsError, match="has not seen training start"):
         SafeDeltaCallback(ROWS).adjust(tiny.llama())
+
+
+def test_tuned_weights_that_cannot_be_kept_are_rescued_elsewhere(tmp_path, monkeypatch):
+    from safedelta_hf.hf import callback as module
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "save_tuned", full)
+    model = tiny.llama()
+    with pytest.raises(AdjustmentError, match="OSError while saving the tuned weights") as raised:
+        tiny.trainer(model, SafeDeltaCallback(ROWS, keep_tuned=tmp_path / "tuned"), tmp_path / "run").train()
+    rescued = tmp_path / "run" / "tuned-not-adjusted-4-1"
+    assert str(rescued) in raised.value.__notes__[0]
+    assert tiny.same(tiny.weights(loaded(rescued)), tiny.weights(model))
+
+
+@pytest.mark.parametrize("setting", [{"fsdp": "full_shard"}, {"deepspeed": "config.json"}])
+def test_sharded_runs_are_refused(tmp_path, setting):
+    from types import SimpleNamespace
+
+    from safedelta_hf.hf.run import require_supported
+
+    args = SimpleNamespace(**({"world_size": 1, "fsdp": "", "deepspeed": None} | setting))
+    with pytest.raises(ConfigurationError, match="one process with all weights in memory"):
+        require_supported(args, tiny.llama())
+    args = SimpleNamespace(world_size=2, fsdp="", deepspeed=None)
+    with pytest.raises(ConfigurationError, match="2 processes"):
+        require_supported(args, tiny.llama())
+    args = SimpleNamespace(world_size=1, fsdp="", deepspeed=None)
+    with pytest.raises(ConfigurationError, match="offloaded"):
+        require_supported(args, tiny.llama().to("meta"))

@@ -1,0 +1,89 @@
+"""Facts about a training run, read off what the Trainer passes to its callbacks."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from safedelta_hf.errors import ConfigurationError
+
+
+def bare(model: nn.Module | None) -> nn.Module:
+    """The model without what `torch.compile` wraps around it.
+
+    Args:
+        model: As the callback received it.
+
+    Returns:
+        The module that holds the parameters.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if model is None:
+        raise ConfigurationError("SafeDeltaCallback: the Trainer passed no model")
+    bare: nn.Module = getattr(model, "_orig_mod", model)
+    return bare
+
+
+def output_dir(args: TrainingArguments) -> Path:
+    """Where the Trainer writes.
+
+    Args:
+        args: Of the Trainer.
+
+    Returns:
+        A folder, which may not exist yet.
+    """
+    return Path(args.output_dir or ".")
+
+
+def shows_progress(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether this process shows progress bars.
+
+    Args:
+        args: Of the Trainer.
+        state: Of the Trainer.
+
+    Returns:
+        Whether it is the main process and they were not switched off.
+    """
+    return state.is_world_process_zero and not args.disable_tqdm
+
+
+def is_pruned(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether a training ends because a hyper-parameter search gave it up.
+
+    Args:
+        state: Of the Trainer.
+        control: Of the Trainer.
+
+    Returns:
+        Whether it ends before its last step although nobody asked for a stop.
+    """
+    # `on_train_end` fires for a pruned trial too; then the trial is abandoned.
+    return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
+
+
+def require_supported(args: TrainingArguments, model: nn.Module) -> None:
+    """Stop where the callback would do something wrong.
+
+    Args:
+        args: Of the Trainer.
+        model: The bare model.
+
+    Raises:
+        ConfigurationError: An adapter model, or weights that this process does not hold whole.
+    """
+    if hasattr(model, "peft_config"):
+        raise ConfigurationError(
+            "SafeDeltaCallback: the model is a PeftModel, and this callback adjusts full weights; train without the "
+            "callback, then merge_and_unload() and adjust_model(merged, base=..., profile=...)"
+        )
+    sharded = args.world_size > 1 or bool(args.fsdp) or bool(args.deepspeed)
+    if sharded or any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigurationError(
+            f"SafeDeltaCallback: works in one process with all weights in memory; this run has {args.world_size} "
+            f"processes, fsdp={args.fsdp!r}, deepspeed={args.deepspeed!r}, or offloaded weights. Train without it, "
+            "then use adjust_model in one process"
+        )
