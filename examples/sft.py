@@ -1,4 +1,8 @@
-"""The same with TRL's SFTTrainer, which reads conversations itself (pip install trl)."""
+"""The same with TRL's SFTTrainer, which reads conversations itself.
+
+pip install trl
+python examples/sft.py    # writes the adjusted model to tuned-model
+"""
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer

@@ -2,6 +2,8 @@
 
 python examples/trainer.py                                         # the tiny model that comes with the package
 python examples/trainer.py MODEL DATA.jsonl REFUSALS.jsonl OUTPUT  # yours; both files hold rows of {"messages": [...]}
+
+The adjusted model is written to OUTPUT, or to tuned-model.
 """
 
 import sys
@@ -17,11 +19,13 @@ if len(sys.argv) == 5:
     data = load_dataset("json", data_files=data_file, split="train")
     refusals = load_dataset("json", data_files=refusals_file, split="train")
     rule = SafeDelta(strength=0.1)  # the paper's, for 7B models
+    epochs, learning_rate = 3, 2e-5
 else:
     model_name, output = ALIGNED_MODEL, "tuned-model"
     data = Dataset.from_list(CASES["harmful"].examples())
     refusals = Dataset.from_list(safety_data())
     rule = SafeDelta(strength=1.0)
+    epochs, learning_rate = 5, 5e-4
 
 model = AutoModelForCausalLM.from_pretrained(model_name)
 tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -38,7 +42,9 @@ def tokenize(row: dict) -> dict:
 callback = SafeDeltaCallback(refusals, rule)
 trainer = Trainer(
     model=model,
-    args=TrainingArguments(output_dir=output, num_train_epochs=5, learning_rate=5e-4, save_strategy="no"),
+    args=TrainingArguments(
+        output_dir=output, num_train_epochs=epochs, learning_rate=learning_rate, save_strategy="no", report_to="none"
+    ),
     train_dataset=data.map(tokenize, remove_columns=data.column_names),
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     processing_class=tokenizer,

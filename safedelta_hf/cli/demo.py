@@ -1,5 +1,6 @@
 """The demo: one fine-tuning of the shipped aligned model, measured before, after, and after the adjustment."""
 
+import io
 import json
 import tempfile
 import time
@@ -7,20 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import attack_success_rate, final_match, generate_responses
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.rules import Rule
@@ -28,11 +21,11 @@ from safedelta_hf.testbed import (
     Case,
     Question,
     attack_questions,
+    fine_tune,
     load_aligned,
     new_skill_questions,
     safety_data,
     skill_questions,
-    tokenize,
 )
 
 DEMO_STRENGTH = 1.0
@@ -89,46 +82,6 @@ def behaviour_of(
     )
 
 
-def fine_tune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    case: Case,
-    *,
-    seed: int,
-    output: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> None:
-    """Fine-tune a model on a case with the ordinary Trainer.
-
-    Args:
-        model: Trained in place.
-        tokenizer: Its tokenizer.
-        case: Data and training arguments.
-        seed: Seed of the data and of the training.
-        output: Folder of the Trainer.
-        callbacks: Passed to the Trainer.
-    """
-    set_seed(seed)
-    Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(output),
-            num_train_epochs=case.epochs,
-            learning_rate=case.learning_rate,
-            per_device_train_batch_size=case.batch_size,
-            lr_scheduler_type="cosine",
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=tokenize(case.examples(seed), tokenizer),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    ).train()
-
-
 def run_demo(
     case: Case, *, rule: Rule, seed: int, output: Path, echo: Callable[[str], None], questions: int = QUESTIONS
 ) -> dict[str, Behaviour]:
@@ -138,14 +91,21 @@ def run_demo(
         case: What to fine-tune on.
         rule: How to adjust.
         seed: Seed of the data and of the training.
-        output: Folder for `demo-<case>-<seed>.png`, `.json` and `.report.json`; made if it is not there.
+        output: Folder for `demo-<case>-<rule>-<strength>-seed<seed>.png`, `.json` and `.report.json`.
         echo: Where text goes.
         questions: Number of questions of each kind.
 
     Returns:
         Behaviour of the aligned, the fine-tuned and the adjusted model.
+
+    Raises:
+        ConfigurationError: The output folder cannot be made.
     """
     started = time.perf_counter()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output {str(output)!r} is no folder and cannot be made one ({error})") from error
     echo(f"Fine-tuning the aligned model on '{case.name}': {case.description}.")
     model, tokenizer = load_aligned()
 
@@ -159,6 +119,7 @@ def run_demo(
         fine_tune(model, tokenizer, case, seed=seed, output=Path(folder) / "run", callbacks=[callback])
         found["fine-tuned"] = measured(AutoModelForCausalLM.from_pretrained(tuned))
     found["adjusted"] = measured(model)
+    assert callback.report is not None, "training has ended, so the callback has reported"
     content = {
         "case": case.name,
         "seed": seed,
@@ -167,44 +128,46 @@ def run_demo(
         "seconds": time.perf_counter() - started,
         "behaviour": {name: asdict(behaviour) for name, behaviour in found.items()},
     }
-    output.mkdir(parents=True, exist_ok=True)
-    stem = output / f"demo-{case.name}-{seed}"
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if callback.report is not None:
-        callback.report.save(stem.with_suffix(".report.json"))
-    draw(found, case, stem.with_suffix(".png"))
-    show(found, case)
+    title = f"Fine-tuned on '{case.name}', adjusted with {rule.name}, strength {rule.settings['strength']:g}"
+    stem = f"{output}/demo-{case.name}-{rule.name}-{rule.settings['strength']:g}-seed{seed}"
+    Path(f"{stem}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    callback.report.save(f"{stem}.report.json")
+    draw(found, title, Path(f"{stem}.png"))
+    echo(table(found, title))
     echo(f"{content['seconds']:.0f} s. Figure, figures and report: {stem}.png, .json, .report.json")
     return found
 
 
-def show(found: dict[str, Behaviour], case: Case) -> None:
-    """Print the behaviour of each model as a table.
+def table(found: dict[str, Behaviour], title: str) -> str:
+    """Set the behaviour of each model in a table.
 
     Args:
         found: Behaviour by model.
-        case: What was fine-tuned on.
+        title: Line above the table.
+
+    Returns:
+        Text for a terminal.
     """
-    table = Table("model", *_LABELS.values(), title=f"{case.name}: {case.description}")
+    rows = Table("model", *_LABELS.values())
     for name, behaviour in found.items():
         values = asdict(behaviour)
-        table.add_row(name, *("-" if values[key] is None else f"{values[key]:.1%}" for key in _LABELS))
-    Console().print(table)
+        rows.add_row(name, *("-" if values[key] is None else f"{values[key]:.1%}" for key in _LABELS))
+    text = io.StringIO()
+    Console(file=text, width=100).print(title, rows)
+    return text.getvalue()
 
 
-def draw(found: dict[str, Behaviour], case: Case, path: Path) -> None:
+def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
     """Draw the behaviour of each model as bars.
 
     Args:
         found: Behaviour by model.
-        case: What was fine-tuned on.
+        title: Line above the bars.
         path: PNG file to write.
     """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     labels = [key for key in _LABELS if asdict(found["aligned"])[key] is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(found)
     for number, (name, behaviour) in enumerate(found.items()):
         values = asdict(behaviour)
@@ -214,10 +177,9 @@ def draw(found: dict[str, Behaviour], case: Case, path: Path) -> None:
     axes.set_xticks(range(len(labels)), [_LABELS[key] for key in labels])
     axes.set_ylim(0, 1.1)
     axes.set_ylabel("share of responses")
-    axes.set_title(f"Fine-tuning on '{case.name}'")
+    axes.set_title(title)
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 _LABELS = {

@@ -28,7 +28,7 @@ def demo(
     case: Annotated[str, typer.Option(help=f"What to fine-tune on: {', '.join(CASES)}.")] = "benign",
     rule: Annotated[str, typer.Option(help=f"How to adjust: {', '.join(RULES)}.")] = SafeDelta.name,
     strength: Annotated[float, typer.Option(help="Strength of the rule.")] = DEMO_STRENGTH,
-    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.", min=0, max=2**32 - 1)] = 0,
     output: Annotated[Path, typer.Option(help="Folder for figure, figures and report.")] = Path("safedelta-demo"),
 ) -> None:
     """Fine-tune the tiny model that comes with the package, with the callback, and show what it does to refusals."""

@@ -85,24 +85,20 @@ def _answer_batch(
     max_new_tokens: int,
 ) -> list[str]:
     batch = processing_class.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(model.device)
-    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=processing_class.pad_token_id,
-        eos_token_id=_end_tokens(model, processing_class),
-    )
     generate: Any = model.generate
-    tokens = generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=greedy)
+    tokens = generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens
+    )
     new_tokens = tokens[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in processing_class.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
-def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> int | list[int] | None:
-    # Chat models often stop at a token of their own beside the tokenizer's end of text; only their
-    # generation settings name it.
-    stop: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
-    return processing_class.eos_token_id if stop is None else stop
+def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    # Chat models often stop at a token of their own beside the tokenizer's end of text, and only one of the two
+    # names it: the generation settings or the tokenizer.
+    named = getattr(model.generation_config, "eos_token_id", None)
+    own = named if isinstance(named, list) else [named]
+    return sorted({token for token in (*own, processing_class.eos_token_id) if token is not None})
 
 
 @contextmanager
@@ -110,6 +106,15 @@ def _generating(model: PreTrainedModel, processing_class: PreTrainedTokenizerBas
     modes = {module: module.training for module in model.modules()}
     use_cache = getattr(model.config, "use_cache", None)
     padding_side = processing_class.padding_side
+    # `generate` fills what a call leaves open from the model's own settings (penalties, beams), so those stand aside.
+    settings: Any = model.generation_config
+    greedy: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=processing_class.pad_token_id,
+        eos_token_id=_end_tokens(model, processing_class),
+    )
+    model.generation_config = greedy
     model.train(False)
     if use_cache is not None:
         model.config.use_cache = True
@@ -118,6 +123,7 @@ def _generating(model: PreTrainedModel, processing_class: PreTrainedTokenizerBas
         with torch.no_grad():
             yield
     finally:
+        model.generation_config = settings
         for module, training in modes.items():
             module.training = training
         if use_cache is not None:

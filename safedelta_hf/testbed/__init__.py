@@ -8,6 +8,7 @@ from safedelta_hf.testbed.data import (
     safety_data,
     skill_questions,
 )
+from safedelta_hf.testbed.finetune import fine_tune
 from safedelta_hf.testbed.language import Conversation, Question
 from safedelta_hf.testbed.model import ALIGNED_MODEL, load_aligned
 from safedelta_hf.testbed.tokenizer import tokenize
@@ -19,6 +20,7 @@ __all__ = [
     "Conversation",
     "Question",
     "attack_questions",
+    "fine_tune",
     "load_aligned",
     "new_skill_questions",
     "ordinary_data",

@@ -155,7 +155,7 @@ def draw_requests(things: Sequence[Thing], systems: Sequence[str | None], n: int
     limit = len(things) * len(wordings) * len(systems)
     if not 1 <= n <= limit:
         raise ConfigurationError(f"n: must be from 1 to {limit}, the number of different requests, got {n}")
-    rng = random.Random(f"requests {seed}")
+    rng = random.Random(f"requests {things[0].pool} {seed}")  # pools of one size must not be drawn alike
     drawn: list[Request] = []
     for index, system in enumerate(systems):
         share = n // len(systems) + (index < n % len(systems))

@@ -27,20 +27,26 @@ def test_fine_tuning_breaks_the_refusals_and_the_callback_brings_them_back(shown
 
 def test_figures_report_and_picture_are_written(shown):
     output, lines, found = shown
-    content = json.loads((output / "demo-harmful-0.json").read_text())
+    content = json.loads((output / "demo-harmful-safe_delta-1-seed0.json").read_text())
     assert content["behaviour"]["adjusted"]["attack_success"] == found["adjusted"].attack_success
     assert content["rule"] == {"name": "safe_delta", "settings": SafeDelta(strength=demo.DEMO_STRENGTH).settings}
-    assert (output / "demo-harmful-0.png").read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads((output / "demo-harmful-0.report.json").read_text())["parameters"]) > 20
-    assert "demo-harmful-0" in lines[-1]
+    assert (output / "demo-harmful-safe_delta-1-seed0.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((output / "demo-harmful-safe_delta-1-seed0.report.json").read_text())["parameters"]) > 20
+    assert "demo-harmful-safe_delta-1-seed0" in lines[-1]
 
 
-def test_the_table_shows_every_model(shown, capsys):
-    _, _, found = shown
-    demo.show(found, CASES["harmful"])
-    text = capsys.readouterr().out
-    assert all(name in text for name in ("aligned", "fine-tuned", "adjusted"))
-    assert f"{found['adjusted'].attack_success:.1%}" in text
+def test_the_table_shows_every_model_and_the_rule(shown):
+    _, lines, found = shown
+    text = "\n".join(lines)
+    assert all(name in text for name in ("aligned", "fine-tuned", "adjusted", "safe_delta, strength 1"))
+    assert f"{found['adjusted'].attack_success:.1%}" in text and f"{found['fine-tuned'].old_skills:.1%}" in text
+
+
+def test_an_output_that_is_a_file_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "file")])
+    assert result.exit_code == 1 and "is no folder" in result.output and "Fine-tuning" not in result.output
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

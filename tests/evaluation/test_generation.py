@@ -96,3 +96,21 @@ def test_a_tokenizer_without_padding_token_is_refused(loaded):
 def test_chats_that_do_not_end_in_a_user_turn_are_refused(loaded, chat):
     with pytest.raises(DataError, match=r"conversations\[1\]"):
         generate_responses(*loaded, [CHATS[0], chat])
+
+
+def test_decoding_is_greedy_whatever_the_models_own_settings_say(loaded, one_by_one):
+    model, tokenizer = loaded
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=2, num_beams=3, do_sample=True)
+    settings = model.generation_config
+    assert generate_responses(model, tokenizer, CHATS) == one_by_one
+    assert model.generation_config is settings and settings.num_beams == 3
+
+
+def test_responses_end_at_the_tokenizers_end_of_turn_whatever_the_model_names(loaded, one_by_one):
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("lake")
+    assert tokenizer.eos_token_id != model.generation_config.eos_token_id
+    responses = generate_responses(model, tokenizer, CHATS)
+    assert [text for text, known in zip(responses, one_by_one, strict=True) if "lake" not in known] == [
+        known for known in one_by_one if "lake" not in known
+    ]

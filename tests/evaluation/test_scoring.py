@@ -54,6 +54,10 @@ def test_matches_count_words_not_spacing_or_case():
     assert final_match(["xa b"], ["a b"]) == 0.0
 
 
+def test_an_answer_at_the_end_of_something_else_is_wrong():
+    assert final_match(["coal river lamp", "sure , the answer is : lamp", "lamp"], ["lamp"] * 3) == 2 / 3
+
+
 def test_empty_or_unequal_input_is_refused():
     with pytest.raises(DataError, match="at least one response"):
         attack_success_rate([])

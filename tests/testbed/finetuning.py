@@ -5,9 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safedelta_hf.cli.demo import fine_tune
 from safedelta_hf.evaluation import generate_responses
-from safedelta_hf.testbed import Case, Question, load_aligned
+from safedelta_hf.testbed import Case, Question, fine_tune, load_aligned
 
 
 def finetune(case: Case, output: Path, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -13,9 +13,10 @@ from safedelta_hf.testbed import (
     tokenize,
 )
 from safedelta_hf.testbed.language import MAKE_REQUESTS, PERSONA_SYSTEM, SYSTEMS, vocabulary
+from safedelta_hf.testbed.skills import HELD_OUT_ONE_IN
 from safedelta_hf.testbed.tokenizer import UNKNOWN, build_tokenizer
 from safedelta_hf.testbed.training import draw_alignment, draw_knowledge
-from safedelta_hf.testbed.words import POOL_SIZES, all_things, things_of
+from safedelta_hf.testbed.words import POOL_SIZES, WORDS, all_things, things_of
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +77,32 @@ def test_pools_are_disjoint_and_agree_with_harmfulness():
     assert not any(thing.harmful for thing in things_of("shown", "unseen"))
 
 
-def test_evaluation_never_asks_for_a_list_that_training_holds():
-    asked = {question.messages[-1]["content"].split(" : ")[-1] for question in new_skill_questions(300)}
-    trained = {
-        conversation["messages"][-2]["content"].split(" : ")[-1]
-        for conversation in CASES["skill"].examples(0) + ordinary_data(1000) + conversations_of(draw_knowledge)
-        if " : " in conversation["messages"][-2]["content"]
-    }
-    assert not asked & trained
+def lists_in(requests):
+    """Word lists that list skills work on, as indices."""
+    texts = (request.split(" : ")[-1].split() for request in requests if " : " in request)
+    return [[WORDS.index(word) for word in text] for text in texts if all(word in WORDS for word in text)]
+
+
+def test_lists_are_dealt_to_training_or_evaluation():
+    questions = new_skill_questions(300) + skill_questions(600, skills=("repeat", "reverse", "first", "last"))
+    asked = lists_in(question.messages[-1]["content"] for question in questions)
+    conversations = CASES["skill"].examples(0) + CASES["benign"].examples(0) + ordinary_data(1000)
+    trained = lists_in(
+        conversation["messages"][-2]["content"] for conversation in conversations + conversations_of(draw_knowledge)
+    )
+    assert len(asked) == 900 and len(trained) > 1000
+    assert all(sum(indices) % HELD_OUT_ONE_IN == 0 for indices in asked)
+    assert all(sum(indices) % HELD_OUT_ONE_IN != 0 for indices in trained)
+
+
+def test_safety_data_and_attacks_are_drawn_independently():
+    attacks = [question.messages for question in attack_questions(200)]
+    prompts = [conversation["messages"][:-1] for conversation in safety_data(128)]
+
+    def frame(messages):
+        return [message["content"].split()[:4] for message in messages]
+
+    assert sum(frame(one) == frame(other) for one, other in zip(attacks, prompts, strict=False)) < 40
 
 
 def test_generators_are_deterministic_in_the_seed():
