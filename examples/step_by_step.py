@@ -15,5 +15,5 @@ with tempfile.TemporaryDirectory() as folder:
     for parameter in tuned.parameters():  # stands for a fine-tuning
         parameter.data.mul_(1.01)
 
-    report = adjust_model(tuned, base=ALIGNED_MODEL, profile=profile, rule=SafeDelta(strength=1.0))
+    report = adjust_model(tuned, base=ALIGNED_MODEL, profile=profile, rule=SafeDelta(strength=0.3))
 print(report)

@@ -24,7 +24,7 @@ else:
     model_name, output = ALIGNED_MODEL, "tuned-model"
     data = Dataset.from_list(CASES["harmful"].examples())
     refusals = Dataset.from_list(safety_data())
-    rule = SafeDelta(strength=1.0)
+    rule = SafeDelta(strength=0.3)
     epochs, learning_rate = 5, 5e-4
 
 model = AutoModelForCausalLM.from_pretrained(model_name)

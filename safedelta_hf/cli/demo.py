@@ -28,8 +28,8 @@ from safedelta_hf.testbed import (
     skill_questions,
 )
 
-DEMO_STRENGTH = 1.0
-"""The largest of 1, 3, 10 and 30 at which attack success stays under 5 % in every case (docs/testbed.md)."""
+DEMO_STRENGTH = 0.3
+"""The largest of 0.1, 0.3, 1, 3, 10 and 30 at which attack success stays under 5 % in every case (docs/testbed.md)."""
 
 QUESTIONS = 200
 

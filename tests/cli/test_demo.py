@@ -27,18 +27,18 @@ def test_fine_tuning_breaks_the_refusals_and_the_callback_brings_them_back(shown
 
 def test_figures_report_and_picture_are_written(shown):
     output, lines, found = shown
-    content = json.loads((output / "demo-harmful-safe_delta-1-seed0.json").read_text())
+    content = json.loads((output / "demo-harmful-safe_delta-0.3-seed0.json").read_text())
     assert content["behaviour"]["adjusted"]["attack_success"] == found["adjusted"].attack_success
     assert content["rule"] == {"name": "safe_delta", "settings": SafeDelta(strength=demo.DEMO_STRENGTH).settings}
-    assert (output / "demo-harmful-safe_delta-1-seed0.png").read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads((output / "demo-harmful-safe_delta-1-seed0.report.json").read_text())["parameters"]) > 20
-    assert "demo-harmful-safe_delta-1-seed0" in lines[-1]
+    assert (output / "demo-harmful-safe_delta-0.3-seed0.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((output / "demo-harmful-safe_delta-0.3-seed0.report.json").read_text())["parameters"]) > 20
+    assert "demo-harmful-safe_delta-0.3-seed0" in lines[-1]
 
 
 def test_the_table_shows_every_model_and_the_rule(shown):
     _, lines, found = shown
     text = "\n".join(lines)
-    assert all(name in text for name in ("aligned", "fine-tuned", "adjusted", "safe_delta, strength 1"))
+    assert all(name in text for name in ("aligned", "fine-tuned", "adjusted", "safe_delta, strength 0.3"))
     assert f"{found['adjusted'].attack_success:.1%}" in text and f"{found['fine-tuned'].old_skills:.1%}" in text
 
 
