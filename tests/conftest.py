@@ -27,6 +27,13 @@ def llama():
 
 
 @pytest.fixture
+def folder(tmp_path):
+    """A saved llama with a tied head."""
+    tiny.llama(tied=True).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
 def gpt2():
     return tiny.gpt2()
 

@@ -124,6 +124,10 @@ def trainer(model, callback, output: Path, **changes) -> Trainer:
     )
 
 
+def loaded(folder, **settings) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, **settings)
+
+
 def perturbed(model, scale: float = 0.02, seed: int = 5):
     """As a fine-tune would leave it: every parameter moved a little."""
     generator = torch.Generator().manual_seed(seed)

@@ -110,7 +110,7 @@ class MomentCollector:
             sequences: Number of sequences that were read.
 
         Returns:
-            Moments by key, in the order in which the layers were first reached.
+            Moments by key, in the order in which the layers were first reached; in host memory, mapped or not.
 
         Raises:
             _Unshared: A layer read its leader's input a different number of times; a `CaptureError`.
@@ -126,7 +126,7 @@ class MomentCollector:
                     "check the base model, or load it in float32 or bfloat16"
                 )
         return {
-            key: InputMoment(total=self._storage.settle(total), sequences=sequences, tokens=self._tokens[key])
+            key: InputMoment(total=total.cpu(), sequences=sequences, tokens=self._tokens[key])
             for key, total in self._totals.items()
         }
 
@@ -181,7 +181,7 @@ class MomentCollector:
         return self._refusing(layer, observe)
 
     def _refusing(self, layer: Layer, observe: Callable[..., None]) -> Hook:
-        """Wrap an observation so that a layer which is not what it seems is left out, with the reason."""  # noqa: DOC201
+        # A layer that is not what it seems is left out, with the reason.
         own = [self._names[parameter] for parameter in (layer.weight, layer.bias) if parameter is not None]
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401

@@ -19,14 +19,12 @@ class Layer:
     """A module whose inputs tell the curvature of its parameters.
 
     Attributes:
-        name: Canonical module name.
         module: The module.
         role: Role of its `weight`.
         weight: Its weight.
         bias: Its bias, if it has one.
     """
 
-    name: str
     module: nn.Module
     role: Role
     weight: nn.Parameter
@@ -137,9 +135,7 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
         role = Role.HEAD if module is head else _role(module, own)
         kind = type(module).__name__
         if role is not None:
-            layers.append(
-                Layer(name=name, module=module, role=role, weight=own.pop("weight"), bias=own.pop("bias", None))
-            )
+            layers.append(Layer(module=module, role=role, weight=own.pop("weight"), bias=own.pop("bias", None)))
         reason = (
             f"{kind} is not a layer that the method covers" if role is None else f"neither weight nor bias of {kind}"
         )

@@ -1,9 +1,6 @@
 """The safety profile: the moments of one base model on one set of safety data, in memory and on disk."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +14,7 @@ from safedelta_hf.capture.collect import Capture
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
+from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.records import ProfileHeader, Role, Use
 
 HEADER_FILE = "profile.json"
@@ -71,9 +69,7 @@ class SafetyProfile:
         folder = Path(folder)
         if folder.exists():
             raise ProfileError(f"profile: {str(folder)!r} exists already; remove it or choose another name")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with complete_or_absent(folder) as unfinished:
             described = []
             for number, (key, moment) in enumerate(self.moments.items()):
                 file = f"moment-{number:05d}.safetensors"
@@ -81,11 +77,6 @@ class SafetyProfile:
                 described.append({"key": key, "file": file, "sequences": moment.sequences, "tokens": moment.tokens})
             content = {"header": asdict(self.header), "uses": [asdict(use) for use in self.uses], "moments": described}
             (unfinished / HEADER_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-            unfinished.chmod(0o755)
-            os.replace(unfinished, folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
 
     @classmethod
     def load(cls, folder: str | Path) -> "SafetyProfile":

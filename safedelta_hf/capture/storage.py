@@ -57,14 +57,3 @@ class MomentStorage:
                 "rest of the moments on disk, or raise moment_memory"
             )
         return torch.zeros(shape, dtype=torch.float32)
-
-    def settle(self, total: Tensor) -> Tensor:
-        """Move a finished moment off its accelerator.
-
-        Args:
-            total: A tensor from `allocate`.
-
-        Returns:
-            The tensor in host memory (mapped ones stay mapped).
-        """
-        return total.cpu()

@@ -1,8 +1,5 @@
 """The fine-tuned weights on disk, before they are adjusted."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_model
@@ -10,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safedelta_hf.capture.safety_data import ProcessingClass
+from safedelta_hf.folders import complete_or_absent
 
 
 def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folder: Path) -> None:
@@ -20,20 +18,13 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
         processing_class: Tokenizer or processor to save beside it, or None.
         folder: A folder that does not exist, or is empty.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with complete_or_absent(folder) as unfinished:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(unfinished)
         else:
             save_model(model, str(unfinished / "model.safetensors"))
         if processing_class is not None:
             processing_class.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def rescue_tuned(model: nn.Module, processing_class: ProcessingClass | None, output_dir: Path, step: int) -> str:

@@ -60,7 +60,7 @@ def adjust_model(
     with Journal(workspace) as journal:
         for entry in tqdm(plan.entries, desc=f"Adjusting ({rule.name})", unit="weight", disable=not progress):
             if entry.parameter not in changed:
-                records.append(_unchanged(entry))
+                records.append(_record(entry, outcome="unchanged", reason="the fine-tuning did not move it"))
                 continue
             try:
                 record, value = adjuster.adjust(entry, parameters[entry.parameter].detach())
@@ -121,17 +121,6 @@ def _inspect(
         check_moments(entry, profile.moments)
     require_decisions(undecided)
     return changed
-
-
-def _unchanged(entry: PlanEntry) -> ParameterRecord:
-    return ParameterRecord(
-        parameter=entry.parameter,
-        shape=entry.shape,
-        outcome="unchanged",
-        reason="the fine-tuning did not move it",
-        roles=tuple(use.role for use in entry.uses),
-        aliases=entry.aliases,
-    )
 
 
 class _Adjuster:
@@ -199,11 +188,11 @@ class _Adjuster:
 
 
 def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401
-    return ParameterRecord(
-        parameter=entry.parameter,
-        shape=entry.shape,
-        reason=entry.reason,
-        roles=tuple(use.role for use in entry.uses),
-        aliases=entry.aliases,
-        **values,
-    )
+    described = {
+        "parameter": entry.parameter,
+        "shape": entry.shape,
+        "reason": entry.reason,
+        "roles": tuple(use.role for use in entry.uses),
+        "aliases": entry.aliases,
+    }
+    return ParameterRecord(**described | values)

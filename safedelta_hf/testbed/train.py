@@ -5,16 +5,13 @@ CPU): a second run, its stages in separate processes, gave the same weights byte
 another processor rounds sums differently, so that the file may differ there; that was not tried.
 """
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.testbed.tokenizer import build_tokenizer
 from safedelta_hf.testbed.training import Stage, build_model, draw_alignment, draw_knowledge, train_stage
 
@@ -54,24 +51,10 @@ def train_aligned(
         Stage(name="alignment", draw=draw_alignment, steps=alignment_steps, learning_rate=5e-4),
     )
     knowledge, alignment = (train_stage(model, tokenizer, stage, seed=seed, progress=progress) for stage in stages)
-    _save(model, tokenizer, output)
-    return knowledge, alignment
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with complete_or_absent(output) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        # The temporary folder and the weights file are made for their owner alone.
-        unfinished.chmod(0o755)
-        for path in unfinished.iterdir():
-            path.chmod(0o644)
-        os.replace(unfinished, output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    return knowledge, alignment
 
 
 def main(

@@ -46,7 +46,7 @@ def test_a_failed_save_leaves_nothing_behind(profile, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("safedelta_hf.capture.profile.os.replace", fail)
+    monkeypatch.setattr("safedelta_hf.folders.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         profile.save(tmp_path / "profile")
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from safedelta_hf.errors import (
     ProfileError,
 )
 from tests import tiny
+from tests.tiny import loaded
 
 ROWS = tiny.rows(24, seed=1)
 RULE = SafeDelta(strength=3.0)
@@ -26,16 +27,6 @@ def trained(model, output, **settings):
     """What the same run gives without the callback."""
     tiny.trainer(model, None, output, **settings).train()
     return tiny.weights(model)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny.llama(tied=True).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def loaded(folder, **settings):
-    return tiny.LlamaForCausalLM.from_pretrained(folder, **settings)
 
 
 def test_the_model_ends_as_adjust_model_would_leave_it(tmp_path):
@@ -253,7 +244,7 @@ def test_every_failed_run_saves_its_own_tuned_weights(tmp_path, breaking):
 
 def test_a_failed_rescue_does_not_hide_the_failure(tmp_path, breaking, monkeypatch):
     breaking(NumericalError("broken"))
-    monkeypatch.setattr("safedelta_hf.hf.tuned.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("safedelta_hf.folders.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(NumericalError, match="broken") as raised:
         tiny.trainer(tiny.llama(), SafeDeltaCallback(ROWS, RULE), tmp_path).train()
     assert "could not be saved" in raised.value.__notes__[0] and "disk full" in raised.value.__notes__[0]

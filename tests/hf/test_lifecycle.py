@@ -11,6 +11,7 @@ from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_model, collect_pro
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError
 from safedelta_hf.hf.base import STATE_KEY
 from tests import tiny
+from tests.tiny import loaded
 
 ROWS = tiny.rows(24, seed=1)
 RULE = SafeDelta(strength=3.0)
@@ -21,10 +22,6 @@ NOTHING_KEPT = SafeDelta(strength=0.0)
 def folder(tmp_path):
     tiny.llama().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
-
-
-def loaded(folder):
-    return tiny.LlamaForCausalLM.from_pretrained(folder)
 
 
 def is_base(model):

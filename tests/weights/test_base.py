@@ -7,16 +7,7 @@ from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.weights.base import CheckpointBase, FilesOrMemoryBase, ModelBase, open_base, verified
 from safedelta_hf.weights.fingerprint import digest, fingerprint
 from tests import tiny
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny.llama(tied=True).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def loaded(folder, **settings):
-    return tiny.LlamaForCausalLM.from_pretrained(folder, **settings)
+from tests.tiny import loaded
 
 
 def test_files_give_the_weights_of_the_model(folder):
