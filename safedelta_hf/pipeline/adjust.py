@@ -13,10 +13,10 @@ from safedelta_hf.core.loss import quadratic_loss
 from safedelta_hf.errors import BaseWeightsError, NumericalError, SafeDeltaError
 from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline.plan import check_moments, plan_model, require_decisions
+from safedelta_hf.pipeline.prepared import PreparedMoments
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
-from safedelta_hf.rules.rule import State
 from safedelta_hf.weights.base import BaseWeights, open_base, verified
 from safedelta_hf.weights.delta import MatrixDelta, recombine
 from safedelta_hf.weights.fingerprint import digest
@@ -124,13 +124,13 @@ def _inspect(
 
 
 class _Adjuster:
-    """Adjusts one parameter at a time; what the rule made of its Hessians serves the next if that shares them."""
+    """Adjusts one parameter at a time."""
 
     def __init__(self, base: BaseWeights, profile: SafetyProfile, rule: Rule) -> None:
         self._base = base
         self._profile = profile
         self._rule = rule
-        self._prepared: dict[str, tuple[Tensor, State]] = {}
+        self._prepared = PreparedMoments(profile, rule)
 
     def adjust(self, entry: PlanEntry, tuned: Tensor) -> tuple[ParameterRecord, Tensor | None]:
         """What becomes of a parameter.
@@ -152,10 +152,10 @@ class _Adjuster:
                 entry, outcome="kept" if keeps else "reset", delta_energy=energy, lost_energy=0.0 if keeps else energy
             )
             return record, None if keeps else base
-        self._prepare(entry, delta.device)
+        self._prepared.hold(entry.uses, delta.device)
         adjusted, notes = delta, list[str]()
         for use in entry.uses:
-            _, state = self._prepared[use.moment]
+            state = self._prepared.state(use)
             view = MatrixDelta(adjusted, use.role)
             transform = self._rule.transform(state, view)
             adjusted = view.transformed(transform)
@@ -173,18 +173,8 @@ class _Adjuster:
 
     def _loss(self, entry: PlanEntry, delta: Tensor) -> float:
         return sum(
-            quadratic_loss(MatrixDelta(delta, use.role).inner, self._prepared[use.moment][0]) for use in entry.uses
+            quadratic_loss(MatrixDelta(delta, use.role).inner, self._prepared.hessian(use)) for use in entry.uses
         )
-
-    def _prepare(self, entry: PlanEntry, device: torch.device) -> None:
-        """Hold the Hessians that this parameter needs, and no others."""
-        needed = {use.moment for use in entry.uses}
-        self._prepared = {
-            key: pair for key, pair in self._prepared.items() if key in needed and pair[0].device == device
-        }
-        for key in needed - set(self._prepared):
-            hessian = self._profile.moments[key].hessian(device)
-            self._prepared[key] = (hessian, self._rule.prepare(hessian))
 
 
 def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401
