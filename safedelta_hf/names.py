@@ -1,8 +1,16 @@
 """Canonical parameter names: what a checkpoint calls a weight, whatever wraps the model in memory."""
 
+from collections.abc import Iterator
+
 from torch import nn
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+_WRAPPED = ("token_adapter", "base_layer", "original_module")
+"""Where the wrappers of PEFT keep the module that they wrap."""
+
+ADAPTER_PREFIX = "base_model.model."
+"""What stands before the name of every weight in the files of an adapter."""
 
 
 def canonical(name: str) -> str:
@@ -32,16 +40,60 @@ def join(module: str, attribute: str) -> str:
     return f"{module}.{attribute}" if module else attribute
 
 
-def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """The one name by which each parameter is known, that of its first appearance.
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What the wrappers of PEFT wrap: the model that has an adapter, the layer below it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The module itself if nothing wraps it.
+    """
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    return module
+
+
+def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the bare model, without those of adapters on it.
 
     Args:
         model: Any module.
+        every_name: Whether a module that stands in several places comes once for each of them.
+
+    Yields:
+        Canonical name and module, a module before those inside it.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        if module in seen:
+            return
+        if not every_name:
+            seen.add(module)
+        yield canonical(f"{name}.").rstrip("."), module
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(join(name, key), child)
+
+    yield from walk("", model)
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The one name by which each parameter of the bare model is known, that of its first appearance.
+
+    Args:
+        model: Any module; parameters of adapters on it are left out.
 
     Returns:
         Canonical names by parameter; a tied parameter has one entry.
     """
-    return {parameter: canonical(name) for name, parameter in model.named_parameters()}
+    names: dict[nn.Parameter, str] = {}
+    for name, module in base_modules(model):
+        for key, parameter in module.named_parameters(recurse=False):
+            names.setdefault(parameter, join(name, key))
+    return names
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -55,7 +107,17 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """
     names = parameter_names(model)
     aliases: dict[str, tuple[str, ...]] = dict.fromkeys(names.values(), ())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if canonical(name) != names[parameter]:
-            aliases[names[parameter]] += (canonical(name),)
+    for place, module in base_modules(model, every_name=True):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if (name := join(place, key)) != names[parameter]:
+                aliases[names[parameter]] += (name,)
     return aliases
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    if callable(getattr(module, "get_base_model", None)):
+        model: nn.Module = module.get_base_model()
+        return model
+    if not hasattr(module, "adapter_layer_names"):
+        return None
+    return next((inner for key in _WRAPPED if (inner := module._modules.get(key)) is not None), None)

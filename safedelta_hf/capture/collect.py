@@ -18,7 +18,7 @@ from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.undisturbed import undisturbed
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError, DataError, NumericalError
-from safedelta_hf.names import parameter_names
+from safedelta_hf.names import parameter_names, unwrapped
 from safedelta_hf.records import Role, Use
 
 
@@ -148,6 +148,7 @@ def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence]) -> None:
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if callable(getter) else None
     largest = max(max(sequence.input_ids) for sequence in sequences)
+    embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
     if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
         raise DataError(
             f"safety data: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; "

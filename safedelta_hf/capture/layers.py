@@ -1,7 +1,7 @@
 """Which parameters can be observed, and through which module."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safedelta_hf.errors import CaptureError
-from safedelta_hf.names import canonical, join
+from safedelta_hf.names import base_modules, join, unwrapped
 from safedelta_hf.records import Role
 
 
@@ -130,7 +130,7 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
     head = _output_embeddings(model)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
-    for name, module in _named_modules(model):
+    for name, module in base_modules(model):
         own = dict(module.named_parameters(recurse=False))
         role = Role.HEAD if module is head else _role(module, own)
         kind = type(module).__name__
@@ -157,14 +157,10 @@ def _role(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Role | None:
     return Role.SCALE if is_scale else None
 
 
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        yield canonical(f"{name}.").rstrip("."), module
-
-
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
+    head = unwrapped(head) if isinstance(head, nn.Module) else None
     return head if isinstance(head, nn.Linear) else None
 
 

@@ -11,6 +11,7 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.names import unwrapped
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
 
 
@@ -30,7 +31,7 @@ def collect_profile(
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
 
     Args:
-        model: The base (aligned) model; it is left as it was.
+        model: The base (aligned) model; it is left as it was. Adapters on it are disabled meanwhile.
         safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
             a JSON-lines file, in any form that TRL takes.
         processing_class: Tokenizer or processor; not needed for tokenised data.
@@ -58,6 +59,7 @@ def collect_profile(
         offload_folder=offload_folder,
         share_moments=share_moments,
     )
+    model = unwrapped(model)
     sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length)
     capture = capture_moments(
         model,

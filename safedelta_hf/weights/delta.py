@@ -1,10 +1,137 @@
-"""The delta of one parameter that this process holds whole."""
+"""The delta of one parameter, whatever form it is stored in, and the form that this process holds whole."""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
-from safedelta_hf.records import Role
+from safedelta_hf.records import Role, Use
+
+
+class DeltaMatrix(Protocol):
+    """A delta as one use of its parameter sees it: [rows, columns], one column for each input."""
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs that each input feeds."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        ...
+
+    def column_energy(self, transform: Transform | None = None) -> Tensor:
+        """Sum over rows of the squared (transformed) delta, [columns] float32."""
+        ...
+
+    def inner(self, transform: Transform) -> float:
+        """Inner product of the delta with its transform."""
+        ...
+
+
+class Delta(Protocol):
+    """The delta of one parameter, as tuned and as adjusted so far. Never changed in place."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        ...
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        ...
+
+    def matrix(self, use: Use) -> DeltaMatrix:
+        """The adjusted delta as one use sees it."""
+        ...
+
+    def transformed(self, use: Use, transform: Transform) -> "Delta":
+        """The delta with a transform applied to its rows, as one use sees them."""
+        ...
+
+    def dropped(self) -> "Delta":
+        """The delta with nothing of it kept."""
+        ...
+
+
+class DenseDelta:
+    """A delta held as one tensor, in the shape of its parameter.
+
+    Args:
+        tuned: Fine-tuned weight, in the dtype of the model.
+        base: Base weight of the same shape, on any device.
+        adjusted: What is kept of the delta, float32; None for all of it.
+    """
+
+    def __init__(self, tuned: Tensor, base: Tensor, adjusted: Tensor | None = None) -> None:
+        self._tuned = tuned.detach()
+        self._base = base.detach().to(tuned)
+        self._adjusted = self._delta() if adjusted is None else adjusted
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._tuned.device
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        return float(self._delta().square().sum())
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        return float((self._delta() - self._adjusted).square().sum())
+
+    def matrix(self, use: Use) -> "MatrixDelta":
+        """The adjusted delta as one use sees it.
+
+        Args:
+            use: The use.
+
+        Returns:
+            A view.
+        """
+        return MatrixDelta(self._adjusted, use.role)
+
+    def transformed(self, use: Use, transform: Transform) -> "DenseDelta":
+        """The delta with a transform applied to its rows.
+
+        Args:
+            use: Which rows.
+            transform: The transform.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
+
+    def dropped(self) -> "DenseDelta":
+        """The delta with nothing of it kept.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        return DenseDelta(self._tuned, self._base, torch.zeros_like(self._adjusted))
+
+    def weight(self) -> Tensor:
+        """The weight that carries what is kept.
+
+        Returns:
+            A new tensor in the dtype of the fine-tuned weight.
+        """
+        return recombine(self._tuned, self._base, self._delta(), self._adjusted)
+
+    def _delta(self) -> Tensor:
+        return self._tuned.to(torch.float32) - self._base.to(torch.float32)
 
 
 class MatrixDelta:
