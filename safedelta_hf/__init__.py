@@ -2,7 +2,7 @@
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.hf.callback import SafeDeltaCallback
-from safedelta_hf.pipeline import adjust_model, collect_profile
+from safedelta_hf.pipeline import adjust_adapter, adjust_model, collect_profile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import SafeDelta
@@ -13,6 +13,7 @@ __all__ = [
     "SafeDeltaCallback",
     "SafetyProfile",
     "Treatment",
+    "adjust_adapter",
     "adjust_model",
     "collect_profile",
 ]

@@ -40,6 +40,10 @@ class ProfileError(SafeDeltaError, ValueError):
     """A safety profile is malformed or was made for something else."""
 
 
+class AdapterError(SafeDeltaError, ValueError):
+    """An adapter has no delta that can be adjusted, or is not as it has to be."""
+
+
 class AdjustmentError(SafeDeltaError):
     """Something outside this package failed while it was at work; the cause is chained.
 

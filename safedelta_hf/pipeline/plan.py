@@ -35,13 +35,43 @@ def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -
             f"{type(model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
             "Collect a profile of this model's base"
         )
-    aliases = parameter_aliases(model)
+    return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+
+
+def plan_parameters(
+    shapes: Mapping[str, tuple[int, ...]],
+    profile: SafetyProfile,
+    treatment: Treatment,
+    aliases: Mapping[str, tuple[str, ...]] | None = None,
+) -> Plan:
+    """Decide what happens to some parameters of the model that a profile was made of.
+
+    Args:
+        shapes: Shapes of the parameters, by canonical name.
+        profile: Profile of their base.
+        treatment: What to do with parameters other than linear weights.
+        aliases: Further names of tied parameters; empty for those not named.
+
+    Returns:
+        One entry for each parameter; those that read the same moment stand together.
+
+    Raises:
+        ProfileError: The profile knows nothing of one of them.
+    """
+    unknown = sorted(set(shapes) - set(profile.header.base))
+    if unknown:
+        raise ProfileError(
+            f"profile: {len(unknown)} tuned parameters are not among those of the {profile.header.architecture} that "
+            f"it was made for, such as {unknown[0]}. Collect a profile of this model's base"
+        )
+    aliases = aliases or {}
     uses: dict[str, list[Use]] = {}
     for use in profile.uses:
         uses.setdefault(use.parameter, []).append(use)
     order = {key: number for number, key in enumerate(profile.moments)}
     entries = [
-        _plan_entry(name, shapes[name], uses.get(name, []), profile, treatment, aliases[name]) for name in shapes
+        _plan_entry(name, shape, uses.get(name, []), profile, treatment, aliases.get(name, ()))
+        for name, shape in shapes.items()
     ]
     entries.sort(key=lambda entry: order[entry.uses[-1].moment] if entry.uses else len(order))
     return Plan(entries=tuple(entries))

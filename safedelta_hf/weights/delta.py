@@ -8,6 +8,9 @@ from torch import Tensor
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.records import Role, Use
 
+TRANSPOSED_ROLES = (Role.CONV1D, Role.EMBEDDING)
+"""Roles whose parameter is stored with its inputs first."""
+
 
 class DeltaMatrix(Protocol):
     """A delta as one use of its parameter sees it: [rows, columns], one column for each input."""
@@ -144,7 +147,7 @@ class MatrixDelta:
 
     def __init__(self, delta: Tensor, role: Role) -> None:
         self._shape = delta.shape
-        self._is_transposed = role in (Role.CONV1D, Role.EMBEDDING)
+        self._is_transposed = role in TRANSPOSED_ROLES
         if role is Role.SCALE:
             self._matrix = delta[None, :]
         elif role is Role.BIAS:

@@ -1,0 +1,165 @@
+"""Adjust an adapter: the same rank in and out, and the base never changed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.errors import AdapterError, ProfileError
+from safedelta_hf.names import parameter_aliases, parameter_names, unwrapped
+from safedelta_hf.pipeline.adjust import adjust_weights
+from safedelta_hf.pipeline.plan import plan_parameters
+from safedelta_hf.records import ProfileHeader, Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.weights.adapter import AdapterStore
+from safedelta_hf.weights.adapter_config import initialised_from_base, require_low_rank
+from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart
+from safedelta_hf.weights.base import BaseWeights, open_base, verified
+from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.weights.journal import Journal
+from safedelta_hf.weights.peft_layers import adapter_config, adapter_parts
+
+
+def adjust_adapter(
+    model: nn.Module,
+    *,
+    profile: SafetyProfile,
+    rule: Rule | None = None,
+    adapter_name: str = "default",
+    new_adapter_name: str | None = None,
+    base: nn.Module | str | Path | BaseWeights | None = None,
+    treatment: Treatment | None = None,
+    workspace: Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Adjust a LoRA adapter, in place or as a second adapter beside it: all of it, or, if anything fails, nothing.
+
+    `D = s B A` becomes `D T = s B (A T)`: rank, shapes, data types and configuration stay, and no weight of the base is
+    read but to make sure that it is the profile's.
+
+    Args:
+        model: The model with the adapter on it, unmerged, held whole by this process.
+        profile: Profile of its base.
+        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        adapter_name: The adapter.
+        new_adapter_name: Name of a new adapter for the result; None to adjust in place. It is not activated.
+        base: The base as it was before training, for adapters that train biases of the base itself (`bias="all"`).
+        treatment: What to do with tuned parameters other than linear weights.
+        workspace: Folder with room for a temporary copy of the adapter; None for the system's default.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done to each parameter that the adapter tunes.
+
+    Raises:
+        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
+        ProfileError: The profile was made for another base.
+        SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
+    """  # noqa: DOC502 - raised by the functions called
+    config = adapter_config(model, adapter_name)
+    require_low_rank(config)
+    if initialised_from_base(config):
+        raise AdapterError(
+            f"adapter {adapter_name!r}: init_lora_weights={config.init_lora_weights!r} took a part of the base into "
+            "the adapter, so its delta is relative to what it started from and has twice the rank; save the adapter "
+            "and use adjust_adapter_files(..., initial_adapter=<the adapter as it was before training>)"
+        )
+    trained_in_place = _trained_in_place(model, config, profile.header, base)
+    require_base(model, profile.header, but={part.parameter for part in trained_in_place})
+    if new_adapter_name is not None:
+        _copy_adapter(model, config, adapter_name, new_adapter_name)
+    try:
+        parts = adapter_parts(model, new_adapter_name or adapter_name) + trained_in_place
+        store = AdapterStore(
+            parts,
+            architecture=type(unwrapped(model)).__name__,
+            source="the frozen base below the adapter",
+            writer=Journal(workspace),
+        )
+        plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
+        return adjust_weights(store, plan, profile, rule or SafeDelta(), progress=progress)
+    except BaseException:
+        if new_adapter_name is not None:
+            model.delete_adapter(new_adapter_name)  # type: ignore[operator]
+        raise
+
+
+def require_base(model: nn.Module, header: ProfileHeader, *, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Make sure that the frozen weights below an adapter are those that a profile was made of.
+
+    Args:
+        model: The model that has the adapter.
+        header: What the profile was made from.
+        but: Names of parameters that were trained in place.
+
+    Raises:
+        ProfileError: It was made of others.
+    """
+    names = parameter_names(model)
+    strangers = sorted(set(names.values()) ^ set(header.base))
+    if strangers:
+        raise ProfileError(
+            f"profile: made for another base ({header.architecture}); it differs from this "
+            f"{type(unwrapped(model)).__name__} in {', '.join(strangers[:3])}"
+        )
+    for parameter, name in names.items():
+        if name not in but and digest(parameter.to(getattr(torch, header.dtypes[name]))) != header.base[name]:
+            raise ProfileError(
+                f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
+                "the same precision"
+            )
+
+
+def _trained_in_place(
+    model: nn.Module,
+    config: Any,  # noqa: ANN401
+    header: ProfileHeader,
+    base: nn.Module | str | Path | BaseWeights | None,
+) -> list[AdapterPart]:
+    # LoraConfig(bias="all") or "lora_only" trains biases of the base itself.
+    if config.bias == "none":
+        return []
+    parts: list[AdapterPart] = []
+    reader = open_base(base, unwrapped(model)) if isinstance(base, nn.Module | str | Path) else base
+    for parameter, name in parameter_names(model).items():
+        if not name.endswith("bias") or header.base.get(name) in (None, digest(parameter)):
+            continue
+        if reader is None:
+            raise AdapterError(
+                f"{name}: the adapter (bias={config.bias!r}) trained it in place, so its base value is not in the "
+                "model; pass base=<the model or folder that the fine-tuning started from>"
+            )
+        weight = verified(reader, name, header.dtypes[name], header.base[name])
+        parts.append(DensePart(parameter=name, tuned=parameter, base=weight))
+    return parts
+
+
+def _copy_adapter(model: nn.Module, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"new_adapter_name={new_name!r}: only a PeftModel takes one, this is {type(model).__name__}")
+    if new_name in model.peft_config:
+        raise AdapterError(f"new_adapter_name={new_name!r}: this model has an adapter of that name; choose another")
+    if config.bias != "none":
+        raise AdapterError(
+            f"new_adapter_name={new_name!r}: the adapter (bias={config.bias!r}) trains biases of the base itself, "
+            "which cannot be in two states; adjust it in place"
+        )
+    # The values are overwritten below, so a costly or data-driven initialisation is left out.
+    model.add_adapter(new_name, _with(config, init_lora_weights=True))
+    model.peft_config[new_name] = _with(config)
+    for old, new in zip(adapter_parts(model, name), adapter_parts(model, new_name), strict=True):
+        for source, target in zip(old.tensors().values(), new.tensors().values(), strict=True):
+            target.data = source.detach().clone()
+
+
+def _with(config: Any, **changes: Any) -> Any:  # noqa: ANN401
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    return changed

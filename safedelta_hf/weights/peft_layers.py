@@ -1,0 +1,157 @@
+"""The parts of an adapter on a model in memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safedelta_hf.errors import AdapterError
+from safedelta_hf.names import parameter_names
+from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, LowRankPart, OffsetPart, TokenRowsPart
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 - PEFT is imported lazily
+    """The configuration of an adapter that can be adjusted as it stands.
+
+    Args:
+        model: The model that has the adapter.
+        adapter_name: Its name.
+
+    Returns:
+        A configuration of PEFT.
+
+    Raises:
+        AdapterError: There is none of this name, or an adapter is merged.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise AdapterError(f"adapter {adapter_name!r}: not on this {type(model).__name__}; it has {sorted(configs)}")
+    require_unmerged(model)
+    return configs[adapter_name]
+
+
+def require_unmerged(model: nn.Module) -> None:
+    """Make sure that no adapter is merged into the base weights.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        AdapterError: One is.
+    """
+    merged = {name for module in model.modules() for name in getattr(module, "merged_adapters", ())}
+    if merged:
+        raise AdapterError(
+            f"adapter: {sorted(merged)} merged into the base weights, so those are not the base; "
+            "unmerge_adapter() first"
+        )
+
+
+def adapter_parts(model: nn.Module, adapter_name: str) -> list[AdapterPart]:
+    """List what a LoRA adapter does to each parameter.
+
+    Args:
+        model: The model that has the adapter, held whole by this process.
+        adapter_name: Its name.
+
+    Returns:
+        One part for each tuned parameter, in module order.
+    """
+    names = parameter_names(model)
+    parts: list[AdapterPart] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for part in _parts(module, adapter_name, names):
+            # Tied layers may hold one and the same tensor.
+            places = {tensor.data_ptr() for tensor in part.tensors().values() if tensor.numel()}
+            if not places or not places <= seen:
+                parts.append(part)
+            seen |= places
+    return parts
+
+
+def _parts(module: nn.Module, adapter: str, names: dict[nn.Parameter, str]) -> Iterator[AdapterPart]:
+    from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        if adapter in module.modules_to_save:
+            yield from _whole(module.modules_to_save[adapter], module.original_module, names)
+    elif isinstance(module, TrainableTokensLayer):
+        if adapter in module.trainable_tokens_delta:
+            yield _token_rows(module, adapter, names)
+    elif isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
+        if isinstance(module, MultiheadAttention | ParamWrapper):
+            raise AdapterError(
+                f"adapter: LoRA on {type(module.get_base_layer()).__name__} by {type(module).__name__} is not covered; "
+                "merge the adapter and use adjust_model"
+            )
+        yield from _low_rank(module, adapter, names)
+
+
+def _whole(tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str]) -> Iterator[DensePart]:
+    base = dict(original.named_parameters())
+    for key, parameter in tuned.named_parameters():
+        yield DensePart(parameter=names[base[key]], tuned=parameter, base=base[key])
+
+
+def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> TokenRowsPart:  # noqa: ANN401
+    weight = layer.get_base_layer().weight
+    return TokenRowsPart(
+        parameter=names[weight],
+        rows=layer.trainable_tokens_delta[adapter],
+        indices=torch.tensor(layer.token_indices[adapter], device=weight.device),
+        base=weight,
+    )
+
+
+def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Iterator[AdapterPart]:  # noqa: ANN401
+    base = layer.get_base_layer()
+    name = names[base.weight]
+    is_embedding = adapter in layer.lora_embedding_A
+    if is_embedding:
+        down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        _require_same_reach(name, base)
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    scaling = float(layer.scaling[adapter])
+    transposed = is_embedding or bool(getattr(layer, "fan_in_fan_out", False))
+    yield LowRankPart(
+        parameter=name,
+        shape=low_rank_shape(down, up, transposed=transposed),
+        down=down,
+        up=up,
+        scaling=scaling,
+        transposed=transposed,
+    )
+    if layer.lora_bias.get(adapter) and scaling:
+        bias = getattr(base, "bias", None)
+        place = f"{name.removesuffix('weight')}bias" if bias is None else names[bias]
+        yield OffsetPart(parameter=place, offset=layer.lora_B[adapter].bias, scaling=scaling)
+
+
+def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, ...]:
+    """Shape of the weight that a LoRA pair tunes.
+
+    Args:
+        down: `A`, [rank, in, ...].
+        up: `B`, [out, rank, ...].
+        transposed: Whether the weight is stored [in, out].
+
+    Returns:
+        The shape of their product.
+    """
+    return (down.shape[1], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])
+
+
+def _require_same_reach(name: str, base: nn.Module) -> None:
+    # PEFT convolves with `A` over all channels and without dilation, whatever the layer below does.
+    groups, dilation = getattr(base, "groups", 1), getattr(base, "dilation", 1)
+    spread = set(dilation) if isinstance(dilation, tuple) else {dilation}
+    if groups != 1 or spread != {1}:
+        raise AdapterError(
+            f"{name}: LoRA on a convolution with groups={groups}, dilation={dilation} reads other inputs than the "
+            "convolution does, so it is no delta of its weight"
+        )
