@@ -12,7 +12,7 @@ from transformers import TrainerState
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import BaseWeightsError, ProfileError
-from safedelta_hf.names import parameter_names
+from safedelta_hf.names import parameter_names, unwrapped
 from safedelta_hf.weights.base import BaseWeights, FilesOrMemoryBase, open_base
 from safedelta_hf.weights.fingerprint import digest, fingerprint
 
@@ -49,8 +49,9 @@ def base_of_run(
 ) -> RunBase:
     """Find the base at the start of a training run.
 
-    A run that starts at step 0 has its base in the model, unless another is given. A resumed run has its base in the
-    files that the first run recorded in its checkpoints, or where it is given.
+    A run that starts at step 0 has its base in the model, unless another is given, and so has every run that trains an
+    adapter. Another resumed run has its base in the files that the first run recorded in its checkpoints, or where it
+    is given.
 
     Args:
         model: The model as training finds it.
@@ -66,8 +67,8 @@ def base_of_run(
     """
     if given is not None:
         run = _from_source(model, given)
-    elif state.global_step == 0:
-        return _from_model(model, output_dir)
+    elif state.global_step == 0 or getattr(model, "peft_config", None):
+        run = _from_model(unwrapped(model), output_dir)
     else:
         run = _from_source(model, **_recorded_files(state))
     require_recorded(run, state)

@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.errors import AdjustmentError, BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.logs import log_metrics
-from safedelta_hf.hf.run import bare, is_pruned, output_dir, require_supported, shows_progress
+from safedelta_hf.hf.run import bare, is_pruned, output_dir, require_supported, shows_progress, trained_adapter
 from safedelta_hf.hf.tuned import rescue_tuned, save_tuned
 from safedelta_hf.names import parameter_names
-from safedelta_hf.pipeline import adjust_model, collect_profile, plan_model, require_decisions
-from safedelta_hf.records import Treatment
+from safedelta_hf.pipeline import (
+    adjust_adapter,
+    adjust_model,
+    collect_profile,
+    plan_adapter,
+    plan_model,
+    require_adjustable,
+    require_decisions,
+)
+from safedelta_hf.records import PlanEntry, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.journal import standing_in
@@ -35,6 +44,9 @@ class SafeDeltaCallback(TrainerCallback):
     At train start it reads the safety data with the base model; when training has ended, after the best model was
     loaded, it adjusts the weights in place, so that `save_model`, `evaluate` and `push_to_hub` see the adjusted model.
     Checkpoints saved meanwhile are not adjusted.
+
+    On a `PeftModel` it reads the safety data with the adapter disabled and adjusts the adapter that was trained, at its
+    own rank; the frozen base is neither copied nor changed.
 
     A second `train()` on the same model measures its delta from the same base as the first. A resumed run reads its
     base from the files that the first run recorded in its checkpoints, or from `base`.
@@ -131,9 +143,7 @@ class SafeDeltaCallback(TrainerCallback):
         run, profile = self._started()
         require_recorded(run, state)
         remember(run, state)
-        trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
-        plan = plan_model(model, profile, self._treatment)
-        require_decisions([entry for entry in plan.entries if entry.parameter in trained])
+        require_decisions(_entries_of_trained(model, profile, self._treatment))
 
     def on_train_end(
         self,
@@ -196,8 +206,11 @@ class SafeDeltaCallback(TrainerCallback):
             BaseWeightsError: The callback has not seen the start of the training.
         """
         run, profile = self._started()
-        self.report = adjust_model(
-            bare(model),
+        model = bare(model)
+        adapter = trained_adapter(model)
+        adjust = adjust_model if adapter is None else partial(adjust_adapter, adapter_name=adapter)
+        self.report = adjust(
+            model,
             base=run.weights,
             profile=profile,
             rule=self._rule,
@@ -219,6 +232,9 @@ class SafeDeltaCallback(TrainerCallback):
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
         self.profile = self._given_profile
+        adapter = trained_adapter(model)
+        if adapter is not None:
+            require_adjustable(model, adapter)
         run = base_of_run(model, state, self._given_base, output_dir(args))
         if self.profile is not None:
             require_matching(self.profile, run, processing_class)
@@ -257,6 +273,14 @@ class SafeDeltaCallback(TrainerCallback):
             raise ConfigurationError(
                 f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
             )
+
+
+def _entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:
+    adapter = trained_adapter(model)
+    if adapter is not None:
+        return list(plan_adapter(model, profile, treatment, adapter).entries)
+    trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
+    return [entry for entry in plan_model(model, profile, treatment).entries if entry.parameter in trained]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Facts about a training run, read off what the Trainer passes to its callbacks."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +25,30 @@ def bare(model: nn.Module | None) -> nn.Module:
         raise ConfigurationError("SafeDeltaCallback: the Trainer passed no model")
     bare: nn.Module = getattr(model, "_orig_mod", model)
     return bare
+
+
+def trained_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that is being trained.
+
+    Args:
+        model: The bare model.
+
+    Returns:
+        Its name, or None if the model has no adapters.
+
+    Raises:
+        ConfigurationError: Several adapters are active at once.
+    """
+    if not getattr(model, "peft_config", None):
+        return None
+    active: Any = model.active_adapters
+    names = active() if callable(active) else active
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"SafeDeltaCallback: adjusts one adapter, and {len(names)} are active: {names}; activate the one that is "
+            "trained with set_adapter(name)"
+        )
+    return str(names[0])
 
 
 def output_dir(args: TrainingArguments) -> Path:
@@ -73,13 +98,8 @@ def require_supported(args: TrainingArguments, model: nn.Module) -> None:
         model: The bare model.
 
     Raises:
-        ConfigurationError: An adapter model, or weights that this process does not hold whole.
+        ConfigurationError: Weights that this process does not hold whole.
     """
-    if hasattr(model, "peft_config"):
-        raise ConfigurationError(
-            "SafeDeltaCallback: the model is a PeftModel, and this callback adjusts full weights; train without the "
-            "callback, then merge_and_unload() and adjust_model(merged, base=..., profile=...)"
-        )
     sharded = args.world_size > 1 or bool(args.fsdp) or bool(args.deepspeed)
     if sharded or any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigurationError(

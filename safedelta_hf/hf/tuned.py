@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import save_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.utils.hub import PushToHubMixin
 
 from safedelta_hf.capture.safety_data import ProcessingClass
 from safedelta_hf.folders import complete_or_absent
@@ -14,13 +14,14 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
     """Write a model as it is now; complete or not there at all.
 
     Args:
-        model: A transformers model, or any module (then only `model.safetensors` is written).
+        model: A transformers model; a `PeftModel`, whose adapters are written; or any module, then only
+            `model.safetensors` is written.
         processing_class: Tokenizer or processor to save beside it, or None.
         folder: A folder that does not exist, or is empty.
     """
     with complete_or_absent(folder) as unfinished:
-        if isinstance(model, PreTrainedModel):
-            model.save_pretrained(unfinished)
+        if isinstance(model, PushToHubMixin):
+            model.save_pretrained(unfinished)  # type: ignore[no-untyped-call]
         else:
             save_model(model, str(unfinished / "model.safetensors"))
         if processing_class is not None:

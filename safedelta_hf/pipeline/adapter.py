@@ -12,7 +12,7 @@ from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.names import parameter_aliases, parameter_names, unwrapped
 from safedelta_hf.pipeline.adjust import adjust_weights
 from safedelta_hf.pipeline.plan import plan_parameters
-from safedelta_hf.records import ProfileHeader, Treatment
+from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.adapter import AdapterStore
@@ -60,14 +60,7 @@ def adjust_adapter(
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
     """  # noqa: DOC502 - raised by the functions called
-    config = adapter_config(model, adapter_name)
-    require_low_rank(config)
-    if initialised_from_base(config):
-        raise AdapterError(
-            f"adapter {adapter_name!r}: init_lora_weights={config.init_lora_weights!r} took a part of the base into "
-            "the adapter, so its delta is relative to what it started from and has twice the rank; save the adapter "
-            "and use adjust_adapter_files(..., initial_adapter=<the adapter as it was before training>)"
-        )
+    config = require_adjustable(model, adapter_name)
     trained_in_place = _trained_in_place(model, config, profile.header, base)
     require_base(model, profile.header, but={part.parameter for part in trained_in_place})
     if new_adapter_name is not None:
@@ -86,6 +79,54 @@ def adjust_adapter(
         if new_adapter_name is not None:
             model.delete_adapter(new_adapter_name)  # type: ignore[operator]
         raise
+
+
+def plan_adapter(model: nn.Module, profile: SafetyProfile, treatment: Treatment, adapter_name: str = "default") -> Plan:
+    """Decide what happens to each parameter that an adapter tunes, from names and shapes alone.
+
+    Args:
+        model: The model with the adapter on it.
+        profile: Profile of its base.
+        treatment: What to do with tuned parameters other than linear weights.
+        adapter_name: The adapter.
+
+    Returns:
+        One entry for each of them.
+
+    Raises:
+        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
+        ProfileError: The profile knows nothing of one of the parameters.
+    """  # noqa: DOC502 - raised by the functions called
+    config = require_adjustable(model, adapter_name)
+    shapes = {part.parameter: part.shape for part in adapter_parts(model, adapter_name)}
+    if config.bias != "none":
+        trained = [(name, weight) for weight, name in parameter_names(model).items() if weight.requires_grad]
+        shapes |= {name: tuple(weight.shape) for name, weight in trained}
+    return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+
+
+def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 - a configuration of PEFT
+    """Make sure that an adapter can be adjusted as it stands.
+
+    Args:
+        model: The model with the adapter on it.
+        adapter_name: The adapter.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A` relative to its base.
+    """
+    config = adapter_config(model, adapter_name)
+    require_low_rank(config)
+    if initialised_from_base(config):
+        raise AdapterError(
+            f"adapter {adapter_name!r}: init_lora_weights={config.init_lora_weights!r} took a part of the base into "
+            "the adapter, so its delta is relative to what it started from and has twice the rank; save the adapter "
+            "and use adjust_adapter_files(..., initial_adapter=<the adapter as it was before training>)"
+        )
+    return config
 
 
 def require_base(model: nn.Module, header: ProfileHeader, *, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]

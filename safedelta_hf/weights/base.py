@@ -134,7 +134,7 @@ class FilesOrMemoryBase:
         self._files = _usable_files(model, revision, avoid)
         self._memory: dict[str, Tensor] = {}
         for parameter, name in parameter_names(model).items():
-            if not self._in_files(name, parameter.dtype, digests[name]) and parameter.requires_grad:
+            if parameter.requires_grad and not self._in_files(name, parameter.dtype, digests[name]):
                 self._memory[name] = parameter.detach().to("cpu", copy=True)
 
     @property

@@ -402,13 +402,6 @@ def test_uncovered_parameters_stop_before_training(tmp_path):
     assert callback.report.outcomes["kept"] == 2
 
 
-def test_an_adapter_model_stops_before_training(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"]))
-    stops_before_training(SafeDeltaCallback(ROWS), "PeftModel", ConfigurationError, tmp_path, model=model)
-
-
 @pytest.mark.parametrize("given", [{}, {"safety_dataset": ROWS, "profile": "p"}])
 def test_exactly_one_source_of_moments_is_needed(given):
     with pytest.raises(ConfigurationError, match="either safety_dataset or profile"):

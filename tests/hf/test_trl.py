@@ -10,7 +10,7 @@ REFUSALS = tiny.conversations()
 SETTINGS = {"num_train_epochs": 2, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
 
 
-def sft(model, output, callback, **changes):
+def sft(model, output, callback, peft_config=None, **changes):
     from trl import SFTConfig, SFTTrainer
 
     return SFTTrainer(
@@ -19,10 +19,11 @@ def sft(model, output, callback, **changes):
         train_dataset=Dataset.from_list(tiny.conversations(16)),
         processing_class=tiny.tokenizer(),
         callbacks=[callback],
+        peft_config=peft_config,
     )
 
 
-def dpo(model, output, callback, **changes):
+def dpo(model, output, callback, peft_config=None, **changes):
     from trl import DPOConfig, DPOTrainer
 
     chosen, rejected = ({"role": "assistant", "content": text} for text in ("yes sure", "i cannot"))
@@ -35,6 +36,7 @@ def dpo(model, output, callback, **changes):
         train_dataset=Dataset.from_list(pairs),
         processing_class=tiny.tokenizer(),
         callbacks=[callback],
+        peft_config=peft_config,
     )
 
 
