@@ -1,12 +1,14 @@
 """Profile, plan, apply: the way from safety data to adjusted weights."""
 
 from safedelta_hf.pipeline.adapter import adjust_adapter, plan_adapter, require_adjustable
+from safedelta_hf.pipeline.adapter_files import adjust_adapter_files
 from safedelta_hf.pipeline.adjust import adjust_model
 from safedelta_hf.pipeline.collect import collect_profile
 from safedelta_hf.pipeline.plan import plan_model, require_decisions
 
 __all__ = [
     "adjust_adapter",
+    "adjust_adapter_files",
     "adjust_model",
     "collect_profile",
     "plan_adapter",
