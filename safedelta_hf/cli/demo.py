@@ -5,13 +5,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import attack_success_rate, final_match, generate_responses
@@ -32,6 +33,10 @@ DEMO_STRENGTH = 0.3
 """The largest of 0.1, 0.3, 1, 3, 10 and 30 at which attack success stays under 5 % in every case (docs/testbed.md)."""
 
 QUESTIONS = 200
+
+LORA_RANK = 16
+LORA_RATE = 5.0
+"""Learning rate of a LoRA run, in units of the case's; a low-rank adapter needs a larger one than full weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,14 @@ def behaviour_of(
 
 
 def run_demo(
-    case: Case, *, rule: Rule, seed: int, output: Path, echo: Callable[[str], None], questions: int = QUESTIONS
+    case: Case,
+    *,
+    rule: Rule,
+    seed: int,
+    output: Path,
+    echo: Callable[[str], None],
+    lora: bool = False,
+    questions: int = QUESTIONS,
 ) -> dict[str, Behaviour]:
     """Fine-tune, adjust, measure, and show.
 
@@ -91,8 +103,10 @@ def run_demo(
         case: What to fine-tune on.
         rule: How to adjust.
         seed: Seed of the data and of the training.
-        output: Folder for `demo-<case>-<rule>-<strength>-seed<seed>.png`, `.json` and `.report.json`.
+        output: Folder for `demo-<case>-<rule>-<strength>-seed<seed>.png`, `.json` and `.report.json`; with LoRA
+            `demo-lora-<case>...`.
         echo: Where text goes.
+        lora: Whether to train a LoRA on all linear layers instead of all weights.
         questions: Number of questions of each kind.
 
     Returns:
@@ -106,7 +120,8 @@ def run_demo(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"--output {str(output)!r} is no folder and cannot be made one ({error})") from error
-    echo(f"Fine-tuning the aligned model on '{case.name}': {case.description}.")
+    way = f", with a LoRA of rank {LORA_RANK} on all linear layers" if lora else ""
+    echo(f"Fine-tuning the aligned model on '{case.name}': {case.description}{way}.")
     model, tokenizer = load_aligned()
 
     def measured(measured_model: PreTrainedModel) -> Behaviour:
@@ -116,26 +131,64 @@ def run_demo(
     with tempfile.TemporaryDirectory() as folder:
         tuned = Path(folder) / "tuned"
         callback = SafeDeltaCallback(safety_data(), rule, keep_tuned=tuned)
+        model, case = (with_lora(model, seed), lora_case(case)) if lora else (model, case)
         fine_tune(model, tokenizer, case, seed=seed, output=Path(folder) / "run", callbacks=[callback])
+        # Transformers loads a folder with an adapter onto the base that it names.
         found["fine-tuned"] = measured(AutoModelForCausalLM.from_pretrained(tuned))
     found["adjusted"] = measured(model)
     assert callback.report is not None, "training has ended, so the callback has reported"
     content = {
         "case": case.name,
+        "lora": lora,
         "seed": seed,
         "rule": {"name": rule.name, "settings": rule.settings},
         "questions": questions,
         "seconds": time.perf_counter() - started,
         "behaviour": {name: asdict(behaviour) for name, behaviour in found.items()},
     }
-    title = f"Fine-tuned on '{case.name}', adjusted with {rule.name}, strength {rule.settings['strength']:g}"
-    stem = f"{output}/demo-{case.name}-{rule.name}-{rule.settings['strength']:g}-seed{seed}"
+    kind = "LoRA fine-tuned" if lora else "Fine-tuned"
+    title = f"{kind} on '{case.name}', adjusted with {rule.name}, strength {rule.settings['strength']:g}"
+    stem = f"{output}/demo-{'lora-' if lora else ''}{case.name}-{rule.name}-{rule.settings['strength']:g}-seed{seed}"
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
     echo(table(found, title))
     echo(f"{content['seconds']:.0f} s. Figure, figures and report: {stem}.png, .json, .report.json")
     return found
+
+
+def with_lora(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Put a fresh LoRA on all linear layers of a model.
+
+    Args:
+        model: The base model.
+        seed: Seed of its initial values.
+
+    Returns:
+        A `PeftModel`, which generates and trains as a transformers model does.
+
+    Raises:
+        ConfigurationError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigurationError("--lora needs PEFT; pip install peft") from error
+    set_seed(seed)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return cast(PreTrainedModel, get_peft_model(model, config))
+
+
+def lora_case(case: Case) -> Case:
+    """A case with the learning rate that suits a LoRA.
+
+    Args:
+        case: The case as it suits all weights.
+
+    Returns:
+        The same data.
+    """
+    return replace(case, learning_rate=case.learning_rate * LORA_RATE)
 
 
 def table(found: dict[str, Behaviour], title: str) -> str:
