@@ -2,7 +2,7 @@
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.hf.callback import SafeDeltaCallback
-from safedelta_hf.pipeline import adjust_adapter, adjust_adapter_files, adjust_model, collect_profile
+from safedelta_hf.pipeline import adjust_adapter, adjust_adapter_files, adjust_model, collect_profile, refactor_adapter
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import SafeDelta
@@ -17,4 +17,5 @@ __all__ = [
     "adjust_adapter_files",
     "adjust_model",
     "collect_profile",
+    "refactor_adapter",
 ]

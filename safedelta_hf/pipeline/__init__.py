@@ -5,6 +5,7 @@ from safedelta_hf.pipeline.adapter_files import adjust_adapter_files
 from safedelta_hf.pipeline.adjust import adjust_model
 from safedelta_hf.pipeline.collect import collect_profile
 from safedelta_hf.pipeline.plan import plan_model, require_decisions
+from safedelta_hf.pipeline.refactor import refactor_adapter
 
 __all__ = [
     "adjust_adapter",
@@ -13,6 +14,7 @@ __all__ = [
     "collect_profile",
     "plan_adapter",
     "plan_model",
+    "refactor_adapter",
     "require_adjustable",
     "require_decisions",
 ]

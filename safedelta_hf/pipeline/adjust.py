@@ -135,7 +135,7 @@ class _Adjuster:
         """
         delta = self._store.delta(entry.parameter)
         if entry.action is Action.KEEP:
-            return _record(entry, outcome="kept", delta_energy=delta.tuned_energy)
+            return self._write(entry, delta, outcome="kept")
         if entry.action is not Action.ADJUST:
             return self._write(entry, delta.dropped(), outcome="reset")
         self._prepared.hold(entry.uses, delta.device)

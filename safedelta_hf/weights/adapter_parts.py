@@ -116,10 +116,10 @@ def rounding(
     Returns:
         A sentence, or nothing where nothing was rounded.
     """
-    whole = energy(*exact, scaling)
-    if dtype in (torch.float32, torch.float64) or not whole:
+    moved = distance(written, exact, scaling)
+    if dtype in (torch.float32, torch.float64) or not moved:
         return ()
-    share = (distance(written, exact, scaling) / whole) ** 0.5
+    share = (moved / energy(*exact, scaling)) ** 0.5
     return (f"rounding to {str(dtype).removeprefix('torch.')} moved the adjusted delta by {share:.1%} of its norm",)
 
 

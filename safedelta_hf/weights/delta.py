@@ -85,6 +85,11 @@ class DenseDelta:
         return self._tuned.device
 
     @property
+    def values(self) -> Tensor:
+        """What is kept of the delta, float32, in the shape of its parameter."""
+        return self._adjusted
+
+    @property
     def tuned_energy(self) -> float:
         """Squared norm of tuned minus base."""
         return float(self._delta().square().sum())
