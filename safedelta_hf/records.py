@@ -84,6 +84,25 @@ class Treatment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """A matrix [rows, columns] inside a flattened parameter, such as one expert of many.
+
+    Attributes:
+        start: Index of its first entry.
+        rows: Number of outputs.
+        columns: Number of inputs.
+        row_stride: Steps from one row to the next.
+        column_stride: Steps from one column to the next.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Use:
     """One way in which a parameter is used in the forward pass.
 
@@ -91,11 +110,13 @@ class Use:
         parameter: Canonical name; for a tied weight that of its first appearance.
         role: How it meets its inputs.
         moment: Key of its moment; parameters that read the same tensor have the same key.
+        part: The matrix that is used, or None if it is the whole parameter.
     """
 
     parameter: str
     role: Role
     moment: str
+    part: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,8 @@ def check_moments(entry: PlanEntry, moments: Mapping[str, InputMoment]) -> None:
         ProfileError: One of them has another shape.
     """
     for use in entry.uses:
-        columns = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role).columns
+        whole = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role)
+        columns = whole.columns if use.part is None else use.part.columns
         found = tuple(moments[use.moment].total.shape)
         if found[-1:] != (columns,):
             raise ProfileError(

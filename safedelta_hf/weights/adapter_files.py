@@ -10,8 +10,9 @@ from safedelta_hf.errors import AdapterError
 from safedelta_hf.names import ADAPTER_PREFIX
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.adapter_folder import AdapterFolder
-from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, LowRankPart, OffsetPart, TokenRowsPart
+from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, OffsetPart, TokenRowsPart
 from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.weights.low_rank_parts import LowRankPart
 from safedelta_hf.weights.peft_layers import low_rank_shape
 
 _LINEAR = (".lora_A.weight", ".lora_B.weight")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.weights.delta import Delta, DenseDelta
-from safedelta_hf.weights.factored import FactoredDelta, distance, energy
 
 
 class Replaces(AbstractContextManager[object], Protocol):
@@ -44,83 +43,6 @@ class AdapterPart(Protocol):
     def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
         """Put what is kept of the delta into the adapter's tensors; returns what there is to say about it."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRankPart:
-    """A LoRA pair on a weight: `s B A`, or its transpose where the weight is stored with its inputs first.
-
-    Attributes:
-        parameter: Canonical name of the weight.
-        shape: Shape of the weight.
-        down: `A`, [rank, in], or [rank, in, *kernel] of a convolution.
-        up: `B`, [out, rank], or [out, rank, 1, ...].
-        scaling: `s`.
-        transposed: Whether the weight is stored [in, out].
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    down: Tensor
-    up: Tensor
-    scaling: float
-    transposed: bool
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name.
-
-        Returns:
-            `A` and `B`.
-        """
-        return {f"{self.parameter} (A)": self.down, f"{self.parameter} (B)": self.up}
-
-    def delta(self) -> FactoredDelta:
-        """The delta of the weight.
-
-        Returns:
-            Its factors.
-        """
-        down, up = self.down.flatten(1), self.up.flatten(1)
-        return FactoredDelta(down.T, up.T, self.scaling) if self.transposed else FactoredDelta(up, down, self.scaling)
-
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into `A` and `B`.
-
-        Args:
-            delta: From `delta`, adjusted.
-            writer: What writes.
-
-        Returns:
-            What rounding to the dtype of the adapter costs, if it is not float32.
-        """
-        assert isinstance(delta, FactoredDelta), "a LoRA pair has a factored delta"
-        left, right = delta.factors
-        down, up = (left.T, right.T) if self.transposed else (right, left)
-        for name, tensor, value in zip(self.tensors(), (self.down, self.up), (down, up), strict=True):
-            writer.replace(name, tensor, value.reshape(tensor.shape))
-        written = (self.up.flatten(1), self.down.flatten(1))
-        return rounding(written, (up, down), self.scaling, self.down.dtype)
-
-
-def rounding(
-    written: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], scaling: float, dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Say what rounding costs.
-
-    Args:
-        written: Factors as they are held.
-        exact: The same in float32.
-        scaling: `s`.
-        dtype: Data type of the adapter.
-
-    Returns:
-        A sentence, or nothing where nothing was rounded.
-    """
-    moved = distance(written, exact, scaling)
-    if dtype in (torch.float32, torch.float64) or not moved:
-        return ()
-    share = (moved / energy(*exact, scaling)) ** 0.5
-    return (f"rounding to {str(dtype).removeprefix('torch.')} moved the adjusted delta by {share:.1%} of its norm",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ class MatrixDelta:
         elif role is Role.BIAS:
             self._matrix = delta[:, None]
         else:
-            self._matrix = delta.T if self._is_transposed else delta
+            self._matrix = delta.T if self._is_transposed else delta.flatten(1)
 
     @property
     def rows(self) -> int:

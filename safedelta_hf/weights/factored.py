@@ -1,13 +1,18 @@
 """The delta of a low-rank adapter: a transform changes one factor, and the product is never formed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
+from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import Use
 from safedelta_hf.weights.delta import TRANSPOSED_ROLES
+
+Factors = tuple[Tensor, Tensor]
+"""`L` [first, rank] and `R` [rank, second]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +77,13 @@ class FactoredDelta:
         adjusted: The factors of what is kept, float32; None for all of it.
     """
 
-    def __init__(
-        self, left: Tensor, right: Tensor, scaling: float, adjusted: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scaling: float, adjusted: Factors | None = None) -> None:
         self._tuned = (left.detach(), right.detach())
         self._scaling = scaling
         self._adjusted = (left.detach().float(), right.detach().float()) if adjusted is None else adjusted
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """`L` [first, rank] and `R` [rank, second] of what is kept, float32."""
         return self._adjusted
 
@@ -109,7 +112,7 @@ class FactoredDelta:
             Its factors.
         """
         left, right = self._adjusted
-        if use.role in TRANSPOSED_ROLES:
+        if self._is_transposed(use):
             left, right = right.T, left.T
         return FactoredMatrix(left=left, right=right, scaling=self._scaling)
 
@@ -125,7 +128,7 @@ class FactoredDelta:
         """
         seen = self.matrix(use)
         seen = replace(seen, right=transform(seen.right))
-        kept = (seen.right.T, seen.left.T) if use.role in TRANSPOSED_ROLES else (seen.left, seen.right)
+        kept = (seen.right.T, seen.left.T) if self._is_transposed(use) else (seen.left, seen.right)
         return FactoredDelta(*self._tuned, self._scaling, kept)
 
     def dropped(self) -> "FactoredDelta":
@@ -136,6 +139,86 @@ class FactoredDelta:
         """
         left, right = self._adjusted
         return FactoredDelta(*self._tuned, self._scaling, (left, torch.zeros_like(right)))
+
+    def _is_transposed(self, use: Use) -> bool:
+        if use.part is None:
+            return use.role in TRANSPOSED_ROLES
+        shape = len(self._tuned[0]), self._tuned[1].shape[1]
+        seen = (use.part.rows, use.part.columns, use.part.row_stride, use.part.column_stride)
+        if seen == (*shape, shape[1], 1):
+            return False
+        if seen == (*shape[::-1], 1, shape[1]):
+            return True
+        raise AdapterError(
+            f"its model uses a part [{use.part.rows}, {use.part.columns}] of the [{shape[0]}, {shape[1]}] that the "
+            "adapter tunes as one product; merge the adapter and use adjust_model"
+        )
+
+
+class StackedDelta:
+    """The delta of a stack of matrices, such as experts: one product for each.
+
+    Args:
+        parts: The delta of each matrix, in the order in which they are stored.
+        size: Entries of one matrix.
+    """
+
+    def __init__(self, parts: Sequence[FactoredDelta], size: int) -> None:
+        self.parts = tuple(parts)
+        self._size = size
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.parts[0].device
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        return sum(part.tuned_energy for part in self.parts)
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        return sum(part.lost_energy for part in self.parts)
+
+    def matrix(self, use: Use) -> FactoredMatrix:
+        """The adjusted delta of the one matrix that a use reads.
+
+        Args:
+            use: The use.
+
+        Returns:
+            Its factors.
+        """
+        return self.parts[self._number(use)].matrix(use)
+
+    def transformed(self, use: Use, transform: Transform) -> "StackedDelta":
+        """The delta with a transform applied to the rows of one matrix.
+
+        Args:
+            use: Which matrix.
+            transform: The transform.
+
+        Returns:
+            A new delta of the same rank.
+        """
+        number = self._number(use)
+        changed = self.parts[number].transformed(use, transform)
+        return StackedDelta((*self.parts[:number], changed, *self.parts[number + 1 :]), self._size)
+
+    def dropped(self) -> "StackedDelta":
+        """The delta with nothing of it kept.
+
+        Returns:
+            A new delta whose right factors are zero.
+        """
+        return StackedDelta([part.dropped() for part in self.parts], self._size)
+
+    def _number(self, use: Use) -> int:
+        if use.part is None or use.part.start % self._size:
+            raise AdapterError("its model does not use it matrix by matrix; merge the adapter and use adjust_model")
+        return use.part.start // self._size
 
 
 def energy(left: Tensor, right: Tensor, scaling: float) -> float:
@@ -153,7 +236,7 @@ def energy(left: Tensor, right: Tensor, scaling: float) -> float:
     return max(float(scaling**2 * ((left.T @ left) * (right @ right.T)).sum()), 0.0)
 
 
-def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], scaling: float) -> float:
+def distance(one: Factors, other: Factors, scaling: float) -> float:
     """Squared norm of `s (L R - L' R')`.
 
     Args:

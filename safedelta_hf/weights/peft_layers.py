@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.names import parameter_names
-from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, LowRankPart, OffsetPart, TokenRowsPart
+from safedelta_hf.weights.adapter_parts import (
+    AdapterPart,
+    DensePart,
+    OffsetPart,
+    TokenRowsPart,
+)
+from safedelta_hf.weights.low_rank_parts import ExpertsPart, LowRankPart
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 - PEFT is imported lazily
@@ -83,12 +89,12 @@ def _parts(module: nn.Module, adapter: str, names: dict[nn.Parameter, str]) -> I
         if adapter in module.trainable_tokens_delta:
             yield _token_rows(module, adapter, names)
     elif isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
-        if isinstance(module, MultiheadAttention | ParamWrapper):
-            raise AdapterError(
-                f"adapter: LoRA on {type(module.get_base_layer()).__name__} by {type(module).__name__} is not covered; "
-                "merge the adapter and use adjust_model"
-            )
-        yield from _low_rank(module, adapter, names)
+        if isinstance(module, MultiheadAttention):
+            raise AdapterError("adapter: LoRA on MultiheadAttention is not covered; merge it and use adjust_model")
+        if isinstance(module, ParamWrapper):
+            yield _named_parameter(module, adapter, names)
+        else:
+            yield from _low_rank(module, adapter, names)
 
 
 def _whole(tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str]) -> Iterator[DensePart]:
@@ -104,6 +110,20 @@ def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Tok
         rows=layer.trainable_tokens_delta[adapter],
         indices=torch.tensor(layer.token_indices[adapter], device=weight.device),
         base=weight,
+    )
+
+
+def _named_parameter(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> LowRankPart | ExpertsPart:  # noqa: ANN401
+    weight = layer.get_param()
+    make = LowRankPart if weight.ndim == 2 else ExpertsPart
+    return make(
+        parameter=names[weight],
+        shape=tuple(weight.shape),
+        down=layer.lora_A[adapter].weight,
+        up=layer.lora_B[adapter].weight,
+        scaling=float(layer.scaling[adapter]),
+        # PEFT takes the first dimension of a matrix for its inputs, unless it swapped them.
+        transposed=weight.ndim == 3 and not layer._did_swap_in_out_features,
     )
 
 
