@@ -120,6 +120,23 @@ class Use:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Ordinary data whose behaviour a profile protects beside the refusals.
+
+    Attributes:
+        data: Digest of the tokenised data.
+        sequences: Number of its sequences.
+        tokens: Number of their tokens.
+        weight: Weight of its Hessians.
+    """
+
+    data: str
+    sequences: int
+    tokens: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileHeader:
     """What a safety profile was made from.
 
@@ -129,9 +146,10 @@ class ProfileHeader:
         dtypes: Data type of each parameter, by canonical name, such as "bfloat16".
         tokenizer: Digest of the tokenizer, or None if the safety data came tokenised.
         data: Digest of the tokenised safety data.
-        sequences: Number of safety sequences.
+        sequences: Number of safety sequences behind the moments.
         tokens: Number of their tokens.
         skipped: Parameters that no supported layer uses, with the reason.
+        retention: Ordinary data that is protected too, if any.
         format_version: Version of the layout on disk.
     """
 
@@ -143,6 +161,7 @@ class ProfileHeader:
     sequences: int
     tokens: int
     skipped: Mapping[str, str]
+    retention: Retention | None = None
     format_version: int = 1
 
 
@@ -211,3 +230,57 @@ class RuleRecord:
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One strength that was tried on held-out refusals; rises are in nats per response token, above the base model.
+
+    Attributes:
+        strength: The strength.
+        mean: Mean rise of the refusals' negative log-likelihood.
+        upper: Upper quantile of that rise over examples.
+        passed: Whether both stay within the tolerance.
+    """
+
+    strength: float
+    mean: float
+    upper: float
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrengthSearch:
+    """How the strength of a rule was found.
+
+    Attributes:
+        outcome: "found", "nothing needed" (the fine-tuned model is within the tolerance), or "strictest fails" (so is
+            no strength that the rule has).
+        strength: The strength that was applied.
+        tolerance: Allowed rise, in nats per response token.
+        quantile: The quantile that has to stay within it besides the mean.
+        examples: Number of refusals that were measured.
+        trials: What was tried, in order.
+    """
+
+    outcome: Literal["found", "nothing needed", "strictest fails"]
+    strength: float
+    tolerance: float
+    quantile: float
+    examples: int
+    trials: tuple[Trial, ...]
+
+    @property
+    def summary(self) -> str:
+        """The outcome in a sentence."""
+        last = next(trial for trial in reversed(self.trials) if trial.strength == self.strength)
+        measured = (
+            f"refusals are {last.mean:.3g} nats per token less likely than under the base ({last.upper:.3g} at the "
+            f"{self.quantile:.0%} quantile of {self.examples} held out; allowed {self.tolerance:g})"
+        )
+        told = {
+            "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations: {measured}.",
+            "nothing needed": f"The fine-tuned model is within the tolerance, so its delta is kept whole: {measured}.",
+            "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
+        }
+        return told[self.outcome]

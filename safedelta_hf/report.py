@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from safedelta_hf.records import ParameterRecord, RuleRecord
+from safedelta_hf.records import ParameterRecord, RuleRecord, StrengthSearch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Report:
         sequences: Number of safety sequences behind the moments.
         tokens: Number of their tokens.
         parameters: One record for each parameter.
+        search: How the strength was found, if it was measured.
     """
 
     rule: RuleRecord
@@ -32,6 +33,7 @@ class Report:
     sequences: int
     tokens: int
     parameters: tuple[ParameterRecord, ...]
+    search: StrengthSearch | None = None
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -65,7 +67,18 @@ class Report:
         counts = {
             f"parameters_{name}": float(self.outcomes[name]) for name in ("adjusted", "kept", "reset", "unchanged")
         }
-        return {f"safedelta/{name}": value for name, value in (values | counts).items()}
+        return {f"safedelta/{name}": value for name, value in (values | counts | self._search_metrics()).items()}
+
+    def _search_metrics(self) -> dict[str, float]:
+        if self.search is None:
+            return {}
+        last = next(trial for trial in reversed(self.search.trials) if trial.strength == self.search.strength)
+        return {
+            "strength": self.search.strength,
+            "evaluations": float(len(self.search.trials)),
+            "refusal_rise_mean": last.mean,
+            "refusal_rise_upper": last.upper,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain values, with the metrics.
@@ -133,11 +146,12 @@ class Report:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
         if not metrics["safedelta/delta_energy"]:
             return f"Parameters: {counts}. The fine-tuning changed nothing, so nothing was adjusted."
+        found = "" if self.search is None else f" {self.search.summary}"
         return (
             f"Parameters: {counts}. Kept {metrics['safedelta/kept_share']:.1%} of the delta's energy; quadratic "
             f"safety loss {metrics['safedelta/quadratic_loss_tuned']:.4g} as tuned, "
             f"{metrics['safedelta/quadratic_loss_adjusted']:.4g} as adjusted "
-            f"({metrics['safedelta/quadratic_loss_share']:.2%})."
+            f"({metrics['safedelta/quadratic_loss_share']:.2%}).{found}"
         )
 
 

@@ -46,6 +46,7 @@ def capture_moments(
     storage: MomentStorage,
     batch_size: int = 8,
     share_moments: bool = True,
+    purpose: str = "safety data",
     progress: bool = True,
 ) -> Capture:
     """Read the safety data once and sum the moments of every layer.
@@ -59,6 +60,7 @@ def capture_moments(
         storage: Where the moments are held while they are summed.
         batch_size: Sequences per forward pass, at most.
         share_moments: Whether layers that read the same tensor share one moment.
+        purpose: What errors and the progress bar call the data.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -68,7 +70,7 @@ def capture_moments(
         CaptureError: The model has no linear layer, or none was reached, or it is an encoder-decoder model.
     """
     _check_model(model)
-    _check_fit(model, sequences)
+    _check_fit(model, sequences, purpose)
     layers, skipped = find_layers(model)
     if all(layer.role in (Role.EMBEDDING, Role.SCALE) for layer in layers):
         raise CaptureError(f"{type(model).__name__} has no linear layer (nn.Linear or Conv1D), so nothing to adjust")
@@ -76,12 +78,12 @@ def capture_moments(
     device = next(model.parameters()).device
     batches = list(batches_of_equal_length(sequences, batch_size))
     with undisturbed(model), collector.observing():
-        for batch in tqdm(batches, desc="Safety data", unit="batch", disable=not progress):
+        for batch in tqdm(batches, desc=f"Reading {purpose}", unit="batch", disable=not progress):
             collector.start_batch(len(batch), len(batch[0].input_ids))
             _forward(model, batch, device)
     uses, missing = collector.uses()
     if not uses:
-        raise CaptureError(f"{type(model).__name__}: the safety data reached no layer; is forward() the right entry?")
+        raise CaptureError(f"{type(model).__name__}: the {purpose} reached no layer; is forward() the right entry?")
     return Capture(
         uses=tuple(uses),
         moments=collector.moments(len(sequences)),
@@ -111,10 +113,20 @@ def batches_of_equal_length(
 def _forward(model: nn.Module, batch: Sequence[SafetySequence], device: torch.device) -> None:
     input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
     labels = torch.tensor([sequence.labels for sequence in batch], device=device)
-    model(**_arguments(model, input_ids, labels))
+    model(**forward_arguments(model, input_ids, labels))
 
 
-def _arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What to call a model with, for it to read whole sequences.
+
+    Args:
+        model: Any model; one that is not of transformers gets what its `forward` accepts.
+        input_ids: Token ids, [sequences, tokens], without padding.
+        labels: Of the same shape.
+
+    Returns:
+        Keyword arguments.
+    """
     if isinstance(model, PreTrainedModel):
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     arguments: dict[str, Any] = {"input_ids": input_ids}
@@ -137,12 +149,12 @@ def _check_model(model: nn.Module) -> None:
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
 
 
-def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence]) -> None:
+def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence], purpose: str) -> None:
     longest = max(len(sequence.input_ids) for sequence in sequences)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and longest > positions:
         raise DataError(
-            f"safety data: the longest sequence has {longest} tokens, the model takes {positions}; "
+            f"{purpose}: the longest sequence has {longest} tokens, the model takes {positions}; "
             f"pass max_length={positions} or shorten it"
         )
     getter = getattr(model, "get_input_embeddings", None)
@@ -151,7 +163,7 @@ def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence]) -> None:
     embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
     if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
         raise DataError(
-            f"safety data: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; "
+            f"{purpose}: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; "
             "the tokenizer does not belong to this model"
         )
 

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safedelta_hf.capture.collect import Capture
+from safedelta_hf.capture.held_out import HeldOut
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.records import ProfileHeader, Role, Use
+from safedelta_hf.records import ProfileHeader, Retention, Role, Use
 
 HEADER_FILE = "profile.json"
 FORMAT_VERSION = 1
@@ -31,20 +33,23 @@ class SafetyProfile:
         header: What the profile was made from.
         uses: How each covered parameter is used, and the key of its moment.
         moments: `InputMoment` by key; read from disk one at a time after `load`.
+        held_out: Safety data that is in no moment, to measure refusals by; None if nothing was held out.
         storage: What holds the moments of a profile made in this process; offloaded files live as long.
     """
 
     header: ProfileHeader
     uses: tuple[Use, ...]
     moments: Mapping[str, InputMoment]
+    held_out: HeldOut | None = None
     storage: MomentStorage | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, capture: Capture, **header: Any) -> "SafetyProfile":  # noqa: ANN401
+    def of(cls, capture: Capture, held_out: HeldOut | None = None, **header: Any) -> "SafetyProfile":  # noqa: ANN401
         """Join what a capture found with what it was made from.
 
         Args:
             capture: Result of one pass over the safety data.
+            held_out: Safety data that was not in that pass.
             **header: Fields of `ProfileHeader`, but for `skipped`.
 
         Returns:
@@ -54,8 +59,24 @@ class SafetyProfile:
             header=ProfileHeader(skipped=dict(capture.skipped), **header),
             uses=capture.uses,
             moments=capture.moments,
+            held_out=held_out,
             storage=capture.storage,
         )
+
+    def key_of(self, use: Use) -> str | None:
+        """Key of the moment of a use, be it of another profile of the same base.
+
+        Args:
+            use: The use; its own key is not looked at.
+
+        Returns:
+            The key in this profile, or None if its data never reached that use.
+        """
+        return self._keys.get(replace(use, moment=""))
+
+    @cached_property
+    def _keys(self) -> dict[Use, str]:
+        return {replace(use, moment=""): use.moment for use in self.uses}
 
     def save(self, folder: str | Path) -> None:
         """Write a folder of `profile.json` and one safetensors file per moment; complete or not there at all.
@@ -75,7 +96,12 @@ class SafetyProfile:
                 file = f"moment-{number:05d}.safetensors"
                 save_file({"total": moment.total.contiguous()}, unfinished / file)
                 described.append({"key": key, "file": file, "sequences": moment.sequences, "tokens": moment.tokens})
-            content = {"header": asdict(self.header), "uses": [asdict(use) for use in self.uses], "moments": described}
+            content = {
+                "header": asdict(self.header),
+                "uses": [asdict(use) for use in self.uses],
+                "moments": described,
+                "held_out": None if self.held_out is None else asdict(self.held_out),
+            }
             (unfinished / HEADER_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @classmethod
@@ -110,9 +136,12 @@ def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this package reads {FORMAT_VERSION}")
     uses = (Use(parameter=use["parameter"], role=Role(use["role"]), moment=use["moment"]) for use in content["uses"])
+    header, held_out = content["header"], content["held_out"]
+    retention = None if header["retention"] is None else Retention(**header["retention"])
     return SafetyProfile(
-        header=ProfileHeader(**content["header"]),
+        header=ProfileHeader(**{**header, "retention": retention}),
         uses=tuple(uses),
+        held_out=None if held_out is None else HeldOut.parse(held_out),
         moments=_MomentFiles(folder, {entry["key"]: entry for entry in content["moments"]}),
     )
 

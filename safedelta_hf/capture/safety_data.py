@@ -36,14 +36,19 @@ def read_safety_data(
     source: str | Path | Iterable[Mapping[str, Any]],
     processing_class: ProcessingClass | None = None,
     max_length: int | None = None,
+    *,
+    purpose: str = "safety data",
 ) -> list[SafetySequence]:
     """Tokenise safety data: prompts together with the responses of a safe model, usually refusals.
+
+    Task data and ordinary data are read in the same way.
 
     Args:
         source: A `datasets.Dataset`, a list of dicts, or the path of a JSON-lines file, whose rows hold `messages`,
             `prompt` + `completion`, `text`, or `input_ids` (+ `labels`), as in TRL.
         processing_class: Tokenizer, or processor with a `tokenizer`; not needed for tokenised rows.
         max_length: Sequences are cut to this many tokens, at the end; None leaves them whole.
+        purpose: What errors call the data.
 
     Returns:
         The sequences, in the order of the source.
@@ -52,9 +57,16 @@ def read_safety_data(
         DataError: There are no rows, a row has no known form, no response, or none left within `max_length`.
     """
     tokenizer = _tokenizer_of(processing_class)
-    sequences = [_tokenise(number, row, tokenizer) for number, row in enumerate(_rows(source))]
+    try:
+        sequences = _cut([_tokenise(number, row, tokenizer) for number, row in enumerate(_rows(source))], max_length)
+    except DataError as error:
+        raise error.at(purpose) from error
+    return sequences
+
+
+def _cut(sequences: list[SafetySequence], max_length: int | None) -> list[SafetySequence]:
     if not sequences:
-        raise DataError("safety data: it is empty; give at least one harmful prompt with the response to preserve")
+        raise DataError("it is empty; give at least one prompt with the response to preserve")
     _require_responses(sequences, "have no response tokens; each row needs the response (refusal) to preserve")
     if max_length is not None:
         sequences = [
@@ -113,7 +125,7 @@ def _require_responses(sequences: Sequence[SafetySequence], complaint: str) -> N
     ]
     if without:
         shown = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
-        raise DataError(f"safety data: {len(without)} of {len(sequences)} rows {complaint} (rows {shown})")
+        raise DataError(f"{len(without)} of {len(sequences)} rows {complaint} (rows {shown})")
 
 
 def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
@@ -121,7 +133,7 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[
         return source
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"safety data: there is no file {str(path)!r}; give a JSON-lines file, a Dataset or a list")
+        raise DataError(f"there is no file {str(path)!r}; give a JSON-lines file, a Dataset or a list")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -129,24 +141,24 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise DataError(f"safety data: {path.name} line {number} is not JSON ({error})") from error
+            raise DataError(f"{path.name} line {number} is not JSON ({error})") from error
     return rows
 
 
 def _tokenise(number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> SafetySequence:
     if not isinstance(row, Mapping):
-        raise DataError(f"safety data: row {number} is a {type(row).__name__}, not a dict with {FORMS}")
+        raise DataError(f"row {number} is a {type(row).__name__}, not a dict with {FORMS}")
     if row.get("input_ids") is not None:
         return _from_tokens(number, row)
     if tokenizer is None:
         raise DataError(
-            f"safety data: row {number} is not tokenised and there is no tokenizer; "
+            f"row {number} is not tokenised and there is no tokenizer; "
             "pass processing_class=tokenizer (to the Trainer or to the callback)"
         )
     if row.get("messages") is not None:
         messages = list(row["messages"])
         if not messages or messages[-1].get("role") != "assistant" or not messages[-1].get("content"):
-            raise DataError(f"safety data: 'messages' of row {number} must end with a non-empty assistant turn")
+            raise DataError(f"'messages' of row {number} must end with a non-empty assistant turn")
         return _from_turns(number, messages[:-1], messages, row, tokenizer)
     if row.get("prompt") is not None and row.get("completion") is not None:
         prompt, completion = row["prompt"], row["completion"]
@@ -155,15 +167,21 @@ def _tokenise(number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenize
         return _from_turns(number, list(prompt), [*prompt, *completion], row, tokenizer)
     if row.get("text") is not None:
         return _from_text("", row["text"], tokenizer)
-    raise DataError(f"safety data: row {number} has the keys {sorted(row)}; expected {FORMS}")
+    raise DataError(f"row {number} has the keys {sorted(row)}; expected {FORMS}")
 
 
 def _from_tokens(number: int, row: Mapping[str, Any]) -> SafetySequence:
     input_ids = tuple(int(token) for token in row["input_ids"])
     labels = input_ids if row.get("labels") is None else tuple(int(label) for label in row["labels"])
-    if len(labels) != len(input_ids):
-        raise DataError(f"safety data: row {number} has {len(input_ids)} input_ids but {len(labels)} labels")
-    return SafetySequence(input_ids=input_ids, labels=labels)
+    mask = [1] * len(input_ids) if row.get("attention_mask") is None else list(row["attention_mask"])
+    if not len(labels) == len(input_ids) == len(mask):
+        raise DataError(
+            f"row {number} has {len(input_ids)} input_ids but {len(labels)} labels and {len(mask)} attention_mask"
+        )
+    read = [place for place, seen in enumerate(mask) if seen]  # padding is no text
+    return SafetySequence(
+        input_ids=tuple(input_ids[place] for place in read), labels=tuple(labels[place] for place in read)
+    )
 
 
 def _from_turns(
@@ -175,7 +193,7 @@ def _from_turns(
 ) -> SafetySequence:
     if not tokenizer.chat_template:
         raise DataError(
-            f"safety data: row {number} is conversational but the tokenizer has no chat template; "
+            f"row {number} is conversational but the tokenizer has no chat template; "
             "set tokenizer.chat_template, or give 'prompt' and 'completion' as plain strings"
         )
     extra = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}

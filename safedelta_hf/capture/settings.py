@@ -18,6 +18,7 @@ class CaptureSettings:
         moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
         offload_folder: Where moments beyond that limit are memory-mapped; None for host memory.
         share_moments: Whether layers that read the same tensor share one moment.
+        holdout: Share of the safety data kept out of the moments, to measure refusals by.
 
     Raises:
         ConfigurationError: A value is outside its range, or has no effect.
@@ -28,12 +29,15 @@ class CaptureSettings:
     moment_memory: int | str | None = None
     offload_folder: str | Path | None = None
     share_moments: bool = True
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.holdout, int | float) or not 0 <= self.holdout < 1:
+            raise ConfigurationError(f"holdout={self.holdout!r} must be a share in [0, 1), such as 0.25")
         if self.offload_folder is not None and self.moment_memory is None:
             raise ConfigurationError(
                 f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "

@@ -1,21 +1,16 @@
-"""The only loop over parameters: check all, then adjust all of them or none."""
+"""Adjusting a model: what is given, put into the loop, and what came of it, put into a report."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.core.loss import quadratic_loss
-from safedelta_hf.errors import SafeDeltaError
-from safedelta_hf.pipeline.plan import check_moments, plan_model, require_decisions
-from safedelta_hf.pipeline.prepared import PreparedMoments
-from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, Treatment
+from safedelta_hf.pipeline.loop import Adjustment
+from safedelta_hf.pipeline.plan import plan_model
+from safedelta_hf.records import Plan, RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.base import BaseWeights, open_base
-from safedelta_hf.weights.delta import Delta
 from safedelta_hf.weights.model import ModelStore
 from safedelta_hf.weights.store import WeightStore
 
@@ -26,6 +21,7 @@ def adjust_model(
     base: nn.Module | str | Path | BaseWeights,
     profile: SafetyProfile,
     rule: Rule | None = None,
+    task: SafetyProfile | None = None,
     treatment: Treatment | None = None,
     workspace: Path | None = None,
     progress: bool = True,
@@ -37,6 +33,7 @@ def adjust_model(
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
         profile: Profile of that base.
         rule: Which part of each delta to keep; `SafeDelta()` if None.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         treatment: What to do with parameters other than linear weights.
         workspace: Folder with room for a temporary copy of the changed weights; None for the system's default.
         progress: Whether to show progress bars.
@@ -50,11 +47,18 @@ def adjust_model(
     reader = open_base(base, model) if isinstance(base, nn.Module | str | Path) else base
     plan = plan_model(model, profile, treatment or Treatment())
     store = ModelStore(model, reader, profile.header, workspace)
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), progress=progress)
+    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, model=model, progress=progress)
 
 
 def adjust_weights(
-    store: WeightStore, plan: Plan, profile: SafetyProfile, rule: Rule, *, progress: bool = True
+    store: WeightStore,
+    plan: Plan,
+    profile: SafetyProfile,
+    rule: Rule,
+    *,
+    task: SafetyProfile | None = None,
+    model: nn.Module | None = None,
+    progress: bool = True,
 ) -> Report:
     """Adjust fine-tuned weights wherever they are kept: all of them, or, if anything fails, none.
 
@@ -63,6 +67,8 @@ def adjust_weights(
         plan: What will be done with each parameter of the store.
         profile: Profile of their base.
         rule: Which part of each delta to keep.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        model: What runs with the weights of the store, for a strength that is to be measured.
         progress: Whether to show progress bars.
 
     Returns:
@@ -71,105 +77,18 @@ def adjust_weights(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
-    tuned = _inspect(plan, store, profile, progress=progress)
-    adjuster = _Adjuster(store, profile, rule)
-    records = []
+    loop = Adjustment(store, plan, profile, task, progress=progress)
     with store:
-        for entry in tqdm(plan.entries, desc=f"Adjusting ({rule.name})", unit="weight", disable=not progress):
-            if entry.parameter not in tuned:
-                records.append(_record(entry, outcome="unchanged", reason="the fine-tuning did not move it"))
-                continue
-            try:
-                records.append(adjuster.adjust(entry))
-            except SafeDeltaError as error:
-                raise error.at(entry.parameter) from error
+        if rule.auto is None:
+            search, records = None, loop.at(rule)
+        else:
+            search, records = loop.measured(rule, rule.auto, model)
     return Report(
         rule=RuleRecord(name=rule.name, settings=rule.settings),
         architecture=store.architecture,
         base=store.source,
         sequences=profile.header.sequences,
         tokens=profile.header.tokens,
-        parameters=tuple(records),
+        parameters=records,
+        search=search,
     )
-
-
-def _inspect(plan: Plan, store: WeightStore, profile: SafetyProfile, *, progress: bool) -> set[str]:
-    """Check everything that can be checked before a weight is touched.
-
-    Args:
-        plan: What will be done.
-        store: The fine-tuned weights.
-        profile: Profile of their base.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        Names of the parameters that the fine-tuning changed.
-    """
-    tuned = [
-        entry
-        for entry in tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not progress)
-        if store.is_tuned(entry.parameter)
-    ]
-    for entry in tuned:
-        check_moments(entry, profile.moments)
-    require_decisions(tuned)
-    return {entry.parameter for entry in tuned}
-
-
-class _Adjuster:
-    """Adjusts one parameter at a time."""
-
-    def __init__(self, store: WeightStore, profile: SafetyProfile, rule: Rule) -> None:
-        self._store = store
-        self._rule = rule
-        self._prepared = PreparedMoments(profile, rule)
-
-    def adjust(self, entry: PlanEntry) -> ParameterRecord:
-        """Do with a parameter what its plan says.
-
-        Args:
-            entry: Its plan.
-
-        Returns:
-            The record.
-        """
-        delta = self._store.delta(entry.parameter)
-        if entry.action is Action.KEEP:
-            return self._write(entry, delta, outcome="kept")
-        if entry.action is not Action.ADJUST:
-            return self._write(entry, delta.dropped(), outcome="reset")
-        self._prepared.hold(entry.uses, delta.device)
-        adjusted, remarks = delta, list[str]()
-        for use in entry.uses:
-            state = self._prepared.state(use)
-            transform = self._rule.transform(state, adjusted.matrix(use))
-            adjusted = adjusted.transformed(use, transform)
-            remarks.extend(state.notes + transform.notes)
-        return self._write(
-            entry,
-            adjusted,
-            outcome="adjusted",
-            tuned_loss=self._loss(entry, delta),
-            adjusted_loss=self._loss(entry, adjusted),
-            notes=tuple(remarks),
-        )
-
-    def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401
-        # Measured before it is written: a delta may look at the very weight that is overwritten.
-        energies = {"delta_energy": delta.tuned_energy, "lost_energy": delta.lost_energy}
-        notes += self._store.write(entry.parameter, delta)
-        return _record(entry, **values, **energies, notes=notes)
-
-    def _loss(self, entry: PlanEntry, delta: Delta) -> float:
-        return sum(quadratic_loss(delta.matrix(use).inner, self._prepared.hessian(use)) for use in entry.uses)
-
-
-def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401
-    described = {
-        "parameter": entry.parameter,
-        "shape": entry.shape,
-        "reason": entry.reason,
-        "roles": tuple(use.role for use in entry.uses),
-        "aliases": entry.aliases,
-    }
-    return ParameterRecord(**described | values)

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from safedelta_hf.capture.collect import capture_moments
+from safedelta_hf.capture.held_out import HeldOut, split
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.errors import DataError
 from safedelta_hf.names import unwrapped
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
 
@@ -25,6 +27,8 @@ def collect_profile(
     moment_memory: int | str | None = None,
     offload_folder: str | Path | None = None,
     share_moments: bool = True,
+    holdout: float = 0.0,
+    purpose: str = "safety data",
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
@@ -40,6 +44,10 @@ def collect_profile(
         moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
         offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
         share_moments: Whether layers that read the same tensor share one moment.
+        holdout: Share of the safety data to keep out of the moments, in [0, 1): rules with `strength="auto"` measure
+            refusals by it. A quarter serves; 0 holds nothing out.
+        purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
+            the same way.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar.
 
@@ -60,17 +68,22 @@ def collect_profile(
         share_moments=share_moments,
     )
     model = unwrapped(model)
-    sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length)
+    sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
+    sequences, aside = split(sequences, chosen.holdout)
+    if chosen.holdout and not aside:
+        raise DataError(f"{purpose}: holdout={chosen.holdout} of {len(sequences)} examples sets none aside; give more")
     capture = capture_moments(
         model,
         sequences,
         storage=MomentStorage(chosen.budget, chosen.offload_folder),
         batch_size=chosen.batch_size,
         share_moments=chosen.share_moments,
+        purpose=purpose,
         progress=progress,
     )
     return SafetyProfile.of(
         capture,
+        HeldOut.measured(model, aside, chosen.batch_size) if aside else None,
         architecture=type(model).__name__,
         base=dict(digests) if digests is not None else fingerprint(model),
         dtypes=data_types(model),

@@ -1,4 +1,4 @@
-"""What the rule makes of the moments that one parameter needs, kept while the next parameter needs them too."""
+"""What the rule makes of the moments that one parameter needs, kept while another needs them too."""
 
 from collections.abc import Sequence
 
@@ -6,38 +6,51 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.errors import ProfileError
 from safedelta_hf.records import Use
-from safedelta_hf.rules import Rule
-from safedelta_hf.rules.rule import State
+from safedelta_hf.rules.rule import LayerMoments, Rule, State
+
+Key = tuple[str, str | None]
+"""Of the safety moment and of the task moment."""
 
 
 class PreparedMoments:
-    """Hessians of a profile and the states that a rule prepared from them, for one parameter at a time.
+    """Moments of a profile and the states that a rule prepared from them, for one parameter at a time.
 
     Parameters that read the same moment stand together in a plan, so each moment is read and factored once.
 
     Args:
         profile: Where the moments are read.
         rule: What prepares them.
+        task: Profile of the same base on the task data, where the rule needs one.
+        memory: Bytes of moments to hold for later passes over the same parameters, beside those in use.
+
+    Raises:
+        ProfileError: The rule needs the task's moments and there are none, or they are those of another base.
     """
 
-    def __init__(self, profile: SafetyProfile, rule: Rule) -> None:
+    def __init__(self, profile: SafetyProfile, rule: Rule, task: SafetyProfile | None = None, memory: int = 0) -> None:
+        self._memory = memory
         self._profile = profile
         self._rule = rule
-        self._held: dict[str, tuple[Tensor, State]] = {}
+        self._task = _checked(task, profile, rule) if rule.needs_task else None
+        self._held: dict[Key, tuple[LayerMoments, State]] = {}
 
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
-        """Hold what these uses of a parameter need, and nothing else.
+        """Hold what these uses of a parameter need, and of the rest what the memory allows.
 
         Args:
             uses: How the parameter is used.
             device: Where its delta is.
         """
-        needed = {use.moment for use in uses}
-        self._held = {key: pair for key, pair in self._held.items() if key in needed and pair[0].device == device}
+        needed = {self._key(use) for use in uses}
+        self._held = {key: pair for key, pair in self._held.items() if pair[0].safety.device == device}
+        for key in list(self._held):
+            if key not in needed and self._held_bytes() > self._memory:
+                del self._held[key]
         for key in needed - set(self._held):
-            hessian = self._profile.moments[key].hessian(device)
-            self._held[key] = (hessian, self._rule.prepare(hessian))
+            moments = self._read(key, device)
+            self._held[key] = (moments, self._rule.prepare(moments))
 
     def hessian(self, use: Use) -> Tensor:
         """The Hessian of a use that is held.
@@ -48,7 +61,7 @@ class PreparedMoments:
         Returns:
             `H` [in, in], or its diagonal [in], float32.
         """
-        return self._held[use.moment][0]
+        return self._held[self._key(use)][0].safety
 
     def state(self, use: Use) -> State:
         """What the rule prepared for a use that is held.
@@ -59,4 +72,31 @@ class PreparedMoments:
         Returns:
             The rule's own state.
         """
-        return self._held[use.moment][1]
+        return self._held[self._key(use)][1]
+
+    def _held_bytes(self) -> int:
+        return sum(moments.safety.nbytes for moments, _ in self._held.values())
+
+    def _key(self, use: Use) -> Key:
+        return use.moment, None if self._task is None else self._task.key_of(use)
+
+    def _read(self, key: Key, device: torch.device) -> LayerMoments:
+        safety = self._profile.moments[key[0]].hessian(device)
+        if self._task is None:
+            return LayerMoments(safety=safety)
+        if key[1] is None:
+            return LayerMoments(safety=safety, task=torch.zeros_like(safety))  # never reached by the task data
+        return LayerMoments(safety=safety, task=self._task.moments[key[1]].hessian(device))
+
+
+def _checked(task: SafetyProfile | None, profile: SafetyProfile, rule: Rule) -> SafetyProfile:
+    if task is None:
+        raise ProfileError(
+            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task=collect_profile(base, task_data, "
+            "...), a profile of the same base on examples of that data"
+        )
+    if dict(task.header.base) != dict(profile.header.base):
+        raise ProfileError(
+            "task: this profile was made of another base model than the safety profile; collect it again"
+        )
+    return task

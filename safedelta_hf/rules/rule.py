@@ -1,10 +1,28 @@
-"""What a rule is: curvature and column statistics in, a transform out. It never sees a weight."""
+"""What a rule is: moments and column statistics in, a transform out. It never sees a weight."""
 
-from typing import Any, Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
+from safedelta_hf.rules.strength import AutoStrength, Strength, require_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMoments:
+    """What a rule may know of a layer's inputs: Hessians `(2/N) X^T X` [in, in] or their diagonals [in], float32.
+
+    Attributes:
+        safety: On the safety data, `H`, not damped.
+        task: On the task data, `G`; None unless the rule needs it.
+    """
+
+    safety: Tensor
+    task: Tensor | None = None
 
 
 class DeltaStatistics(Protocol):
@@ -21,7 +39,7 @@ class DeltaStatistics(Protocol):
 
 
 class State(Protocol):
-    """What a rule makes of a Hessian; read by that rule alone, but for the notes."""
+    """What a rule makes of a layer's moments; read by that rule alone, but for the notes."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -29,27 +47,113 @@ class State(Protocol):
         ...
 
 
-class Rule(Protocol):
-    """Turns the Hessian of a layer into a transform of its delta.
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """Turns the moments of a layer into a transform of its delta.
 
-    A rule is a frozen dataclass whose fields are its settings. `prepare` holds what depends on the Hessian alone, so
+    A rule is a frozen dataclass whose fields are its settings. `prepare` holds what depends on the moments alone, so
     that layers with the same inputs share it; the state it returns is passed back to `transform` unread.
+
+    Args:
+        strength: How hard the rule acts, in its own units; "auto", for `AutoStrength()`, measures.
     """
 
-    @property
-    def name(self) -> str:
-        """Registered name, as in reports and on the command line."""
-        ...
+    strength: Strength = "auto"
+
+    name: ClassVar[str]
+    """Registered name, as in reports and on the command line."""
+    mildest: ClassVar[float]
+    """Strength that keeps the whole delta."""
+    search_range: ClassVar[tuple[float, float]]
+    """Mildest and strictest strength that a search tries."""
+    needs_task: ClassVar[bool] = False
+    """Whether it weighs what the task data uses."""
+    prepares_for_any_strength: ClassVar[bool] = False
+    """Whether what `prepare` returns holds for every strength."""
+
+    def __post_init__(self) -> None:
+        if self.strength == "auto":
+            object.__setattr__(self, "strength", AutoStrength())
+        if self.auto is None:
+            self._check_strength()
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields, as plain values."""
-        ...
+        return asdict(self)
 
-    def prepare(self, hessian: Tensor) -> State:
-        """Factor a Hessian, [in, in] or its diagonal [in]."""
-        ...
+    @property
+    def auto(self) -> AutoStrength | None:
+        """How to find the strength, if it is not a number."""
+        return self.strength if isinstance(self.strength, AutoStrength) else None
 
+    def at(self, strength: float) -> Self:
+        """The same rule at another strength.
+
+        Args:
+            strength: The strength.
+
+        Returns:
+            A new rule.
+        """
+        return replace(self, strength=strength)
+
+    @abstractmethod
+    def prepare(self, moments: LayerMoments) -> State:
+        """Factor the moments of a layer.
+
+        Args:
+            moments: Of the layer.
+
+        Returns:
+            The state that `transform` takes.
+        """
+
+    @abstractmethod
     def transform(self, state: Any, delta: DeltaStatistics) -> Transform:  # noqa: ANN401 - the rule's own state
-        """Turn the state and the statistics of one delta into its transform."""
-        ...
+        """Turn the state and the statistics of one delta into its transform.
+
+        Args:
+            state: What `prepare` returned for the layer.
+            delta: Statistics of the layer's delta.
+
+        Returns:
+            The transform.
+        """
+
+    def _check_strength(self) -> None:
+        self._require("strength", "at least 0 and finite, or 'auto'", lambda value: 0 <= value < math.inf)
+
+    def _require(self, field: str, allowed: str, accepts: Callable[[Any], bool]) -> None:
+        require_number(type(self).__name__, field, getattr(self, field), allowed, accepts)
+
+
+@dataclass(frozen=True)
+class PreparedTransform:
+    """The transform of every delta with the same inputs, where it does not depend on the delta.
+
+    Attributes:
+        transform: The transform; it has notes of its own.
+        notes: None.
+    """
+
+    transform: Transform
+    notes: tuple[str, ...] = ()
+
+
+class Shrinking(Rule):
+    """A rule whose transform depends on moments and strength alone; strength 0 keeps the whole delta."""
+
+    mildest: ClassVar[float] = 0.0
+
+    def transform(self, state: PreparedTransform, delta: DeltaStatistics) -> Transform:
+        """The transform of a delta.
+
+        Args:
+            state: What `prepare` returned for the layer.
+            delta: Not looked at.
+
+        Returns:
+            The transform.
+        """
+        return state.transform

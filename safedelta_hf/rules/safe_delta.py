@@ -1,9 +1,8 @@
 """Safe Delta: selection of columns under a safety budget, with compensation (arXiv 2505.12038)."""
 
 import math
-from dataclasses import asdict, dataclass
-from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_blockwise, select_columns
 from safedelta_hf.core.transform import Dense, KeepColumns, Transform
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.rules.rule import DeltaStatistics
+from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Rule
+from safedelta_hf.rules.strength import Strength, number
 
 Compensation = Literal["joint", "sequential", "none"]
 
@@ -31,12 +31,12 @@ class DiagonalCurvature:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeDelta:
+class SafeDelta(Rule):
     """The published rule: keep the columns with the most utility per safety cost, compensate in the rest.
 
     Args:
         strength: `s`, the safety budget; 0 returns the base weights, larger values keep more of the fine-tuning.
-            The paper uses 0.1 for 7B models; small models with large deltas need 10 to 100 and more.
+            The paper uses 0.1 for 7B models; small models with large deltas need 10 to 100 and more. "auto" measures.
         compensation: "joint" solves for the least quadratic loss over all columns that are not kept,
             "sequential" is the published sweep, "none" leaves them at the base.
         exclude_top: Share of each block's columns, the most expensive in safety, that are never kept, in [0, 1];
@@ -48,18 +48,21 @@ class SafeDelta:
         ConfigurationError: A value is outside its range or not a number.
     """
 
-    strength: float = 0.1
+    strength: Strength = 0.1
     compensation: Compensation = "joint"
     exclude_top: float = 0.15
     damping: float = 0.01
     block: int = 2048
 
     name: ClassVar[str] = "safe_delta"
+    mildest: ClassVar[float] = math.inf
+    search_range: ClassVar[tuple[float, float]] = (1e5, 1e-3)
+    prepares_for_any_strength: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_number("strength", self.strength, "at least 0", lambda value: value >= 0)
-        _require_number("exclude_top", self.exclude_top, "in [0, 1]", lambda value: 0 <= value <= 1)
-        _require_number("damping", self.damping, "positive and finite", lambda value: 0 < value < math.inf)
+        super().__post_init__()
+        self._require("exclude_top", "in [0, 1]", lambda value: 0 <= value <= 1)
+        self._require("damping", "positive and finite", lambda value: 0 < value < math.inf)
         if self.compensation not in get_args(Compensation):
             raise ConfigurationError(
                 f"SafeDelta: compensation={self.compensation!r} is not one of {list(get_args(Compensation))}"
@@ -67,23 +70,21 @@ class SafeDelta:
         if not isinstance(self.block, int) or self.block < 4 or self.block % 4:
             raise ConfigurationError(f"SafeDelta: block={self.block!r} must be a positive multiple of 4, such as 2048")
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The fields, as plain values."""
-        return asdict(self)
+    def _check_strength(self) -> None:
+        self._require("strength", "at least 0, or 'auto'", lambda value: value >= 0)
 
-    def prepare(self, hessian: Tensor) -> Curvature | DiagonalCurvature:
+    def prepare(self, moments: LayerMoments) -> Curvature | DiagonalCurvature:
         """Damp and factor a Hessian.
 
         Args:
-            hessian: `H` [in, in], or its diagonal [in], not damped; float32.
+            moments: Of the layer; the task's are not used.
 
         Returns:
             The state that `transform` takes. A diagonal needs no damping: it is never inverted.
         """
-        if hessian.ndim == 1:
-            return DiagonalCurvature(hessian)
-        return factorise(hessian, self.damping)
+        if moments.safety.ndim == 1:
+            return DiagonalCurvature(moments.safety)
+        return factorise(moments.safety, self.damping)
 
     def transform(self, state: Curvature | DiagonalCurvature, delta: DeltaStatistics) -> Transform:
         """Choose the columns to keep and the response of the others.
@@ -101,7 +102,7 @@ class SafeDelta:
             state,
             delta.column_energy,
             rows=delta.rows,
-            strength=self.strength,
+            strength=number(self.strength),
             exclude_top=self.exclude_top,
             block=self.block,
         )
@@ -117,12 +118,6 @@ class SafeDelta:
         used = state.pivots > 0
         kept = ~used
         if used.any():
-            limit = budget(state.pivots[used], self.strength, delta.rows)
+            limit = budget(state.pivots[used], number(self.strength), delta.rows)
             kept[used] = select_columns(state.pivots[used], delta.column_energy()[used], limit, exclude_top=0.0)
         return Dense(matrix=kept.to(torch.float32))
-
-
-def _require_number(name: str, value: object, allowed: str, accepts: Any) -> None:  # noqa: ANN401
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or not accepts(value):
-        raise ConfigurationError(f"SafeDelta: {name}={value!r} must be a number {allowed}")

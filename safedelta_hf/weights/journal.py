@@ -27,11 +27,13 @@ class Journal:
     def __init__(self, folder: Path | None = None) -> None:
         self._parent = folder
         self._folder: Path | None = None
-        self._written: list[tuple[Tensor, Path]] = []
+        self._saved: dict[str, tuple[Tensor, Path]] = {}
+        self._replaced: list[str] = []
 
     def __enter__(self) -> "Journal":
         if self._parent is not None:
             self._parent.mkdir(parents=True, exist_ok=True)
+        self._saved, self._replaced = {}, []
         self._folder = Path(tempfile.mkdtemp(prefix=".safedelta-", dir=self._parent))
         return self
 
@@ -44,7 +46,7 @@ class Journal:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def replace(self, name: str, parameter: Tensor, value: Tensor) -> None:
-        """Write a new value into a parameter, once its old one is safe.
+        """Write a new value into a parameter, once its original is safe.
 
         Args:
             name: Canonical name, under which the original is kept.
@@ -56,24 +58,26 @@ class Journal:
         """
         if self._folder is None:
             raise RuntimeError("a Journal is used as a context manager")
-        path = self._folder / f"{len(self._written):05d}.safetensors"
-        save_file({name: parameter.detach().contiguous()}, path)
-        self._written.append((parameter, path))
+        if name not in self._saved:
+            path = self._folder / f"{len(self._saved):05d}.safetensors"
+            save_file({name: parameter.detach().contiguous()}, path)
+            self._saved[name] = (parameter, path)
+        self._replaced.append(name)
         with torch.no_grad():
             parameter.copy_(value)
 
     def restore(self) -> None:
-        """Put back every parameter that was replaced, bit for bit."""
+        """Put back every parameter that was replaced, bit for bit; they may be replaced again."""
         try:
-            while self._written:
-                parameter, path = self._written[-1]
+            while self._replaced:
+                parameter, path = self._saved[self._replaced[-1]]
                 (original,) = load_file(path).values()
                 with torch.no_grad():
                     parameter.copy_(original)
-                self._written.pop()
+                self._replaced.pop()
         except BaseException as error:
             error.add_note(
-                f"{len(self._written)} weights were not put back; their originals are safetensors files, by parameter "
+                f"{len(self._replaced)} weights were not put back; their originals are safetensors files, by parameter "
                 f"name, in {str(self._folder)!r}"
             )
             raise

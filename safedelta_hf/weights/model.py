@@ -44,6 +44,10 @@ class ModelStore:
     ) -> None:
         self._journal.__exit__(kind, error, trace)
 
+    def restore(self) -> None:
+        """Put back every fine-tuned weight that was written over."""
+        self._journal.restore()
+
     def is_tuned(self, name: str) -> bool:
         """Whether the fine-tuning moved a parameter.
 

@@ -1,0 +1,98 @@
+"""Safety data that no moment has seen, by which refusals are measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from safedelta_hf.capture.likelihood import negative_log_likelihoods
+from safedelta_hf.capture.safety_data import SafetySequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How much less likely refusals have become than under the base model, in nats per response token.
+
+    Attributes:
+        mean: Mean rise of the negative log-likelihood over examples.
+        upper: Upper quantile of the rise over examples.
+    """
+
+    mean: float
+    upper: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Refusals kept aside, and how likely the base model finds them.
+
+    Attributes:
+        sequences: Tokenised examples.
+        losses: Negative log-likelihood of each under the base model, in nats per response token.
+    """
+
+    sequences: tuple[SafetySequence, ...]
+    losses: tuple[float, ...]
+
+    @classmethod
+    def measured(cls, model: nn.Module, sequences: Sequence[SafetySequence], batch_size: int) -> "HeldOut":
+        """Let the base model read the examples.
+
+        Args:
+            model: The base model.
+            sequences: Tokenised examples.
+            batch_size: Sequences per forward pass, at most.
+
+        Returns:
+            The examples with their likelihood.
+        """
+        losses = negative_log_likelihoods(model, sequences, batch_size=batch_size)
+        return cls(sequences=tuple(sequences), losses=tuple(losses))
+
+    @classmethod
+    def parse(cls, content: Any) -> "HeldOut":  # noqa: ANN401 - JSON
+        """Read what `asdict` wrote.
+
+        Args:
+            content: A mapping of lists.
+
+        Returns:
+            The examples.
+        """
+        sequences = (
+            SafetySequence(input_ids=tuple(row["input_ids"]), labels=tuple(row["labels"]))
+            for row in content["sequences"]
+        )
+        return cls(sequences=tuple(sequences), losses=tuple(map(float, content["losses"])))
+
+    def drift(self, model: nn.Module, *, quantile: float, batch_size: int = 8) -> Drift:
+        """How far a model has come from the base model's refusals.
+
+        Args:
+            model: A fine-tune of the base model.
+            quantile: Which upper quantile over examples to give.
+            batch_size: Sequences per forward pass, at most.
+
+        Returns:
+            The rise of the negative log-likelihood.
+        """
+        losses = torch.tensor(negative_log_likelihoods(model, self.sequences, batch_size=batch_size))
+        rises = (losses - torch.tensor(self.losses)).double()
+        return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
+
+
+def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:
+    """Set a share of the examples aside, spread evenly over their order; the same at each call.
+
+    Args:
+        sequences: Tokenised examples.
+        share: Share to hold out, in [0, 1).
+
+    Returns:
+        The examples for the moments, and those held out.
+    """
+    aside = [int((number + 1) * share) > int(number * share) for number in range(len(sequences))]
+    used = [sequence for sequence, held in zip(sequences, aside, strict=True) if not held]
+    return used, [sequence for sequence, held in zip(sequences, aside, strict=True) if held]

@@ -1,0 +1,185 @@
+"""The only loop over parameters: check all, then adjust all of them or none."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from safedelta_hf.capture.held_out import Drift, HeldOut
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.core.loss import quadratic_loss
+from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError
+from safedelta_hf.pipeline.plan import check_moments, require_decisions
+from safedelta_hf.pipeline.prepared import PreparedMoments
+from safedelta_hf.pipeline.search import search_strength
+from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, StrengthSearch
+from safedelta_hf.rules import AutoStrength, Rule
+from safedelta_hf.weights.delta import Delta
+from safedelta_hf.weights.store import WeightStore
+
+REUSED_BYTES = 2 << 30
+"""Moments that a search holds, with what the rule made of them, from one strength to the next."""
+
+
+class Adjustment:
+    """Everything that an adjustment needs, checked before a weight is touched.
+
+    Args:
+        store: The fine-tuned weights; writing happens inside its block, which the caller opens.
+        plan: What will be done with each parameter of the store.
+        profile: Profile of their base.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        progress: Whether to show progress bars.
+
+    Raises:
+        SafeDeltaError: Something that the plan needs is missing or malformed; named by parameter.
+    """  # noqa: DOC502 - raised by the functions called
+
+    def __init__(
+        self, store: WeightStore, plan: Plan, profile: SafetyProfile, task: SafetyProfile | None, *, progress: bool
+    ) -> None:
+        self._store, self._plan, self._profile, self._task = store, plan, profile, task
+        self._progress = progress
+        tuned = [
+            entry
+            for entry in tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not progress)
+            if store.is_tuned(entry.parameter)
+        ]
+        for entry in tuned:
+            check_moments(entry, profile.moments)
+        require_decisions(tuned)
+        self._tuned = {entry.parameter for entry in tuned}
+
+    def at(self, rule: Rule, prepared: PreparedMoments | None = None) -> tuple[ParameterRecord, ...]:
+        """Adjust every parameter.
+
+        Args:
+            rule: Which part of each delta to keep, at a strength that is a number.
+            prepared: What was prepared for the same rule before, at whatever strength.
+
+        Returns:
+            What was done to each parameter.
+
+        Raises:
+            SafeDeltaError: Named by parameter.
+        """
+        adjuster = _Adjuster(self._store, rule, prepared or PreparedMoments(self._profile, rule, self._task))
+        records = []
+        description = f"Adjusting ({rule.name})"
+        for entry in tqdm(self._plan.entries, desc=description, unit="weight", disable=not self._progress):
+            if entry.parameter not in self._tuned:
+                records.append(_record(entry, outcome="unchanged", reason="the fine-tuning did not move it"))
+                continue
+            try:
+                records.append(adjuster.adjust(entry))
+            except SafeDeltaError as error:
+                raise error.at(entry.parameter) from error
+        return tuple(records)
+
+    def measured(
+        self, rule: Rule, auto: AutoStrength, model: nn.Module | None
+    ) -> tuple[StrengthSearch, tuple[ParameterRecord, ...]]:
+        """Adjust every parameter at the mildest strength that measured refusals allow.
+
+        Args:
+            rule: Which part of each delta to keep.
+            auto: What is allowed.
+            model: What runs with the weights of the store.
+
+        Returns:
+            How the strength was found, and what was done to each parameter.
+        """
+        model, held_out = _measurable(rule, model, self._profile)
+        prepared = None
+        if rule.prepares_for_any_strength:
+            prepared = PreparedMoments(self._profile, rule, self._task, memory=REUSED_BYTES)
+        records: dict[float, tuple[ParameterRecord, ...]] = {}
+
+        def apply(strength: float) -> None:
+            self._store.restore()
+            records.clear()
+            records[strength] = self.at(rule.at(strength), prepared)
+
+        def measure(strength: float) -> Drift:
+            apply(strength)
+            return held_out.drift(model, quantile=auto.quantile)
+
+        search = search_strength(rule, auto, measure, len(held_out.sequences))
+        if search.outcome == "strictest fails":
+            warnings.warn(f"{rule.name}: {search.summary}", stacklevel=4)
+        if search.strength not in records:
+            apply(search.strength)
+        return search, records[search.strength]
+
+
+def _measurable(rule: Rule, model: nn.Module | None, profile: SafetyProfile) -> tuple[nn.Module, HeldOut]:
+    if model is None:
+        raise ConfigurationError(
+            f"{rule.name}: strength='auto' measures the model, and there is none in memory here; give a number"
+        )
+    if profile.held_out is None:
+        raise ProfileError(
+            f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and this profile "
+            "holds none out; collect it with holdout=0.25, or give the strength as a number"
+        )
+    return model, profile.held_out
+
+
+class _Adjuster:
+    """Adjusts one parameter at a time."""
+
+    def __init__(self, store: WeightStore, rule: Rule, prepared: PreparedMoments) -> None:
+        self._store = store
+        self._rule = rule
+        self._prepared = prepared
+
+    def adjust(self, entry: PlanEntry) -> ParameterRecord:
+        """Do with a parameter what its plan says.
+
+        Args:
+            entry: Its plan.
+
+        Returns:
+            The record.
+        """
+        delta = self._store.delta(entry.parameter)
+        if entry.action is Action.KEEP:
+            return self._write(entry, delta, outcome="kept")
+        if entry.action is not Action.ADJUST:
+            return self._write(entry, delta.dropped(), outcome="reset")
+        self._prepared.hold(entry.uses, delta.device)
+        adjusted, remarks = delta, list[str]()
+        for use in entry.uses:
+            state = self._prepared.state(use)
+            transform = self._rule.transform(state, adjusted.matrix(use))
+            adjusted = adjusted.transformed(use, transform)
+            remarks.extend(state.notes + transform.notes)
+        return self._write(
+            entry,
+            adjusted,
+            outcome="adjusted",
+            tuned_loss=self._loss(entry, delta),
+            adjusted_loss=self._loss(entry, adjusted),
+            notes=tuple(remarks),
+        )
+
+    def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401
+        # Measured before it is written: a delta may look at the very weight that is overwritten.
+        energies = {"delta_energy": delta.tuned_energy, "lost_energy": delta.lost_energy}
+        notes += self._store.write(entry.parameter, delta)
+        return _record(entry, **values, **energies, notes=notes)
+
+    def _loss(self, entry: PlanEntry, delta: Delta) -> float:
+        return sum(quadratic_loss(delta.matrix(use).inner, self._prepared.hessian(use)) for use in entry.uses)
+
+
+def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401
+    described = {
+        "parameter": entry.parameter,
+        "shape": entry.shape,
+        "reason": entry.reason,
+        "roles": tuple(use.role for use in entry.uses),
+        "aliases": entry.aliases,
+    }
+    return ParameterRecord(**described | values)

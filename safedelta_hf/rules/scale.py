@@ -1,0 +1,40 @@
+"""Scale: linear merging with the base, the baseline that knows nothing of the safety data."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from safedelta_hf.core.transform import Dense
+from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking
+from safedelta_hf.rules.strength import number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Shrinking):
+    """Keep the same share of every delta: `D* = D / (1 + lam)`, which is `Ridge` with `H = I`.
+
+    Linear merging of base and fine-tuned model (Farn et al. 2024, arXiv 2412.19512).
+
+    Args:
+        strength: `lam`; 0 returns the fine-tuned weights, 1 the mean of both models. "auto" measures.
+
+    Raises:
+        ConfigurationError: The strength is no number at least 0.
+    """
+
+    name: ClassVar[str] = "scale"
+    search_range: ClassVar[tuple[float, float]] = (1e-2, 1e2)
+
+    def prepare(self, moments: LayerMoments) -> PreparedTransform:
+        """Make the transform.
+
+        Args:
+            moments: Of the layer; only their size is used.
+
+        Returns:
+            The state that `transform` takes.
+        """
+        share = 1 / (1 + number(self.strength))
+        safety = moments.safety
+        return PreparedTransform(Dense(matrix=torch.full((len(safety),), share, device=safety.device)))

@@ -1,0 +1,62 @@
+"""Task ridge: keep of each direction of input space what the task uses more than the safety data does."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from safedelta_hf.core.ridge import shrinkage, utility_of
+from safedelta_hf.core.transform import Dense
+from safedelta_hf.errors import ProfileError
+from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking
+from safedelta_hf.rules.strength import number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRidge(Shrinking):
+    """Ridge that measures utility where the task lives: `D* = D N (N + lam H)^-1`.
+
+    With `G` the second moment of the layer's inputs on the fine-tuning data and
+    `N = G + blend * mean(diag G) * I`, it minimises `tr((D* - D) N (D* - D)^T) + lam tr(D* H D*^T)`: the layer's
+    outputs on the task are held near the fine-tuned model's, those on the safety data near the base model's.
+
+    Args:
+        strength: `lam`; 0 returns the fine-tuned weights, larger values keep less. "auto" measures.
+        blend: Share of the plain norm in the utility, positive; large values approach `Ridge`.
+
+    Raises:
+        ConfigurationError: A value is outside its range or not a number.
+    """
+
+    blend: float = 0.1
+
+    name: ClassVar[str] = "task_ridge"
+    search_range: ClassVar[tuple[float, float]] = (1e-3, 1e4)
+    needs_task: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("blend", "positive and finite", lambda value: 0 < value < math.inf)
+
+    def prepare(self, moments: LayerMoments) -> PreparedTransform:
+        """Factor the sum of both moments.
+
+        Args:
+            moments: Of the layer, the task's too.
+
+        Returns:
+            The state that `transform` takes.
+
+        Raises:
+            ProfileError: The task's moment is missing.
+        """
+        if moments.task is None:
+            raise ProfileError("TaskRidge needs the moments of the task data; pass task=<a profile of the task data>")
+        if not moments.task.any() and number(self.strength) > 0:
+            # The task does not depend on this layer, so any price is too high; what safety never uses is free.
+            unused = moments.safety.diagonal() == 0 if moments.safety.ndim == 2 else moments.safety == 0
+            dropped = Dense(matrix=unused.to(torch.float32), notes=("the task data never reached it",))
+            return PreparedTransform(dropped)
+        utility = utility_of(moments.task, self.blend)
+        return PreparedTransform(shrinkage(moments.safety, utility, number(self.strength)))
