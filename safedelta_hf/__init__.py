@@ -1,21 +1,27 @@
 """Safe Delta for Hugging Face: fine-tune an aligned model and keep its refusals."""
 
 from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.retention import with_retention
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.pipeline import adjust_adapter, adjust_adapter_files, adjust_model, collect_profile, refactor_adapter
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import SafeDelta
+from safedelta_hf.rules import AutoStrength, Ridge, SafeDelta, Scale, TaskRidge
 
 __all__ = [
+    "AutoStrength",
     "Report",
+    "Ridge",
     "SafeDelta",
     "SafeDeltaCallback",
     "SafetyProfile",
+    "Scale",
+    "TaskRidge",
     "Treatment",
     "adjust_adapter",
     "adjust_adapter_files",
     "adjust_model",
     "collect_profile",
     "refactor_adapter",
+    "with_retention",
 ]

@@ -12,7 +12,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def profile_of(model):
-    return collect_profile(model, tiny.rows(24, seed=1), progress=False)
+    return collect_profile(model, tiny.rows(24, seed=1), holdout=0.0, progress=False)
 
 
 def config(**changes) -> LoraConfig:

@@ -33,12 +33,12 @@ def make(request):
 
 
 def collected(base):
-    return collect_profile(base, ROWS, progress=False)
+    return collect_profile(base, ROWS, holdout=0.0, progress=False)
 
 
 def adjust(tuned, base, profile=None, rule=None, **settings):
     profile = profile or collected(base)
-    return adjust_model(tuned, base=base, profile=profile, rule=rule, progress=False, **settings)
+    return adjust_model(tuned, base=base, profile=profile, rule=rule or SafeDelta(), progress=False, **settings)
 
 
 def test_zero_strength_gives_the_base_bit_for_bit_where_the_safety_data_reaches(make):

@@ -18,7 +18,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from safedelta_hf import SafeDeltaCallback
+from safedelta_hf import SafeDelta, SafeDeltaCallback
 
 
 class TimedCallback(SafeDeltaCallback):
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         num_attention_heads=8,
         num_key_value_heads=8,
     )
-    callbacks = [TimedCallback(rows(options.safety, 64))] if options.child == "callback" else []
+    callbacks = [TimedCallback(rows(options.safety, 64), SafeDelta())] if options.child == "callback" else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=LlamaForCausalLM(config),

@@ -15,7 +15,7 @@ from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.layers import find_layers
 from safedelta_hf.capture.safety_data import SafetySequence
 from safedelta_hf.capture.storage import MomentStorage
-from safedelta_hf.capture.undisturbed import undisturbed
+from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError, DataError, NumericalError
 from safedelta_hf.names import parameter_names, unwrapped
@@ -77,7 +77,7 @@ def capture_moments(
     collector = MomentCollector(layers, parameter_names(model), storage, share=share_moments)
     device = next(model.parameters()).device
     batches = list(batches_of_equal_length(sequences, batch_size))
-    with undisturbed(model), collector.observing():
+    with without_adapters(model), undisturbed(model), collector.observing():
         for batch in tqdm(batches, desc=f"Reading {purpose}", unit="batch", disable=not progress):
             collector.start_batch(len(batch), len(batch[0].input_ids))
             _forward(model, batch, device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from safedelta_hf.capture.likelihood import negative_log_likelihoods
 from safedelta_hf.capture.safety_data import SafetySequence
+from safedelta_hf.capture.undisturbed import without_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,15 @@ class HeldOut:
         """Let the base model read the examples.
 
         Args:
-            model: The base model.
+            model: The base model; adapters on it are disabled meanwhile.
             sequences: Tokenised examples.
             batch_size: Sequences per forward pass, at most.
 
         Returns:
             The examples with their likelihood.
         """
-        losses = negative_log_likelihoods(model, sequences, batch_size=batch_size)
+        with without_adapters(model):
+            losses = negative_log_likelihoods(model, sequences, batch_size=batch_size)
         return cls(sequences=tuple(sequences), losses=tuple(losses))
 
     @classmethod

@@ -18,7 +18,8 @@ class CaptureSettings:
         moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
         offload_folder: Where moments beyond that limit are memory-mapped; None for host memory.
         share_moments: Whether layers that read the same tensor share one moment.
-        holdout: Share of the safety data kept out of the moments, to measure refusals by.
+        holdout: Share of the safety data kept out of the moments, to measure refusals by; None for a quarter where
+            there is enough of it.
 
     Raises:
         ConfigurationError: A value is outside its range, or has no effect.
@@ -29,14 +30,14 @@ class CaptureSettings:
     moment_memory: int | str | None = None
     offload_folder: str | Path | None = None
     share_moments: bool = True
-    holdout: float = 0.0
+    holdout: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
-        if not isinstance(self.holdout, int | float) or not 0 <= self.holdout < 1:
+        if self.holdout is not None and not (isinstance(self.holdout, int | float) and 0 <= self.holdout < 1):
             raise ConfigurationError(f"holdout={self.holdout!r} must be a share in [0, 1), such as 0.25")
         if self.offload_folder is not None and self.moment_memory is None:
             raise ConfigurationError(

@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate the bare model without gradients, then restore flags, random state, compilation and adapters.
+    """Evaluate without gradients, then restore training flags, random state and compilation.
 
     Eval mode silences dropout and NEFTune noise, which are gated on the training flag. Compiled models run eagerly,
     because a compiled graph does not call hooks that were added later.
@@ -22,18 +22,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let a model compute what its base does, then put its adapters back.
+
+    Args:
+        model: A model with or without adapters on it.
+
+    Yields:
+        Nothing.
+    """
     adapted = [module for module in model.modules() if getattr(module, "disable_adapters", None) is False]
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     try:
         for module in adapted:
             module.enable_adapters(False)  # type: ignore[operator]
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         for module in adapted:
             module.enable_adapters(True)  # type: ignore[operator]
         for parameter, flag in trained.items():
             parameter.requires_grad = flag  # PEFT sets it along with the adapters
-        for module, flag in training.items():
-            module.training = flag

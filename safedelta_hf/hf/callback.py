@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,21 +18,22 @@ from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.errors import AdjustmentError, BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.logs import log_metrics
+from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
 from safedelta_hf.hf.run import bare, is_pruned, output_dir, require_supported, shows_progress, trained_adapter
 from safedelta_hf.hf.tuned import rescue_tuned, save_tuned
 from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline import (
     adjust_adapter,
     adjust_model,
-    collect_profile,
     plan_adapter,
     plan_model,
     require_adjustable,
     require_decisions,
+    require_measurable,
 )
 from safedelta_hf.records import PlanEntry, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, TaskRidge
 from safedelta_hf.weights.journal import standing_in
 
 logger = logging.get_logger(__name__)
@@ -54,8 +55,13 @@ class SafeDeltaCallback(TrainerCallback):
     Args:
         safety_dataset: Harmful prompts with the responses of a safe model, usually refusals; a Dataset, a list of
             dicts, or the path of a JSON-lines file, in any form that TRL takes.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep; `TaskRidge()` if None, whose strength is measured.
         profile: A profile made before, instead of `safety_dataset`.
+        retention_dataset: Ordinary prompts with the base model's responses: what the model could do is protected beside
+            its refusals.
+        retention_weight: Weight of that data against the safety data.
+        task_dataset: Examples of the fine-tuning data, for rules that weigh them; drawn from the Trainer's own if None.
+        task_examples: Number of examples to draw from the Trainer's own.
         base: The aligned model (or its folder), if it is not what the model holds when training starts.
         treatment: What to do with embeddings, norms, biases, the head, and what cannot be covered.
         keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist.
@@ -65,22 +71,29 @@ class SafeDeltaCallback(TrainerCallback):
         moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
         offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
         share_moments: Whether layers that read the same tensor share one moment.
+        holdout: Share of the safety data kept out of the profile, by which a strength of "auto" measures refusals;
+            None for a quarter where there is enough of it.
 
     Attributes:
         report: What was done; None until training has ended.
         profile: The safety profile; None until training has started, unless it was given.
+        task: The profile of the fine-tuning data, if the rule weighs it; None until training has started.
 
     Raises:
         ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or a setting is outside its
-            range.
+            range or has no effect.
     """
 
     def __init__(
         self,
-        safety_dataset: str | Path | Iterable[Mapping[str, Any]] | None = None,
+        safety_dataset: Source | None = None,
         rule: Rule | None = None,
         *,
         profile: SafetyProfile | None = None,
+        retention_dataset: Source | None = None,
+        retention_weight: float = 0.1,
+        task_dataset: Source | None = None,
+        task_examples: int = 256,
         base: nn.Module | str | Path | None = None,
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
@@ -90,14 +103,27 @@ class SafeDeltaCallback(TrainerCallback):
         moment_memory: int | str | None = None,
         offload_folder: str | Path | None = None,
         share_moments: bool = True,
+        holdout: float | None = None,
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
+        self._rule = rule or TaskRidge()
+        if profile is not None and retention_dataset is not None:
+            raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
+        if task_dataset is not None and not self._rule.needs_task:
+            raise ConfigurationError(
+                f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
+            )
         self.report: Report | None = None
         self.profile = self._given_profile = profile
-        # An iterator would be empty for the second model of a sweep.
-        self._safety_dataset = list(safety_dataset) if isinstance(safety_dataset, Iterator) else safety_dataset
-        self._rule = rule or SafeDelta()
+        self.task: SafetyProfile | None = None
+        self._data = RunData(
+            safety=safety_dataset,
+            retention=retention_dataset,
+            retention_weight=retention_weight,
+            task=task_dataset,
+            task_examples=task_examples,
+        )
         self._given_base = base
         self._treatment = treatment or Treatment()
         self._keep_tuned = None if keep_tuned is None else Path(keep_tuned)
@@ -108,6 +134,7 @@ class SafeDeltaCallback(TrainerCallback):
             moment_memory=moment_memory,
             offload_folder=offload_folder,
             share_moments=share_moments,
+            holdout=holdout,
         )
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
@@ -119,6 +146,7 @@ class SafeDeltaCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         processing_class: ProcessingClass | None = None,
+        train_dataloader: Any = None,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Find the base, and collect or check its profile, before the first step.
@@ -129,6 +157,7 @@ class SafeDeltaCallback(TrainerCallback):
             control: Of the Trainer.
             model: The model that will be trained.
             processing_class: The Trainer's tokenizer or processor.
+            train_dataloader: Of the Trainer; examples are drawn from its data set for rules that weigh the task.
             **kwargs: Unused.
 
         Raises:
@@ -137,10 +166,12 @@ class SafeDeltaCallback(TrainerCallback):
         model = bare(model)
         require_supported(args, model)
         self._require_room_for_tuned(state)
-        with _foreign_errors_named("reading the safety data"):
+        with _foreign_errors_named("reading data with the base model"):
             if self._run is None or self._model is None or self._model() is not model:
-                self._start_from(model, args, state, self._processing_class or processing_class)
+                train_dataset = getattr(train_dataloader, "dataset", None)
+                self._start_from(model, args, state, self._processing_class or processing_class, train_dataset)
         run, profile = self._started()
+        require_measurable(self._rule, profile)
         require_recorded(run, state)
         remember(run, state)
         require_decisions(_entries_of_trained(model, profile, self._treatment))
@@ -214,6 +245,7 @@ class SafeDeltaCallback(TrainerCallback):
             base=run.weights,
             profile=profile,
             rule=self._rule,
+            task=self.task,
             treatment=self._treatment,
             workspace=workspace,
             progress=progress,
@@ -228,28 +260,29 @@ class SafeDeltaCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         processing_class: ProcessingClass | None,
+        train_dataset: Any,  # noqa: ANN401
     ) -> None:
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
-        self.profile = self._given_profile
+        self.profile, self.task = self._given_profile, None
         adapter = trained_adapter(model)
         if adapter is not None:
             require_adjustable(model, adapter)
         run = base_of_run(model, state, self._given_base, output_dir(args))
         if self.profile is not None:
             require_matching(self.profile, run, processing_class)
-        elif self._safety_dataset is not None:
-            moved = set(run.moved)
-            parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
-            with standing_in(parameters, run.weights, output_dir(args)):
-                self.profile = collect_profile(
-                    model,
-                    self._safety_dataset,
-                    processing_class,
-                    digests=run.digests,
-                    progress=shows_progress(args, state),
-                    **vars(self._settings),
-                )
+        moved = set(run.moved)
+        parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
+        collector = ProfileCollector(
+            model=model,
+            processing_class=processing_class,
+            digests=run.digests,
+            settings=self._settings,
+            progress=shows_progress(args, state),
+        )
+        with standing_in(parameters, run.weights, output_dir(args)):
+            self.profile = self.profile or collector.safety(self._data)
+            self.task = collector.task(self._data, train_dataset) if self._rule.needs_task else None
         self._run, self._model = run, weakref.ref(model)
 
     def _started(self) -> tuple[RunBase, SafetyProfile]:

@@ -11,10 +11,11 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.names import parameter_aliases, parameter_names, unwrapped
 from safedelta_hf.pipeline.adjust import adjust_weights
+from safedelta_hf.pipeline.loop import RunningModel
 from safedelta_hf.pipeline.plan import plan_parameters
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.adapter import AdapterStore
 from safedelta_hf.weights.adapter_config import initialised_from_base, require_low_rank
 from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart
@@ -29,6 +30,7 @@ def adjust_adapter(
     *,
     profile: SafetyProfile,
     rule: Rule | None = None,
+    task: SafetyProfile | None = None,
     adapter_name: str = "default",
     new_adapter_name: str | None = None,
     base: nn.Module | str | Path | BaseWeights | None = None,
@@ -44,7 +46,8 @@ def adjust_adapter(
     Args:
         model: The model with the adapter on it, unmerged, held whole by this process.
         profile: Profile of its base.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         adapter_name: The adapter.
         new_adapter_name: Name of a new adapter for the result; None to adjust in place. It is not activated.
         base: The base as it was before training, for adapters that train biases of the base itself (`bias="all"`).
@@ -61,20 +64,25 @@ def adjust_adapter(
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
     """  # noqa: DOC502 - raised by the functions called
     config = require_adjustable(model, adapter_name)
+    rule = rule or default_rule(task)
+    if rule.auto is not None:
+        _require_active(model, adapter_name, new_adapter_name)
     trained_in_place = _trained_in_place(model, config, profile.header, base)
     require_base(model, profile.header, but={part.parameter for part in trained_in_place})
     if new_adapter_name is not None:
         _copy_adapter(model, config, adapter_name, new_adapter_name)
     try:
         parts = adapter_parts(model, new_adapter_name or adapter_name) + trained_in_place
+        journal = Journal(workspace)
         store = AdapterStore(
             parts,
             architecture=type(unwrapped(model)).__name__,
             source="the frozen base below the adapter",
-            writer=Journal(workspace),
+            writer=journal,
         )
         plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
-        return adjust_weights(store, plan, profile, rule or SafeDelta(), progress=progress)
+        running = RunningModel(model=model, restore=journal.restore)
+        return adjust_weights(store, plan, profile, rule, task=task, running=running, progress=progress)
     except BaseException:
         if new_adapter_name is not None:
             model.delete_adapter(new_adapter_name)  # type: ignore[operator]
@@ -177,6 +185,16 @@ def _trained_in_place(
         weight = verified(reader, name, header.dtypes[name], header.base[name])
         parts.append(DensePart(parameter=name, tuned=parameter, base=weight))
     return parts
+
+
+def _require_active(model: nn.Module, name: str, new_name: str | None) -> None:
+    active = getattr(model, "active_adapters", [name])
+    active = list(active() if callable(active) else active)
+    if new_name is not None or active != [name]:
+        raise AdapterError(
+            f"strength='auto' measures the model with its active adapter ({', '.join(active)}), which has to be the "
+            f"one that is adjusted, in place; call set_adapter({name!r}) without new_adapter_name, or give a number"
+        )
 
 
 def _copy_adapter(model: nn.Module, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401

@@ -25,6 +25,7 @@ def adjust_adapter_files(
     profile: SafetyProfile | str | Path,
     output: str | Path,
     rule: Rule | None = None,
+    task: SafetyProfile | str | Path | None = None,
     base: nn.Module | str | Path | None = None,
     initial_adapter: str | Path | None = None,
     treatment: Treatment | None = None,
@@ -41,6 +42,8 @@ def adjust_adapter_files(
         profile: Profile of its base, or the folder of one.
         output: Folder to write; must not exist.
         rule: Which part of each delta to keep; `SafeDelta()` if None.
+        task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
+            folder of one.
         base: The base model, or its folder or cached repository. Read one weight at a time, for whole parameters that
             the adapter carries (`modules_to_save`, `trainable_token_indices`, `bias`) alone; the one that the adapter
             names if None.
@@ -59,6 +62,7 @@ def adjust_adapter_files(
     folder = AdapterFolder(adapter)
     writer = FolderWriter(folder, Path(output))
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
+    task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
     if initial_adapter is not None:
         folder.subtract(AdapterFolder(initial_adapter))
     elif initialised_from_base(folder.config):
@@ -76,7 +80,7 @@ def adjust_adapter_files(
         writer=writer,
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment())
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), progress=progress)
+    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)
 
 
 class _Base:

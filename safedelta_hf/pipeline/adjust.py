@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import nn
 
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.pipeline.loop import Adjustment
+from safedelta_hf.pipeline.loop import Adjustment, RunningModel
 from safedelta_hf.pipeline.plan import plan_model
 from safedelta_hf.records import Plan, RuleRecord, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.base import BaseWeights, open_base
 from safedelta_hf.weights.model import ModelStore
 from safedelta_hf.weights.store import WeightStore
@@ -32,7 +32,7 @@ def adjust_model(
         model: The fine-tuned model, held whole by this process.
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
         profile: Profile of that base.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         treatment: What to do with parameters other than linear weights.
         workspace: Folder with room for a temporary copy of the changed weights; None for the system's default.
@@ -47,7 +47,10 @@ def adjust_model(
     reader = open_base(base, model) if isinstance(base, nn.Module | str | Path) else base
     plan = plan_model(model, profile, treatment or Treatment())
     store = ModelStore(model, reader, profile.header, workspace)
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, model=model, progress=progress)
+    running = RunningModel(model=model, restore=store.restore)
+    return adjust_weights(
+        store, plan, profile, rule or default_rule(task), task=task, running=running, progress=progress
+    )
 
 
 def adjust_weights(
@@ -57,7 +60,7 @@ def adjust_weights(
     rule: Rule,
     *,
     task: SafetyProfile | None = None,
-    model: nn.Module | None = None,
+    running: RunningModel | None = None,
     progress: bool = True,
 ) -> Report:
     """Adjust fine-tuned weights wherever they are kept: all of them, or, if anything fails, none.
@@ -68,7 +71,7 @@ def adjust_weights(
         profile: Profile of their base.
         rule: Which part of each delta to keep.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
-        model: What runs with the weights of the store, for a strength that is to be measured.
+        running: What runs with the weights of the store, for a strength that is to be measured.
         progress: Whether to show progress bars.
 
     Returns:
@@ -82,7 +85,7 @@ def adjust_weights(
         if rule.auto is None:
             search, records = None, loop.at(rule)
         else:
-            search, records = loop.measured(rule, rule.auto, model)
+            search, records = loop.measured(rule, rule.auto, running)
     return Report(
         rule=RuleRecord(name=rule.name, settings=rule.settings),
         architecture=store.architecture,

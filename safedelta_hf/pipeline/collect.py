@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collect import capture_moments
 from safedelta_hf.capture.held_out import HeldOut, split
@@ -15,6 +16,8 @@ from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.errors import DataError
 from safedelta_hf.names import unwrapped
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
+
+DEFAULT_HOLDOUT = 0.25
 
 
 def collect_profile(
@@ -27,7 +30,7 @@ def collect_profile(
     moment_memory: int | str | None = None,
     offload_folder: str | Path | None = None,
     share_moments: bool = True,
-    holdout: float = 0.0,
+    holdout: float | None = None,
     purpose: str = "safety data",
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
@@ -45,7 +48,7 @@ def collect_profile(
         offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
         share_moments: Whether layers that read the same tensor share one moment.
         holdout: Share of the safety data to keep out of the moments, in [0, 1): rules with `strength="auto"` measure
-            refusals by it. A quarter serves; 0 holds nothing out.
+            refusals by it. None for a quarter, of at least 16 examples that a transformers model reads, else nothing.
         purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
             the same way.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
@@ -66,12 +69,15 @@ def collect_profile(
         moment_memory=moment_memory,
         offload_folder=offload_folder,
         share_moments=share_moments,
+        holdout=holdout,
     )
     model = unwrapped(model)
     sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
-    sequences, aside = split(sequences, chosen.holdout)
+    sequences, aside = split(sequences, _share_held_out(model, chosen.holdout, len(sequences)))
     if chosen.holdout and not aside:
-        raise DataError(f"{purpose}: holdout={chosen.holdout} of {len(sequences)} examples sets none aside; give more")
+        raise DataError(
+            f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or holdout=0"
+        )
     capture = capture_moments(
         model,
         sequences,
@@ -92,3 +98,10 @@ def collect_profile(
         sequences=len(sequences),
         tokens=sum(len(sequence.input_ids) for sequence in sequences),
     )
+
+
+def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:
+    if asked is not None:
+        return asked
+    # Fewer say little about an upper quantile, and a module of another kind may return no logits.
+    return DEFAULT_HOLDOUT if isinstance(model, PreTrainedModel) and examples >= 16 else 0.0

@@ -1,6 +1,8 @@
 """The only loop over parameters: check all, then adjust all of them or none."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,19 @@ from safedelta_hf.weights.store import WeightStore
 
 REUSED_BYTES = 2 << 30
 """Moments that a search holds, with what the rule made of them, from one strength to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningModel:
+    """A model in memory that runs with the weights of a store, so that its refusals can be measured.
+
+    Attributes:
+        model: The model.
+        restore: Puts back every fine-tuned weight that was written over.
+    """
+
+    model: nn.Module
+    restore: Callable[[], None]
 
 
 class Adjustment:
@@ -78,32 +93,32 @@ class Adjustment:
         return tuple(records)
 
     def measured(
-        self, rule: Rule, auto: AutoStrength, model: nn.Module | None
+        self, rule: Rule, auto: AutoStrength, running: RunningModel | None
     ) -> tuple[StrengthSearch, tuple[ParameterRecord, ...]]:
         """Adjust every parameter at the mildest strength that measured refusals allow.
 
         Args:
             rule: Which part of each delta to keep.
             auto: What is allowed.
-            model: What runs with the weights of the store.
+            running: What runs with the weights of the store.
 
         Returns:
             How the strength was found, and what was done to each parameter.
         """
-        model, held_out = _measurable(rule, model, self._profile)
+        running, held_out = _measurable(rule, running, self._profile)
         prepared = None
         if rule.prepares_for_any_strength:
             prepared = PreparedMoments(self._profile, rule, self._task, memory=REUSED_BYTES)
         records: dict[float, tuple[ParameterRecord, ...]] = {}
 
         def apply(strength: float) -> None:
-            self._store.restore()
+            running.restore()
             records.clear()
             records[strength] = self.at(rule.at(strength), prepared)
 
         def measure(strength: float) -> Drift:
             apply(strength)
-            return held_out.drift(model, quantile=auto.quantile)
+            return held_out.drift(running.model, quantile=auto.quantile)
 
         search = search_strength(rule, auto, measure, len(held_out.sequences))
         if search.outcome == "strictest fails":
@@ -113,17 +128,32 @@ class Adjustment:
         return search, records[search.strength]
 
 
-def _measurable(rule: Rule, model: nn.Module | None, profile: SafetyProfile) -> tuple[nn.Module, HeldOut]:
-    if model is None:
+def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
+    """Stop where a strength is to be measured and there is nothing to measure it by.
+
+    Args:
+        rule: The rule.
+        profile: Profile of the base.
+
+    Raises:
+        ProfileError: No safety data was held out.
+    """
+    if rule.auto is not None and profile.held_out is None:
+        raise ProfileError(
+            f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and none of the "
+            f"{profile.header.sequences} examples of this profile was held out; collect it with holdout=0.25 (of at "
+            "least 16 examples by default), or give the strength as a number"
+        )
+
+
+def _measurable(rule: Rule, running: RunningModel | None, profile: SafetyProfile) -> tuple[RunningModel, HeldOut]:
+    if running is None:
         raise ConfigurationError(
             f"{rule.name}: strength='auto' measures the model, and there is none in memory here; give a number"
         )
-    if profile.held_out is None:
-        raise ProfileError(
-            f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and this profile "
-            "holds none out; collect it with holdout=0.25, or give the strength as a number"
-        )
-    return model, profile.held_out
+    require_measurable(rule, profile)
+    assert profile.held_out is not None
+    return running, profile.held_out
 
 
 class _Adjuster:

@@ -26,6 +26,7 @@ def refactor_adapter(
     rank: int,
     profile: SafetyProfile,
     rule: Rule | None = None,
+    task: SafetyProfile | None = None,
     adapter_name: str = "default",
     treatment: Treatment | None = None,
     progress: bool = True,
@@ -43,6 +44,7 @@ def refactor_adapter(
         rank: Its rank. The rank of the smaller side of a layer leaves nothing out.
         profile: Profile of the base.
         rule: Which part of each delta to keep; `SafeDelta()` if None.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         adapter_name: The adapter.
         treatment: What to do with tuned parameters other than linear weights.
         progress: Whether to show progress bars.
@@ -76,4 +78,4 @@ def refactor_adapter(
         writer=LoraFolder(Path(output), parts, settings),
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), progress=progress)
+    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)

@@ -10,6 +10,19 @@ from safedelta_hf.rules.task_ridge import TaskRidge
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (SafeDelta, Ridge, TaskRidge, Scale)}
 """Rules by registered name."""
 
+
+def default_rule(task: object | None) -> Rule:
+    """What measures best on the testbed, at a measured strength.
+
+    Args:
+        task: Moments of the task data, if they are at hand.
+
+    Returns:
+        The rule.
+    """
+    return Ridge() if task is None else TaskRidge()
+
+
 __all__ = [
     "RULES",
     "AutoStrength",
@@ -20,4 +33,5 @@ __all__ = [
     "SafeDelta",
     "Scale",
     "TaskRidge",
+    "default_rule",
 ]

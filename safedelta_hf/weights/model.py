@@ -45,7 +45,7 @@ class ModelStore:
         self._journal.__exit__(kind, error, trace)
 
     def restore(self) -> None:
-        """Put back every fine-tuned weight that was written over."""
+        """Put back every fine-tuned weight that was written over; each may be written again."""
         self._journal.restore()
 
     def is_tuned(self, name: str) -> bool:

@@ -34,10 +34,6 @@ class WeightStore(Protocol):
         """Keep what a delta that `delta` returned has become since; returns what there is to say about it."""
         ...
 
-    def restore(self) -> None:
-        """Put back every fine-tuned weight that was written over; each may be written again."""
-        ...
-
     def __enter__(self) -> object: ...
 
     def __exit__(

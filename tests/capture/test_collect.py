@@ -12,7 +12,7 @@ from tests import tiny
 
 
 def collect(model, rows, **settings) -> SafetyProfile:
-    return collect_profile(model, rows, progress=False, **settings)
+    return collect_profile(model, rows, progress=False, **{"holdout": 0.0} | settings)
 
 
 def observed_inputs(model, module_name, rows):

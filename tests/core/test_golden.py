@@ -12,7 +12,7 @@ from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_entries
 from safedelta_hf.core.transform import KeepColumns
 from safedelta_hf.records import Role
-from safedelta_hf.rules import SafeDelta
+from safedelta_hf.rules import LayerMoments, SafeDelta
 from safedelta_hf.weights.delta import MatrixDelta
 from tests.reference import oracles
 
@@ -61,7 +61,9 @@ def test_there_are_six_cases():
 
 def test_fully_kept_columns_are_those_of_the_published_code(golden):
     rule = golden.rule(compensation="sequential")
-    transform = rule.transform(rule.prepare(golden.hessian()), MatrixDelta(golden.delta, Role.LINEAR))
+    transform = rule.transform(
+        rule.prepare(LayerMoments(safety=golden.hessian())), MatrixDelta(golden.delta, Role.LINEAR)
+    )
     assert torch.equal(transform.kept, golden.kept.all(0))
 
 

@@ -267,7 +267,7 @@ def test_memory_running_out_in_the_adjustment_does_not_train_again(tmp_path, bre
 
 
 def test_an_iterator_of_safety_data_serves_every_model(tmp_path):
-    callback = SafeDeltaCallback(iter(ROWS), RULE)
+    callback = SafeDeltaCallback(iter(ROWS), RULE, holdout=0.0)
     for _ in range(2):
         tiny.trainer(tiny.llama(), callback, tmp_path).train()
         assert callback.report.sequences == len(ROWS)
@@ -392,12 +392,14 @@ def test_uncovered_parameters_stop_before_training(tmp_path):
             loss = None if labels is None else torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
             return {"loss": loss, "logits": logits}
 
-    stops_before_training(SafeDeltaCallback(ROWS), r"conv\.weight: Conv1d", CoverageError, tmp_path, model=Model())
+    stops_before_training(
+        SafeDeltaCallback(ROWS, RULE), r"conv\.weight: Conv1d", CoverageError, tmp_path, model=Model()
+    )
     frozen = Model()
     frozen.conv.requires_grad_(False)
-    tiny.trainer(frozen, SafeDeltaCallback(ROWS), tmp_path / "frozen").train()
+    tiny.trainer(frozen, SafeDeltaCallback(ROWS, RULE), tmp_path / "frozen").train()
     kept = Model()
-    callback = SafeDeltaCallback(ROWS, treatment=Treatment(uncovered="keep"))
+    callback = SafeDeltaCallback(ROWS, RULE, treatment=Treatment(uncovered="keep"))
     tiny.trainer(kept, callback, tmp_path / "kept").train()
     assert callback.report.outcomes["kept"] == 2
 

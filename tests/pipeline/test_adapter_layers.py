@@ -14,6 +14,7 @@ from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import Part, ProfileHeader, Role, Use
+from safedelta_hf.rules import LayerMoments
 from safedelta_hf.weights.delta import MatrixDelta
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
 from tests import adapters, tiny
@@ -44,7 +45,7 @@ def profile_by_hand(model, uses):
 
 def expected(matrix, hessian):
     """Oracle: the rule on the dense delta of one layer [out, in]."""
-    transform = RULE.transform(RULE.prepare(hessian), MatrixDelta(matrix, Role.LINEAR))
+    transform = RULE.transform(RULE.prepare(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR))
     result = transform(matrix)
     assert 0.01 < float(result.norm() / matrix.norm()) and not torch.equal(result, matrix), "it keeps a part"
     return result

@@ -80,14 +80,17 @@ def test_zero_delta_stays_zero(problem, strength, compensation):
 def test_the_kept_columns_do_not_depend_on_the_compensation(problem, strength):
     delta, hessian = problem
     rules = [SafeDelta(strength=strength, compensation=name, block=8) for name in ("joint", "sequential", "none")]
-    kept = [rule.transform(rule.prepare(LayerMoments(safety=hessian)), MatrixDelta(delta, Role.LINEAR)).kept for rule in rules]
+    kept = [
+        rule.transform(rule.prepare(LayerMoments(safety=hessian)), MatrixDelta(delta, Role.LINEAR)).kept
+        for rule in rules
+    ]
     assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
 
 
 @given(layers, strengths)
 def test_joint_leaves_the_least_loss_of_all_compensations(problem, strength):
     delta, hessian = problem
-    curvature = SafeDelta().prepare(hessian).hessian
+    curvature = SafeDelta().prepare(LayerMoments(safety=hessian)).hessian
     joint, sequential, none = (
         oracles.loss(adjusted(SafeDelta(strength=strength, compensation=name), delta, hessian), curvature)
         for name in ("joint", "sequential", "none")

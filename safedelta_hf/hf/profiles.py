@@ -1,0 +1,140 @@
+"""What is read with the base model at the start of a run: safety data, ordinary data, task data."""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.retention import with_retention
+from safedelta_hf.capture.safety_data import ProcessingClass
+from safedelta_hf.capture.settings import CaptureSettings
+from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.pipeline import collect_profile
+
+Source = str | Path | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data behind the profiles of a run.
+
+    Attributes:
+        safety: Harmful prompts with the responses of a safe model; None if there is a profile of it already.
+        retention: Ordinary prompts with the base model's responses, to protect them beside the refusals.
+        retention_weight: Weight of that data's Hessians.
+        task: Examples of the fine-tuning data; None for the Trainer's own.
+        task_examples: Number of examples to take of the Trainer's own.
+
+    Raises:
+        ConfigurationError: A value is outside its range.
+    """
+
+    safety: Source | None
+    retention: Source | None = None
+    retention_weight: float = 0.1
+    task: Source | None = None
+    task_examples: int = 256
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task_examples, int) or self.task_examples < 1:
+            raise ConfigurationError(f"task_examples={self.task_examples!r} must be a whole number of at least 1")
+        if not self.retention_weight > 0:
+            raise ConfigurationError(f"retention_weight={self.retention_weight!r} must be positive")
+        for name in ("safety", "retention", "task"):
+            value = getattr(self, name)
+            if isinstance(value, Iterator):  # it would be empty for the second model of a sweep
+                object.__setattr__(self, name, list(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileCollector:
+    """Collects profiles of one base model.
+
+    Attributes:
+        model: The model, holding the base weights.
+        processing_class: Tokenizer or processor.
+        digests: Digest of each of its parameters.
+        settings: How data is read.
+        progress: Whether to show progress bars.
+    """
+
+    model: nn.Module
+    processing_class: ProcessingClass | None
+    digests: Mapping[str, str]
+    settings: CaptureSettings
+    progress: bool
+
+    def safety(self, data: RunData) -> SafetyProfile:
+        """The profile that protects the refusals, and ordinary behaviour if there is data for it.
+
+        Args:
+            data: The data of the run; its safety data is not None.
+
+        Returns:
+            The profile.
+        """
+        assert data.safety is not None, "there is no profile, so there is safety data"
+        profile = self._collect(data.safety, "safety data", holdout=self.settings.holdout)
+        if data.retention is None:
+            return profile
+        return with_retention(profile, self._collect(data.retention, "ordinary data"), data.retention_weight)
+
+    def task(self, data: RunData, train_dataset: Any) -> SafetyProfile:  # noqa: ANN401 - map-style or iterable
+        """The profile of the fine-tuning data.
+
+        Args:
+            data: The data of the run.
+            train_dataset: The Trainer's own data set.
+
+        Returns:
+            The profile.
+
+        Raises:
+            DataError: The data cannot be read.
+        """
+        if data.task is not None:
+            return self._collect(data.task, "task data")
+        try:
+            return self._collect(examples_of(train_dataset, data.task_examples), "task data")
+        except DataError as error:
+            raise DataError(
+                f"{error}. It was drawn from the Trainer's data set; pass task_dataset=<examples>"
+            ) from error
+
+    def _collect(self, source: Source, purpose: str, holdout: float | None = 0.0) -> SafetyProfile:
+        settings = {**vars(self.settings), "holdout": holdout}
+        return collect_profile(
+            self.model,
+            source,
+            self.processing_class,
+            digests=self.digests,
+            progress=self.progress,
+            purpose=purpose,
+            **settings,
+        )
+
+
+def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: ANN401 - whatever a Trainer takes
+    """Draw examples from a data set; the same at each call.
+
+    Args:
+        dataset: With length and items, or iterable alone: then its first examples are taken.
+        count: Number of examples, at most.
+
+    Returns:
+        The examples.
+
+    Raises:
+        DataError: There is no data set.
+    """
+    if dataset is None:
+        raise DataError("task data: the Trainer has no training data")
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        chosen = random.Random(0).sample(range(len(dataset)), min(count, len(dataset)))
+        return [dataset[number] for number in sorted(chosen)]
+    return list(itertools.islice(iter(dataset), count))
