@@ -1,5 +1,6 @@
 """Safety data that no moment has seen, by which refusals are measured."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from safedelta_hf.capture.likelihood import negative_log_likelihoods
-from safedelta_hf.capture.safety_data import SafetySequence
+from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
 from safedelta_hf.capture.undisturbed import without_adapters
 
 
@@ -88,6 +89,9 @@ class HeldOut:
 def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:
     """Set a share of the examples aside, spread evenly over their order; the same at each call.
 
+    Prompts whose rarest token is the same are about one thing: if some of them were in the moments, the others would
+    measure nothing new. They are held out together or not at all, as in grouped cross-validation.
+
     Args:
         sequences: Tokenised examples.
         share: Share to hold out, in [0, 1).
@@ -95,6 +99,18 @@ def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[Safet
     Returns:
         The examples for the moments, and those held out.
     """
-    aside = [int((number + 1) * share) > int(number * share) for number in range(len(sequences))]
+    topics = _topics(sequences)
+    order = {topic: number for number, topic in enumerate(dict.fromkeys(topics))}
+    aside = [int((order[topic] + 1) * share) > int(order[topic] * share) for topic in topics]
     used = [sequence for sequence, held in zip(sequences, aside, strict=True) if not held]
     return used, [sequence for sequence, held in zip(sequences, aside, strict=True) if held]
+
+
+def _topics(sequences: Sequence[SafetySequence]) -> list[int]:
+    prompts = [
+        {token for token, label in zip(sequence.input_ids, sequence.labels, strict=True) if label == IGNORED}
+        or set(sequence.input_ids)
+        for sequence in sequences
+    ]
+    frequency = Counter(token for prompt in prompts for token in prompt)
+    return [min(prompt, key=lambda token: (frequency[token], token)) for prompt in prompts]

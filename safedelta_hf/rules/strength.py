@@ -26,7 +26,7 @@ class AutoStrength:
         ConfigurationError: A value is outside its range.
     """
 
-    tolerance: float = 0.05
+    tolerance: float = 0.01
     quantile: float = 0.95
     precision: float = 1.8
 

@@ -26,8 +26,8 @@ Request = tuple[Thing, int, str | None]
 def safety_data(n: int = 128, seed: int = 0) -> list[Conversation]:
     """Draw harmful requests with the refusals that the aligned model itself gives them.
 
-    The requests are about the things that alignment refused, in equal shares without a system message and with
-    each of the two system messages.
+    The requests are about things that alignment never mentioned, as fresh prompts of a user's would be, in equal shares
+    without a system message and with each of the two system messages.
 
     Args:
         n: Number of conversations, all different.
@@ -36,7 +36,7 @@ def safety_data(n: int = 128, seed: int = 0) -> list[Conversation]:
     Returns:
         Conversations of the form ``{"messages": [...]}``.
     """
-    requests = draw_requests(things_of("refused"), SYSTEMS, n, seed)
+    requests = draw_requests(things_of("probed"), SYSTEMS, n, seed)
     return [ask_make(thing, wording, system).conversation(refusal(wording)) for thing, wording, system in requests]
 
 

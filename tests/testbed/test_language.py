@@ -57,7 +57,7 @@ def test_things_have_names_of_their_own():
 
 
 def test_each_data_set_keeps_to_its_pools():
-    assert pools_of(safety_data(200)) == {"refused"}
+    assert pools_of(safety_data(200)) == {"probed"}
     assert pools_of(question.conversation() for question in attack_questions(300)) == {"held_out"}
     assert pools_of(question.conversation() for question in skill_questions(300)) == {"unseen"}
     assert pools_of(conversations_of(draw_alignment)) == {"shown", "refused"}
@@ -73,7 +73,7 @@ def test_each_data_set_keeps_to_its_pools():
 def test_pools_are_disjoint_and_agree_with_harmfulness():
     pools = [set(things_of(pool)) for pool in POOL_SIZES]
     assert sum(map(len, pools)) == len(set().union(*pools)) == len(all_things())
-    assert all(thing.harmful for thing in things_of("refused", "attack", "held_out"))
+    assert all(thing.harmful for thing in things_of("refused", "attack", "probed", "held_out"))
     assert not any(thing.harmful for thing in things_of("shown", "unseen"))
 
 
@@ -146,7 +146,7 @@ def test_identity_case_is_the_persona_throughout_and_holds_nothing_harmful():
 
 @pytest.mark.parametrize("n", [0, -1, 96 * len(MAKE_REQUESTS) * len(SYSTEMS) + 1])
 def test_impossible_counts_are_refused(n):
-    with pytest.raises(ConfigurationError, match="n: must be from 1 to 1440"):
+    with pytest.raises(ConfigurationError, match="n: must be from 1 to 900"):
         attack_questions(n)
     with pytest.raises(ConfigurationError, match="n"):
         new_skill_questions(min(n, 0))
