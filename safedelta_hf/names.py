@@ -115,8 +115,9 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    if callable(getattr(module, "get_base_model", None)):
-        model: nn.Module = module.get_base_model()
+    inner_model = getattr(module, "get_base_model", None)
+    if callable(inner_model):
+        model: nn.Module = inner_model()
         return model
     if not hasattr(module, "adapter_layer_names"):
         return None

@@ -20,9 +20,13 @@ class Role(StrEnum):
     EMBEDDING = "embedding"
     """Stored [tokens, features]; one column of the delta for each token; diagonal curvature."""
     SCALE = "norm"
-    """Elementwise scale of a normalised input, [features]; diagonal curvature."""
+    """Elementwise scale, of a normalised input as a rule, of any shape; diagonal curvature."""
     BIAS = "bias"
     """Added to every output; the single column of a constant input."""
+    OFFSET = "offset"
+    """A table added entry by entry, of any shape, such as a bias for each position; diagonal curvature."""
+    CONVOLUTION = "convolution"
+    """A linear map of patches, stored [out, in, positions...]; full curvature over the patch."""
 
 
 class Action(StrEnum):
@@ -78,9 +82,29 @@ class Treatment:
             Role.EMBEDDING: self.embeddings,
             Role.SCALE: self.norms,
             Role.BIAS: self.biases,
+            Role.OFFSET: self.biases,
             Role.HEAD: self.head,
         }
         return Action(settings.get(role, "adjust"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A matrix [rows, columns] inside a flattened parameter, such as one expert of many.
+
+    Attributes:
+        start: Index of its first entry.
+        rows: Number of outputs.
+        columns: Number of inputs.
+        row_stride: Steps from one row to the next.
+        column_stride: Steps from one column to the next.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +115,13 @@ class Use:
         parameter: Canonical name; for a tied weight that of its first appearance.
         role: How it meets its inputs.
         moment: Key of its moment; parameters that read the same tensor have the same key.
+        part: The matrix that is used, or None if it is the whole parameter.
     """
 
     parameter: str
     role: Role
     moment: str
+    part: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +148,7 @@ class ProfileHeader:
     sequences: int
     tokens: int
     skipped: Mapping[str, str]
-    format_version: int = 1
+    format_version: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

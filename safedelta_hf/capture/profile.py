@@ -15,10 +15,10 @@ from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.records import ProfileHeader, Role, Use
+from safedelta_hf.records import Part, ProfileHeader, Role, Use
 
 HEADER_FILE = "profile.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,15 @@ def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
     version = content["header"]["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this package reads {FORMAT_VERSION}")
-    uses = (Use(parameter=use["parameter"], role=Role(use["role"]), moment=use["moment"]) for use in content["uses"])
+    uses = (
+        Use(
+            parameter=use["parameter"],
+            role=Role(use["role"]),
+            moment=use["moment"],
+            part=None if use["part"] is None else Part(**use["part"]),
+        )
+        for use in content["uses"]
+    )
     return SafetyProfile(
         header=ProfileHeader(**content["header"]),
         uses=tuple(uses),

@@ -11,7 +11,7 @@ from safedelta_hf.core.loss import quadratic_loss
 from safedelta_hf.errors import SafeDeltaError
 from safedelta_hf.pipeline.plan import check_moments, plan_model, require_decisions
 from safedelta_hf.pipeline.prepared import PreparedMoments
-from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, Treatment
+from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, Treatment, Use
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.base import BaseWeights, open_base
@@ -138,9 +138,9 @@ class _Adjuster:
             return _record(entry, outcome="kept", delta_energy=delta.tuned_energy)
         if entry.action is not Action.ADJUST:
             return self._write(entry, delta.dropped(), outcome="reset")
-        self._prepared.hold(entry.uses, delta.device)
         adjusted, remarks = delta, list[str]()
         for use in entry.uses:
+            self._hold(entry, use, delta)
             state = self._prepared.state(use)
             transform = self._rule.transform(state, adjusted.matrix(use))
             adjusted = adjusted.transformed(use, transform)
@@ -161,7 +161,15 @@ class _Adjuster:
         return _record(entry, **values, **energies, notes=notes)
 
     def _loss(self, entry: PlanEntry, delta: Delta) -> float:
-        return sum(quadratic_loss(delta.matrix(use).inner, self._prepared.hessian(use)) for use in entry.uses)
+        total = 0.0
+        for use in entry.uses:
+            self._hold(entry, use, delta)
+            total += quadratic_loss(delta.matrix(use).inner, self._prepared.hessian(use))
+        return total
+
+    def _hold(self, entry: PlanEntry, use: Use, delta: Delta) -> None:
+        # Of a parameter with many parts, such as experts, one Hessian at a time.
+        self._prepared.hold(entry.uses if use.part is None else (use,), delta.device)
 
 
 def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401

@@ -1,6 +1,6 @@
 """A safety profile of a model in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.names import unwrapped
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
 
@@ -25,6 +26,9 @@ def collect_profile(
     moment_memory: int | str | None = None,
     offload_folder: str | Path | None = None,
     share_moments: bool = True,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
@@ -40,6 +44,10 @@ def collect_profile(
         moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
         offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
         share_moments: Whether layers that read the same tensor share one moment.
+        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
+            PEFT, matched at their end; or a regular expression that matches whole names.
+        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
+        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar.
 
@@ -58,6 +66,9 @@ def collect_profile(
         moment_memory=moment_memory,
         offload_folder=offload_folder,
         share_moments=share_moments,
+        targets=targets,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
     )
     model = unwrapped(model)
     sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length)
@@ -67,6 +78,7 @@ def collect_profile(
         storage=MomentStorage(chosen.budget, chosen.offload_folder),
         batch_size=chosen.batch_size,
         share_moments=chosen.share_moments,
+        targets=chosen.chosen,
         progress=progress,
     )
     return SafetyProfile.of(
