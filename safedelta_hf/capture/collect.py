@@ -192,7 +192,10 @@ def _reasons(model: nn.Module, uses: Sequence[Use], unread: Mapping[str, str]) -
     covered = {use.parameter for use in uses}
     owners = {parameter: module for _, module in base_modules(model) for parameter in module.parameters(recurse=False)}
     return {
-        name: unread.get(name, f"the safety data never reached it, in {type(owners[parameter]).__name__}")
+        name: unread.get(
+            name,
+            f"the safety data never reached it, unless inside a fused kernel, in {type(owners[parameter]).__name__}",
+        )
         for parameter, name in parameter_names(model).items()
         if name not in covered
     }
