@@ -65,8 +65,11 @@ def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
             continue
         if other == "self":
             factor = given.get("before", factor)
-        if not isinstance(factor, Tensor):
-            see.derive(result, weight, float(factor))
+        if not isinstance(factor, Tensor) or (see.is_constant(factor) and factor.numel() == 1):
+            see.derive(result, weight.broadcast(result.shape), float(factor))
+            return True
+        if see.is_constant(factor) and weight.shape == tuple(result.shape):
+            see.derive(result, weight, factor.broadcast_to(result.shape))
             return True
         if not see.is_data(given[other]):
             return False
@@ -105,8 +108,8 @@ def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, fl
         weight, constant = see.origin(given[own]), given[other]
         if weight is None:
             continue
-        if not isinstance(constant, Tensor):
-            see.derive(result, weight, sign)
+        if not isinstance(constant, Tensor) or see.is_constant(constant):
+            see.derive(result, weight.broadcast(result.shape), sign)
             return True
         return see.is_data(constant) and added(see, given[own], result)
     return True

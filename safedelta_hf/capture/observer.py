@@ -69,6 +69,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._origins = Origins({parameter: name for name, parameter in parameters.items()})
         self._data = Descendants()
+        self._mixtures = Descendants()
         self._collector = collector
         self._unread: dict[str, str] = {}
 
@@ -87,6 +88,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self._origins.forget_the_dead()
         self._data.start(given)
+        self._mixtures.start([])
         self._collector.start_batch(size, length)
 
     def __torch_dispatch__(
@@ -105,9 +107,12 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._tell(func, given, result, weights)
         elif func in COPIES and self._collector.shared is not None:
             self._collector.shared.copied(args[0], result)
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         # What is made of no tensor, such as positions, is made for this call.
         if not tensors or any(tensor in self._data for tensor in tensors):
-            self._data.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+            self._data.add(results)
+        elif weights or any(tensor in self._mixtures for tensor in tensors):
+            self._mixtures.add(leaf for leaf in results if self._origins.name_of(leaf) is None)
         return result
 
     def _tell(self, func: Any, given: Mapping[str, Any], result: Any, weights: Sequence[str]) -> None:  # noqa: ANN401
@@ -157,6 +162,18 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         return value in self._data
 
+    def is_constant(self, value: object) -> bool:
+        """Whether a value is a tensor that depends neither on what the model was given nor on a parameter.
+
+        Args:
+            value: Any argument of an operation.
+
+        Returns:
+            Whether it is, as a buffer is.
+        """
+        is_made = value in self._data or value in self._mixtures
+        return isinstance(value, Tensor) and not is_made and self._origins.name_of(value) is None
+
     def derive(self, result: Tensor, source: Origin, slope: float | Tensor) -> None:
         """Follow a weight through an elementwise map.
 
@@ -167,31 +184,21 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self._origins.derive(result, source, slope)
 
-    def product(self, weight: Origin, inputs: Tensor) -> None:
+    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
         """Tell of a linear map.
 
         Args:
             weight: [rows, columns].
-            inputs: [tokens, columns].
+            inputs: [tokens, columns]; patches for a convolution.
+            role: What to call it, if not linear or the head.
         """
         if any(stride == 0 and size > 1 for stride, size in zip(weight.strides, weight.shape, strict=True)):
             self._unread.setdefault(weight.parameter, "its entries are repeated inside a product")
         elif weight.slopes is not None:
-            self._unread.setdefault(weight.parameter, "a product uses a function of it that is not linear")
+            reason = "a product uses a function of it with a slope of its own for each entry"
+            self._unread.setdefault(weight.parameter, reason)
         else:
-            self._collector.product(weight, inputs)
-
-    def convolution(self, weight: Origin, inputs: Tensor) -> None:
-        """Tell of a convolution.
-
-        Args:
-            weight: [rows, columns].
-            inputs: Patches, [tokens, columns].
-        """
-        if weight.slopes is not None:
-            self._unread.setdefault(weight.parameter, "a convolution uses a function of it that is not linear")
-        else:
-            self._collector.product(weight, inputs, Role.CONVOLUTION)
+            self._collector.product(weight, inputs, role)
 
     def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
         """Tell of an elementwise product.

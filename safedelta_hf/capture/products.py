@@ -10,6 +10,7 @@ from safedelta_hf.capture.elementwise import added
 from safedelta_hf.capture.origins import Origin
 from safedelta_hf.capture.patches import patches
 from safedelta_hf.capture.readings import Arguments, Handler, Readings
+from safedelta_hf.records import Role
 
 aten = torch.ops.aten
 
@@ -105,7 +106,8 @@ def _convolution(see: Readings, given: Arguments, result: Tensor) -> bool:
     rows, columns = weight.shape[0] // groups, read.shape[-1]
     for group in range(groups):
         start = weight.start + group * rows * columns
-        see.convolution(replace(weight, start=start, shape=(rows, columns), strides=(columns, 1)), read[group])
+        piece = replace(weight, start=start, shape=(rows, columns), strides=(columns, 1))
+        see.product(piece, read[group], Role.CONVOLUTION)
     return covered
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from safedelta_hf.capture.origins import Origin
+from safedelta_hf.records import Role
 
 Arguments = Mapping[str, Any]
 
@@ -25,16 +26,16 @@ class Readings(Protocol):
         """Whether a value depends on what the model was given."""
         ...
 
+    def is_constant(self, value: object) -> bool:
+        """Whether a value is a tensor that depends neither on what the model was given nor on a parameter."""
+        ...
+
     def derive(self, result: Tensor, source: Origin, slope: float | Tensor) -> None:
         """The result is made of a weight alone, entry by entry."""
         ...
 
-    def product(self, weight: Origin, inputs: Tensor) -> None:
+    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
         """Inputs [tokens, columns] times the transpose of a weight [rows, columns]."""
-        ...
-
-    def convolution(self, weight: Origin, inputs: Tensor) -> None:
-        """Patches [tokens, columns] times the transpose of a weight [rows, columns]."""
         ...
 
     def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:

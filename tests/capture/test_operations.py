@@ -16,6 +16,8 @@ from tests import architectures, tiny
 ROWS = tiny.rows(10, seed=1, length=6)
 SIZE = 8
 
+CONSTANT = torch.linspace(-2, 2, SIZE)
+
 
 class Operation(nn.Module):
     """An embedding, one operation with one weight, and a linear layer; remembers what the operation returned."""
@@ -59,6 +61,8 @@ LINEAR = {
     "scale of a norm": ((SIZE,), lambda x, w: F.layer_norm(x, (SIZE,), w)),
     "scale of channels": ((6,), lambda x, w: F.group_norm(x, 3, w)),
     "scale of heads": ((2,), lambda x, w: x.unflatten(-1, (2, 4)) * w[:, None]),
+    "scale plus a constant": ((SIZE,), lambda x, w: x * (CONSTANT - CONSTANT * w)),
+    "product with a constant": ((5, SIZE), lambda x, w: F.linear(x, w * CONSTANT[2])),
     "mixture": ((SIZE,), lambda x, w: torch.lerp(x, x.roll(1, 1), w)),
     "bias": ((SIZE,), lambda x, w: x + w),
     "subtracted": ((SIZE,), lambda x, w: w - x),
@@ -124,7 +128,7 @@ def test_a_function_of_a_weight_counts_to_first_order(function):
     ("shape", "function", "reason"),
     [
         ((SIZE,), lambda x, w: x * w.softmax(0), "aten._softmax"),
-        ((5, SIZE), lambda x, w: F.linear(x, w.sigmoid()), "not linear"),
+        ((5, SIZE), lambda x, w: F.linear(x, w.sigmoid()), "slope of its own"),
         ((5, SIZE), lambda x, w: F.linear(x, w / w.norm()), "aten.linalg_vector_norm"),
         ((5, SIZE), lambda x, w: F.linear(x, w @ w.T @ w), "aten.mm"),
         ((1, SIZE), lambda x, w: F.linear(x, w.expand(5, SIZE)), "repeated"),
