@@ -104,6 +104,8 @@ def _rsub(see: Readings, given: Arguments, result: Tensor) -> bool:
 
 
 def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, float]) -> bool:
+    if given.get("alpha", 1) != 1:
+        return False
     for own, other, sign in (("self", "other", signs[0]), ("other", "self", signs[1])):
         weight, constant = see.origin(given[own]), given[other]
         if weight is None:

@@ -118,6 +118,11 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _tell(self, func: Any, given: Mapping[str, Any], result: Any, weights: Sequence[str]) -> None:  # noqa: ANN401
         if getattr(func, "is_view", False) or func in VIEWS:
             return
+        overwritten = given.get("self") if "before" in given else None
+        if overwritten is not None and (name := self._origins.name_of(overwritten)) is not None:
+            self._origins.forget(overwritten)
+            self._unread.setdefault(name, f"a copy of it is overwritten, by {func}")
+            return
         handler: Callable[..., bool] | None = HANDLERS.get(func)
         if handler is not None and handler(self, given, result):
             return

@@ -230,6 +230,14 @@ class Origins:
         source.entries(slopes).mul_(once.to(slopes.dtype))
         self._remember(result, replace(source, slopes=slopes))
 
+    def forget(self, tensor: Tensor) -> None:
+        """Stop following what was overwritten.
+
+        Args:
+            tensor: A copy of a weight that holds something else now.
+        """
+        self._layouts.pop(storage_key(tensor), None)
+
     def forget_the_dead(self) -> None:
         """Drop what is known about copies that no longer exist."""
         self._layouts = {

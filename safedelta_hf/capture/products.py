@@ -42,6 +42,8 @@ def _mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
 
 
 def _addmm(see: Readings, given: Arguments, result: Tensor) -> bool:
+    if (given["alpha"], given["beta"]) != (1, 1):
+        return False
     return added(see, given["self"], result) and _matrix_product(see, given["mat1"], given["mat2"])
 
 
@@ -70,6 +72,8 @@ def _bmm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
 
 
 def _baddbmm(see: Readings, given: Arguments, result: Tensor) -> bool:
+    if (given["alpha"], given["beta"]) != (1, 1):
+        return False
     return added(see, given["self"], result) and _batched(see, given["batch1"], given["batch2"])
 
 

@@ -133,6 +133,8 @@ def test_a_function_of_a_weight_counts_to_first_order(function):
         ((5, SIZE), lambda x, w: F.linear(x, w @ w.T @ w), "aten.mm"),
         ((1, SIZE), lambda x, w: F.linear(x, w.expand(5, SIZE)), "repeated"),
         ((SIZE, 5, 2), lambda x, w: F.conv_transpose1d(x.mT, w), "aten.convolution"),
+        ((5, SIZE), lambda x, w: F.linear(x, w.clone().exp_()), "overwritten, by aten.exp_"),
+        ((SIZE,), lambda x, w: torch.add(x, w, alpha=2), "aten.add"),
         ((5, SIZE), lambda x, w: x, "never reached"),
     ],
 )
