@@ -120,8 +120,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         overwritten = given.get("self") if "before" in given else None
         if overwritten is not None and (name := self._origins.name_of(overwritten)) is not None:
-            self._origins.forget(overwritten)
-            self._unread.setdefault(name, f"a copy of it is overwritten, by {func}")
+            if self._origins.forget(overwritten):
+                self._unread.setdefault(name, f"a copy of it is overwritten, by {func}")
             return
         handler: Callable[..., bool] | None = HANDLERS.get(func)
         if handler is not None and handler(self, given, result):

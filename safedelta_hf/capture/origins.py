@@ -137,6 +137,7 @@ class Origins:
 
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         self._parameters = list(names)  # their memory must not be given to others
+        self._own = {storage_key(parameter) for parameter in names}
         self._sizes = {name: parameter.numel() for parameter, name in names.items()}
         self._layouts: dict[int, list[_Layout]] = {}
         self.scattered: set[str] = set()
@@ -230,13 +231,19 @@ class Origins:
         source.entries(slopes).mul_(once.to(slopes.dtype))
         self._remember(result, replace(source, slopes=slopes))
 
-    def forget(self, tensor: Tensor) -> None:
-        """Stop following what was overwritten.
+    def forget(self, tensor: Tensor) -> bool:
+        """Stop following a copy that was overwritten.
 
         Args:
-            tensor: A copy of a weight that holds something else now.
+            tensor: A weight that holds something else now.
+
+        Returns:
+            False if it is no copy: a parameter that a model rescales in place is what it is multiplied with.
         """
-        self._layouts.pop(storage_key(tensor), None)
+        is_copy = storage_key(tensor) not in self._own
+        if is_copy:
+            del self._layouts[storage_key(tensor)]
+        return is_copy
 
     def forget_the_dead(self) -> None:
         """Drop what is known about copies that no longer exist."""

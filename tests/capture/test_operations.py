@@ -143,6 +143,14 @@ def test_what_cannot_be_read_is_named_with_the_reason(shape, function, reason):
     assert reason in profile.header.skipped["weight"]
 
 
+def test_a_parameter_that_the_model_rescales_in_place_is_read():
+    def rescaled(x, weight):
+        weight.data.mul_(1.0)
+        return F.linear(x, weight)
+
+    assert not collect_profile(Operation((5, SIZE), rescaled), ROWS, progress=False).header.skipped
+
+
 def test_a_lookup_counts_rows_also_in_bare_tables():
     model = Operation((7, SIZE), lambda x, w: x + w[torch.arange(x.shape[1]).expand(len(x), -1) % 4])
     (use,) = (use for use in collect_profile(model, ROWS, progress=False).uses if use.parameter == "weight")
