@@ -115,9 +115,9 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    get_base_model = getattr(module, "get_base_model", None)
-    if callable(get_base_model):
-        model: nn.Module = get_base_model()
+    inner_model = getattr(module, "get_base_model", None)
+    if callable(inner_model):
+        model: nn.Module = inner_model()
         return model
     if not hasattr(module, "adapter_layer_names"):
         return None

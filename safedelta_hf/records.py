@@ -20,9 +20,13 @@ class Role(StrEnum):
     EMBEDDING = "embedding"
     """Stored [tokens, features]; one column of the delta for each token; diagonal curvature."""
     SCALE = "norm"
-    """Elementwise scale of a normalised input, [features]; diagonal curvature."""
+    """Elementwise scale, of a normalised input as a rule, of any shape; diagonal curvature."""
     BIAS = "bias"
     """Added to every output; the single column of a constant input."""
+    OFFSET = "offset"
+    """A table added entry by entry, of any shape, such as a bias for each position; diagonal curvature."""
+    CONVOLUTION = "convolution"
+    """A linear map of patches, stored [out, in, positions...]; full curvature over the patch."""
 
 
 class Action(StrEnum):
@@ -78,6 +82,7 @@ class Treatment:
             Role.EMBEDDING: self.embeddings,
             Role.SCALE: self.norms,
             Role.BIAS: self.biases,
+            Role.OFFSET: self.biases,
             Role.HEAD: self.head,
         }
         return Action(settings.get(role, "adjust"))
@@ -162,7 +167,7 @@ class ProfileHeader:
     tokens: int
     skipped: Mapping[str, str]
     retention: Retention | None = None
-    format_version: int = 1
+    format_version: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,3 +46,15 @@ def safety_rows():
 @pytest.fixture
 def train_rows():
     return tiny.rows(16, seed=2, length=10)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many architectures the sweep covered, wherever it ran."""
+    stats = terminalreporter.stats
+    sweep = {
+        outcome: sum("test_an_architecture_is_covered" in report.nodeid for report in stats.get(outcome, ()))
+        for outcome in ("passed", "failed", "skipped")
+    }
+    if total := sum(sweep.values()):
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sweep.items() if count)
+        terminalreporter.write_line(f"architectures covered: {sweep['passed']} of {total} ({counts})")

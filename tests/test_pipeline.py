@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -13,7 +14,8 @@ from safedelta_hf.errors import (
     NumericalError,
     ProfileError,
 )
-from tests import tiny
+from safedelta_hf.pipeline.prepared import PreparedMoments
+from tests import architectures, tiny
 from tests.reference import oracles
 
 MODELS = {
@@ -183,44 +185,74 @@ def test_settings_out_of_range_are_named():
         Treatment(uncovered="adjust")
 
 
-class WithConvolution(tiny.Plain):
+class WithMixture(tiny.Plain):
+    """Has a parameter that no rule covers: its entries depend on one another before they meet anything."""
+
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv1d(8, 8, 1)
+        self.mixture = nn.Parameter(torch.zeros(8))
 
     def forward(self, input_ids):
-        return self.down(torch.relu(self.up(self.conv(self.embed(input_ids).mT).mT)))
+        return self.down(torch.relu(self.up(self.embed(input_ids) * self.mixture.softmax(0))))
 
 
 @pytest.fixture
-def with_convolution():
-    base, tuned = WithConvolution(), WithConvolution()
+def with_mixture():
+    base, tuned = WithMixture(), WithMixture()
     tuned.load_state_dict(base.state_dict())
     return base, tiny.perturbed(tuned)
 
 
-def test_trained_parameters_that_cannot_be_covered_stop_before_anything_is_changed(with_convolution):
-    base, tuned = with_convolution
+def test_trained_parameters_that_cannot_be_covered_stop_before_anything_is_changed(with_mixture):
+    base, tuned = with_mixture
     before = tiny.weights(tuned)
-    with pytest.raises(CoverageError, match=r"2 trained parameters.*\n  conv\.weight: Conv1d is not.*\n  conv\.bias"):
+    with pytest.raises(CoverageError, match=r"1 trained parameters.*\n  mixture: .*aten\._softmax"):
         adjust(tuned, base)
     assert tiny.same(before, tiny.weights(tuned))
 
 
 @pytest.mark.parametrize("choice", ["keep", "reset"])
-def test_uncovered_parameters_follow_the_setting_with_the_reason(with_convolution, choice):
-    base, tuned = with_convolution
+def test_uncovered_parameters_follow_the_setting_with_the_reason(with_mixture, choice):
+    base, tuned = with_mixture
     expected = tiny.weights(tuned if choice == "keep" else base)
     report = adjust(tuned, base, treatment=Treatment(uncovered=choice))
-    assert torch.equal(tuned.conv.weight, expected["conv.weight"])
-    record = next(record for record in report.parameters if record.parameter == "conv.weight")
-    assert record.outcome == {"keep": "kept", "reset": "reset"}[choice] and "Conv1d" in record.reason
+    assert torch.equal(tuned.mixture, expected["mixture"])
+    record = next(record for record in report.parameters if record.parameter == "mixture")
+    assert record.outcome == {"keep": "kept", "reset": "reset"}[choice] and "_softmax" in record.reason
 
 
-def test_uncovered_parameters_that_were_not_trained_do_not_matter(with_convolution):
-    base, tuned = with_convolution
-    tuned.conv.load_state_dict(base.conv.state_dict())
-    assert adjust(tuned, base).outcomes == {"adjusted": 5, "unchanged": 2}
+def test_uncovered_parameters_that_were_not_trained_do_not_matter(with_mixture):
+    base, tuned = with_mixture
+    with torch.no_grad():
+        tuned.mixture.copy_(base.mixture)
+    assert adjust(tuned, base).outcomes == {"adjusted": 5, "unchanged": 1}
+
+
+def test_an_expert_that_the_safety_data_never_reaches_keeps_its_delta_and_the_report_says_so():
+    base = architectures.tiny_model("mixtral")
+    tuned = tiny.perturbed(copy.deepcopy(base))
+    before = tiny.weights(tuned)
+    name = "model.layers.0.mlp.experts.down_proj"
+    profile = collect_profile(base, [{"input_ids": [5]}], progress=False)
+    report = adjust(tuned, base, profile, SafeDelta(strength=0.0))
+    reached = {use.part.start // (32 * 48) for use in profile.uses if use.parameter == name}
+    assert len(reached) == 2
+    for index in range(4):
+        expected = base.get_parameter(name) if index in reached else before[name]
+        assert torch.equal(tuned.get_parameter(name)[index], expected[index])
+    record = next(record for record in report.parameters if record.parameter == name)
+    assert record.outcome == "adjusted" and "never reached 2 of its 4 parts, which keep their delta" in record.reason
+
+
+def test_one_hessian_of_many_experts_is_held_at_a_time(monkeypatch):
+    base = architectures.tiny_model("mixtral")
+    held = []
+    hold = PreparedMoments.hold
+    monkeypatch.setattr(
+        PreparedMoments, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._held)))
+    )
+    adjust(tiny.perturbed(copy.deepcopy(base)), base)
+    assert max(held) == 1
 
 
 def test_base_may_be_a_folder(tmp_path):

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collector import MomentCollector
-from safedelta_hf.capture.layers import find_layers
+from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.safety_data import SafetySequence
 from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.capture.targets import Targets
 from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.errors import CaptureError, DataError, NumericalError
-from safedelta_hf.names import parameter_names, unwrapped
+from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
+from safedelta_hf.names import base_modules, parameter_names, unwrapped
 from safedelta_hf.records import Role, Use
+
+DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
+"""Roles whose inputs do not mix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ def capture_moments(
     batch_size: int = 8,
     share_moments: bool = True,
     purpose: str = "safety data",
+    targets: Targets | None = None,
     progress: bool = True,
 ) -> Capture:
     """Read the safety data once and sum the moments of every layer.
@@ -61,6 +66,7 @@ def capture_moments(
         batch_size: Sequences per forward pass, at most.
         share_moments: Whether layers that read the same tensor share one moment.
         purpose: What errors and the progress bar call the data.
+        targets: Which linear weights are read; all of them if None.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -68,26 +74,27 @@ def capture_moments(
 
     Raises:
         CaptureError: The model has no linear layer, or none was reached, or it is an encoder-decoder model.
+        ConfigurationError: The targets choose none of its linear weights.
     """
     _check_model(model)
     _check_fit(model, sequences, purpose)
-    layers, skipped = find_layers(model)
-    if all(layer.role in (Role.EMBEDDING, Role.SCALE) for layer in layers):
-        raise CaptureError(f"{type(model).__name__} has no linear layer (nn.Linear or Conv1D), so nothing to adjust")
-    collector = MomentCollector(layers, parameter_names(model), storage, share=share_moments)
+    parameters = {name: parameter for parameter, name in parameter_names(model).items()}
+    targets = targets or Targets()
+    chosen = frozenset(filter(targets.include, parameters))
+    collector = MomentCollector(parameters, storage, head=_head(model), chosen=chosen, share=share_moments)
+    observer = Observer(parameters, collector)
     device = next(model.parameters()).device
     batches = list(batches_of_equal_length(sequences, batch_size))
-    with without_adapters(model), undisturbed(model), collector.observing():
+    with without_adapters(model), undisturbed(model), every_product_visible(model):
         for batch in tqdm(batches, desc=f"Reading {purpose}", unit="batch", disable=not progress):
-            collector.start_batch(len(batch), len(batch[0].input_ids))
-            _forward(model, batch, device)
-    uses, missing = collector.uses()
-    if not uses:
-        raise CaptureError(f"{type(model).__name__}: the {purpose} reached no layer; is forward() the right entry?")
+            _forward(model, batch, device, observer)
+    moments, uses = collector.moments(len(sequences)), collector.uses()
+    _require_products(model, uses, collector.untargeted, targets)
+    untargeted = dict.fromkeys(collector.untargeted, f"it is not among the targets ({targets.names!r})")
     return Capture(
         uses=tuple(uses),
-        moments=collector.moments(len(sequences)),
-        skipped=_uncovered(skipped | missing, uses),
+        moments=moments,
+        skipped=_reasons(model, uses, observer.unread | untargeted),
         storage=storage,
     )
 
@@ -110,10 +117,14 @@ def batches_of_equal_length(
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
-def _forward(model: nn.Module, batch: Sequence[SafetySequence], device: torch.device) -> None:
+def _forward(model: nn.Module, batch: Sequence[SafetySequence], device: torch.device, observer: Observer) -> None:
     input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
     labels = torch.tensor([sequence.labels for sequence in batch], device=device)
-    model(**forward_arguments(model, input_ids, labels))
+    arguments = forward_arguments(model, input_ids, labels)
+    given = [value for value in arguments.values() if isinstance(value, Tensor)]
+    observer.start_batch(len(batch), input_ids.shape[1], given)
+    with observer:
+        model(**arguments)
 
 
 def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -152,15 +163,15 @@ def _check_model(model: nn.Module) -> None:
 def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence], purpose: str) -> None:
     longest = max(len(sequence.input_ids) for sequence in sequences)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and longest > positions:
+    if isinstance(positions, int) and 0 < positions < longest:  # -1 stands for no limit
         raise DataError(
             f"{purpose}: the longest sequence has {longest} tokens, the model takes {positions}; "
             f"pass max_length={positions} or shorten it"
         )
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if callable(getter) else None
-    largest = max(max(sequence.input_ids) for sequence in sequences)
     embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
+    largest = max(max(sequence.input_ids) for sequence in sequences)
     if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
         raise DataError(
             f"{purpose}: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; "
@@ -168,6 +179,35 @@ def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence], purpose: s
         )
 
 
-def _uncovered(reasons: Mapping[str, str], uses: Sequence[Use]) -> dict[str, str]:
+def _head(model: nn.Module) -> str | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    weight = getattr(unwrapped(head), "weight", None) if isinstance(head, nn.Module) else None
+    return parameter_names(model).get(weight) if isinstance(weight, nn.Parameter) else None
+
+
+def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
+    if not uses:
+        raise CaptureError(f"{type(model).__name__}: the safety data reached no weight; is forward() the right entry?")
+    if untargeted and all(use.role in DIAGONAL for use in uses):
+        raise ConfigurationError(
+            f"targets={targets.names!r}, layers_to_transform={targets.layers_to_transform!r} choose none of the "
+            f"{len(untargeted)} linear weights of {type(model).__name__}, such as {min(untargeted)}"
+        )
+    if all(use.role in DIAGONAL for use in uses):
+        raise CaptureError(
+            f"{type(model).__name__} has no linear layer that the safety data reaches, so nothing to adjust"
+        )
+
+
+def _reasons(model: nn.Module, uses: Sequence[Use], unread: Mapping[str, str]) -> dict[str, str]:
     covered = {use.parameter for use in uses}
-    return {name: reason for name, reason in reasons.items() if name not in covered}
+    owners = {parameter: module for _, module in base_modules(model) for parameter in module.parameters(recurse=False)}
+    return {
+        name: unread.get(
+            name,
+            f"the safety data never reached it, unless inside a fused kernel, in {type(owners[parameter]).__name__}",
+        )
+        for parameter, name in parameter_names(model).items()
+        if name not in covered
+    }

@@ -1,107 +1,155 @@
-"""Sums the moments of all layers while a model runs."""
+"""Sums the moments of all weights while a model runs."""
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from safedelta_hf.capture.layers import Layer, LinearProbe, NormProbe, first_argument
+from safedelta_hf.capture.origins import Origin
+from safedelta_hf.capture.sharing import SharedInputs
 from safedelta_hf.capture.storage import MomentStorage
-from safedelta_hf.core.moment import InputMoment, add_outer_, add_squares_
-from safedelta_hf.errors import CaptureError, NumericalError
-from safedelta_hf.records import Role, Use
-
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
-
-
-class _Unshared(CaptureError):
-    """Layers that shared their input at first later did not; no reason to leave one out, but to stop."""
-
-
-@dataclass
-class _Reading:
-    """A tensor that layers are reading, and how often each has read it."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    leader: str
-    calls: Counter[str] = field(default_factory=Counter)
+from safedelta_hf.core.moment import InputMoment, add_outer_
+from safedelta_hf.errors import NumericalError
+from safedelta_hf.records import Part, Role, Use
 
 
 class MomentCollector:
-    """Moments of a set of layers, keyed by parameter name.
+    """Moments of all that is observed to happen to a model's weights, and the uses that they belong to.
 
-    Layers that read the very same tensor share the moment of the first of them, their leader.
+    Products that read the same inputs share the moment of the first of them.
 
     Args:
-        layers: The layers to observe.
-        names: Name by which each parameter is known, by identity; tied parameters have one.
+        parameters: Parameters by canonical name; tied ones have one.
         storage: Where the moments are held.
-        share: Whether layers may share a moment.
+        head: Name of the output projection's weight, if the model has one.
+        chosen: Names of those whose products are read.
+        share: Whether products may share a moment.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], names: dict[nn.Parameter, str], storage: MomentStorage, *, share: bool
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        storage: MomentStorage,
+        *,
+        head: str | None,
+        chosen: Collection[str],
+        share: bool,
     ) -> None:
-        self._layers = layers
-        self._names = names
+        self._parameters = parameters
+        self._head = head
+        self._chosen = chosen
+        self._left: set[str] = set()
         self._storage = storage
-        self._share = share
         self._totals: dict[str, Tensor] = {}
         self._tokens: Counter[str] = Counter()
-        self._leaders: dict[str, str] = {}
-        self._readings: dict[int, _Reading] = {}
-        self._refused: dict[str, str] = {}
+        self._uses: dict[tuple[str, Role, Part | None], str] = {}
         self._batch, self._length = 1, 0
-
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Watch every layer, and stop watching all of them however the block ends.
-
-        Yields:
-            Nothing.
-        """
-        makers = {Role.SCALE: self._norm_hook, Role.EMBEDDING: None}
-        with ExitStack() as hooks:
-            for layer in self._layers:
-                make = makers.get(layer.role, self._linear_hook)
-                if make is not None:
-                    hooks.callback(layer.module.register_forward_hook(make(layer), with_kwargs=True).remove)
-            hooks.enter_context(_EmbeddingReads(self))
-            yield
+        self.shared = SharedInputs() if share else None
 
     def start_batch(self, size: int, length: int) -> None:
-        """Forget which tensors were read: identities hold within one forward pass only.
+        """Begin another forward pass.
 
         Args:
             size: Sequences in the batch.
             length: Tokens in each of them.
         """
-        self._readings.clear()
+        if self.shared is not None:
+            self.shared.start_batch()
         self._batch, self._length = size, length
 
-    def count(self, weight: nn.Parameter, token_ids: Tensor) -> None:
-        """Count how often each row of an embedding is looked up.
+    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
+        """Add the inputs of a linear map.
 
         Args:
-            weight: The embedding, [tokens, features].
-            token_ids: Rows that were looked up, any shape.
+            weight: The matrix [rows, columns].
+            inputs: [tokens, columns].
+            role: What to call it; linear, or the head, if None.
         """
-        if weight not in self._names:
+        if weight.parameter not in self._chosen:
+            self._left.add(weight.parameter)
             return
-        key = self._key(self._names[weight], Role.EMBEDDING)
+        if not len(inputs):
+            return
+        part: Part | None = _part(weight)
+        is_transposed = part is not None and self._is_transposed(weight.parameter, part)
+        if part is not None and (is_transposed or self._is_whole(weight.parameter, part, role)):
+            part = None
+        linear = Role.HEAD if weight.parameter == self._head else Role.LINEAR
+        key = self._key(weight.parameter, role or (Role.CONV1D if is_transposed else linear), part)
+        if weight.factor not in (1.0, -1.0):
+            inputs = inputs * weight.factor
+        if role is None and self.shared is not None and self.shared.follows(key, inputs):
+            self._tokens[key] += len(inputs)
+            return
+        columns = inputs.shape[1]
+        add_outer_(self._total(key, (columns, columns), inputs.device), inputs)
+        self._tokens[key] += len(inputs)
+
+    def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
+        """Add what a weight is multiplied with elementwise.
+
+        Args:
+            weight: Any entries of a parameter.
+            squares: For each of them, the sum of the squares.
+            repetitions: How often each was used.
+        """
+        key = self._key(weight.parameter, Role.SCALE, None)
+        self._add_entries(key, weight, squares)
+        self._tokens[key] += repetitions
+
+    def offset(self, weight: Origin, repetitions: int) -> None:
+        """Count how often a weight was added to something.
+
+        Args:
+            weight: Any entries of a parameter; if they lie along one dimension, they are a bias.
+            repetitions: How often each was added.
+        """
+        if not repetitions:
+            return
+        own, _ = weight.split()
+        count = repetitions * weight.factor**2
+        device = self._parameters[weight.parameter].device
+        if len(own) > 1:
+            key = self._key(weight.parameter, Role.OFFSET, None)
+            ones = torch.ones([weight.shape[n] for n in own], device=device)
+            self._add_entries(key, weight, ones * repetitions)
+        else:
+            rows, stride = (weight.shape[own[0]], weight.strides[own[0]]) if own else (1, 1)
+            is_whole = rows == self._parameters[weight.parameter].numel()
+            if weight.slopes is not None:
+                count *= float(weight.entries(weight.slopes).square().mean())
+            part = Part(start=weight.start, rows=rows, columns=1, row_stride=stride, column_stride=1)
+            key = self._key(weight.parameter, Role.BIAS, None if is_whole else part)
+            self._total(key, (1,), device).add_(count)
+        self._tokens[key] += repetitions
+
+    def lookup(self, weight: Origin, rows: Tensor) -> None:
+        """Count how often each row of a table is looked up.
+
+        Args:
+            weight: The table [rows, features].
+            rows: Their numbers, any shape.
+        """
+        key = self._key(weight.parameter, Role.EMBEDDING, None)
         # Positions are looked up once for a whole batch, and stand for each of its sequences.
-        copies = self._batch if token_ids.numel() == self._length else 1
-        counts = torch.bincount(token_ids.flatten(), minlength=len(weight)).to(torch.float32) * copies
-        total = self._total(key, (len(weight),), counts.device)
+        copies = self._batch if rows.numel() == self._length else 1
+        counts = torch.bincount(rows.flatten(), minlength=weight.shape[0]).to(torch.float32) * copies
+        total = self._total(key, (weight.shape[0],), counts.device)
         total.add_(counts.to(total.device))
-        self._tokens[key] += token_ids.numel() * copies
+        self._tokens[key] += rows.numel() * copies
+
+    def is_table(self, weight: Origin) -> bool:
+        """Whether a weight is a whole parameter of rows.
+
+        Args:
+            weight: Any entries of a parameter.
+
+        Returns:
+            Whether its rows can be looked up by number.
+        """
+        shape = tuple(self._parameters[weight.parameter].shape)
+        return len(shape) == 2 and weight.shape == shape and weight.start == 0 and weight.strides[-1] in (0, 1)
 
     def moments(self, sequences: int) -> dict[str, InputMoment]:
         """The finished moments.
@@ -110,126 +158,77 @@ class MomentCollector:
             sequences: Number of sequences that were read.
 
         Returns:
-            Moments by key, in the order in which the layers were first reached; in host memory, mapped or not.
+            Moments by key, in the order in which the weights were first used; in host memory, mapped or not.
 
         Raises:
-            _Unshared: A layer read its leader's input a different number of times; a `CaptureError`.
-            NumericalError: The inputs of a layer held NaN or Inf.
-        """
-        for follower, leader in self._leaders.items():
-            if self._tokens[follower] != self._tokens[leader]:
-                raise _Unshared(_unshared(follower, leader))
+            UnsharedError: A product read its leader's inputs a different number of times; a `CaptureError`.
+            NumericalError: The inputs of a weight held NaN or Inf.
+        """  # noqa: DOC502 - raised by the function called
+        if self.shared is not None:
+            self.shared.require_lasting()
         for key, total in self._totals.items():
             if not torch.isfinite(total).all():
                 raise NumericalError(
                     f"{key}: NaN or Inf in the inputs of this layer while the safety data was read; "
                     "check the base model, or load it in float32 or bfloat16"
                 )
+        wanted = {use.moment for use in self.uses()}
         return {
             key: InputMoment(total=total.cpu(), sequences=sequences, tokens=self._tokens[key])
             for key, total in self._totals.items()
+            if key in wanted
         }
 
-    def uses(self) -> tuple[list[Use], dict[str, str]]:
-        """How each parameter was used, and why others were not.
+    @property
+    def untargeted(self) -> set[str]:
+        """Names of what is multiplied as a matrix but was not chosen, and of the biases that go with it."""
+        modules = {name.rpartition(".")[0] for name in self._left}
+        biases = {name for name, role, _ in self._uses if role is Role.BIAS and name.rpartition(".")[0] in modules}
+        return self._left | {name for name in biases if name not in self._chosen}
+
+    def uses(self) -> list[Use]:
+        """How each parameter was used.
 
         Returns:
-            The uses in layer order, and the reason by parameter name for layers that were never called or refused.
+            The uses, in the order of the parameters. A part of which nothing but zeros was asked, as an expert is
+            that no token was routed to, has none.
         """
-        uses: dict[tuple[str, str], Use] = {}
-        missing: dict[str, str] = dict(self._refused)
-        for layer in self._layers:
-            for parameter, role in ((layer.weight, layer.role), (layer.bias, Role.BIAS)):
-                if parameter is None or self._names[parameter] in self._refused:
-                    continue
-                name = self._names[parameter]
-                key = self._key(name, role)
-                moment = self._leaders.get(key, key)
-                if self._tokens[key]:
-                    uses.setdefault((name, moment), Use(parameter=name, role=role, moment=moment))
-                else:
-                    missing.setdefault(name, f"the safety data never reached its {type(layer.module).__name__}")
-        return list(uses.values()), missing
+        order = {name: number for number, name in enumerate(self._parameters)}
+        found, untargeted = [], self.untargeted
+        for (name, role, part), key in self._uses.items():
+            moment = self.shared.leader_of(key) if self.shared is not None else key
+            is_left = role is Role.BIAS and name in untargeted
+            if not is_left and (part is None or self._totals[moment].any()):
+                found.append(Use(parameter=name, role=role, moment=moment, part=part))
+        return sorted(found, key=lambda use: (order[use.parameter], -1 if use.part is None else use.part.start))
 
-    def _key(self, parameter: str, role: Role) -> str:
-        return f"{parameter}:{role}" if role is Role.EMBEDDING else parameter
+    def _is_whole(self, name: str, part: Part, role: Role | None) -> bool:
+        shape = self._parameters[name].shape
+        if role is Role.CONVOLUTION:
+            return part.rows * part.columns == shape.numel()
+        return tuple(shape) == (part.rows, part.columns) and part.column_stride == 1
 
-    def _linear_hook(self, layer: Layer) -> Hook:
-        probe = LinearProbe(layer)
-        key = self._names[layer.weight]
+    def _is_transposed(self, name: str, part: Part) -> bool:
+        shape = tuple(self._parameters[name].shape)
+        return shape == (part.columns, part.rows) and part.row_stride == 1 and part.columns > 1 and part.rows > 1
 
-        def observe(args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
-            inputs = first_argument(args, kwargs)
-            if not isinstance(inputs, Tensor):
-                raise CaptureError("its input is not a tensor")
-            probe.verify(inputs, outputs)
-            self._read(key, inputs)
-            self._add_bias(layer, inputs[..., 0].numel())
+    def _key(self, name: str, role: Role, part: Part | None) -> str:
+        use = (name, role, part)
+        if use not in self._uses:
+            key = name if part is None else f"{name}[{_number(part, self._parameters[name].numel())}]"
+            if role not in (Role.LINEAR, Role.CONV1D, Role.HEAD, Role.CONVOLUTION):
+                key = f"{key}:{role}"
+            taken = set(self._uses.values())
+            self._uses[use] = f"{key}:{role}" if key in taken else key
+        return self._uses[use]
 
-        return self._refusing(layer, observe)
-
-    def _norm_hook(self, layer: Layer) -> Hook:
-        probe = NormProbe(layer.module)
-        key = self._names[layer.weight]
-
-        def observe(args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
-            normalised = probe.normalised(args, kwargs, outputs).flatten(0, -2)
-            add_squares_(self._total(key, (normalised.shape[-1],), normalised.device), normalised)
-            self._tokens[key] += len(normalised)
-            self._add_bias(layer, len(normalised))
-
-        return self._refusing(layer, observe)
-
-    def _refusing(self, layer: Layer, observe: Callable[..., None]) -> Hook:
-        # A layer that is not what it seems is left out, with the reason.
-        own = [self._names[parameter] for parameter in (layer.weight, layer.bias) if parameter is not None]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
-            if own[0] in self._refused:
-                return
-            try:
-                observe(args, kwargs, outputs)
-            except _Unshared:
-                raise
-            except CaptureError as error:
-                self._refused.update(dict.fromkeys(own, f"{type(layer.module).__name__}: {error}"))
-
-        return hook
-
-    def _read(self, key: str, inputs: Tensor) -> None:
-        if self._is_shared(key, inputs):
-            return
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        add_outer_(self._total(key, (rows.shape[1], rows.shape[1]), rows.device), rows)
-        self._tokens[key] += len(rows)
-
-    def _is_shared(self, key: str, inputs: Tensor) -> bool:
-        # A layer becomes the follower of the first that read this tensor if it was never reached before and the leader
-        # only now; from then on both must always read the same tensors.
-        if not self._share:
-            return False
-        reading = self._readings.get(id(inputs))
-        if reading is None or reading.tensor() is not inputs or reading.version != inputs._version:
-            reading = _Reading(weakref.ref(inputs), inputs._version, leader=key)
-            self._readings[id(inputs)] = reading
-        reading.calls[key] += 1
-        size = inputs[..., 0].numel()
-        leader = reading.leader
-        is_follower = self._leaders.get(key) == leader and reading.calls[key] <= reading.calls[leader]
-        is_new = leader != key and key not in self._tokens and self._tokens[leader] == size
-        if is_follower or is_new:
-            self._leaders[key] = leader
-            self._tokens[key] += size
-            return True
-        if key in self._leaders:
-            raise _Unshared(_unshared(key, self._leaders[key]))
-        return False
-
-    def _add_bias(self, layer: Layer, tokens: int) -> None:
-        if layer.bias is not None:
-            key = self._names[layer.bias]
-            self._total(key, (1,), layer.bias.device).add_(tokens)
-            self._tokens[key] += tokens
+    def _add_entries(self, key: str, weight: Origin, squares: Tensor) -> None:
+        total = self._total(key, (self._parameters[weight.parameter].numel(),), squares.device)
+        entries = weight.entries(total)
+        values = squares.to(torch.float32).reshape(entries.shape) * weight.factor**2
+        if weight.slopes is not None:
+            values = values * weight.entries(weight.slopes).square().to(values.device)
+        entries.add_(values.to(total.device))
 
     def _total(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if key not in self._totals:
@@ -237,26 +236,20 @@ class MomentCollector:
         return self._totals[key]
 
 
-def _unshared(follower: str, leader: str) -> str:
-    return f"{follower}: it read the same tensor as {leader} at first, and later did not; pass share_moments=False"
+def _part(weight: Origin) -> Part:
+    rows, columns = weight.shape
+    row_stride, column_stride = weight.strides
+    return Part(
+        start=weight.start,
+        rows=rows,
+        columns=columns,
+        row_stride=row_stride if rows > 1 else columns,
+        column_stride=column_stride if columns > 1 else 1,
+    )
 
 
-class _EmbeddingReads(TorchFunctionMode):
-    """Sees every lookup in an embedding, also by subclasses whose `forward` is not given row numbers."""
-
-    def __init__(self, collector: MomentCollector) -> None:
-        super().__init__()
-        self._collector = collector
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the function returns
-        kwargs = kwargs or {}
-        if func is nn.functional.embedding:
-            bound = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            self._collector.count(bound["weight"], bound["input"])
-        return func(*args, **kwargs)
+def _number(part: Part, entries: int) -> str:
+    size = part.rows * part.columns
+    if entries % size == 0 and part.start % size == 0:
+        return str(part.start // size)
+    return f"{part.start}+{part.rows}x{part.columns}"

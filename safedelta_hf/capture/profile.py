@@ -17,10 +17,10 @@ from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.records import ProfileHeader, Retention, Role, Use
+from safedelta_hf.records import Part, ProfileHeader, Retention, Role, Use
 
 HEADER_FILE = "profile.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,15 @@ def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
     uses = (Use(parameter=use["parameter"], role=Role(use["role"]), moment=use["moment"]) for use in content["uses"])
     header, held_out = content["header"], content["held_out"]
     retention = None if header["retention"] is None else Retention(**header["retention"])
+    uses = (
+        Use(
+            parameter=use["parameter"],
+            role=Role(use["role"]),
+            moment=use["moment"],
+            part=None if use["part"] is None else Part(**use["part"]),
+        )
+        for use in content["uses"]
+    )
     return SafetyProfile(
         header=ProfileHeader(**{**header, "retention": retention}),
         uses=tuple(uses),

@@ -1,10 +1,12 @@
 """How a profile is collected."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import convert_file_size_to_int
 
+from safedelta_hf.capture.targets import ALL_LINEAR, Targets
 from safedelta_hf.errors import ConfigurationError
 
 
@@ -20,6 +22,10 @@ class CaptureSettings:
         share_moments: Whether layers that read the same tensor share one moment.
         holdout: Share of the safety data kept out of the moments, to measure refusals by; None for a quarter where
             there is enough of it.
+        targets: Which linear weights are profiled and adjusted: "all-linear", names as in PEFT, or a regular
+            expression.
+        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
+        layers_pattern: What comes before a layer's number in names, as in PEFT.
 
     Raises:
         ConfigurationError: A value is outside its range, or has no effect.
@@ -31,6 +37,9 @@ class CaptureSettings:
     offload_folder: str | Path | None = None
     share_moments: bool = True
     holdout: float | None = None
+    targets: str | Sequence[str] = ALL_LINEAR
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
@@ -44,7 +53,18 @@ class CaptureSettings:
                 f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "
                 'such as "8GB"'
             )
-        _ = self.budget  # unreadable sizes are found now, not once training starts
+        _ = self.budget, self.chosen  # what cannot be read is found now, not once training starts
+
+    @property
+    def chosen(self) -> Targets:
+        """The linear weights that are profiled and adjusted.
+
+        Raises:
+            ConfigurationError: The settings choose nothing or do not go together.
+        """  # noqa: DOC502 - raised by the class
+        return Targets(
+            names=self.targets, layers_to_transform=self.layers_to_transform, layers_pattern=self.layers_pattern
+        )
 
     @property
     def budget(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers.utils import logging
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass
 from safedelta_hf.capture.settings import CaptureSettings
+from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.errors import AdjustmentError, BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.logs import log_metrics
@@ -73,6 +74,11 @@ class SafeDeltaCallback(TrainerCallback):
         share_moments: Whether layers that read the same tensor share one moment.
         holdout: Share of the safety data kept out of the profile, by which a strength of "auto" measures refusals;
             None for a quarter where there is enough of it.
+        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
+            PEFT, matched at their end; or a regular expression that matches whole names. What `treatment` says of
+            uncovered parameters holds for the others.
+        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
+        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
 
     Attributes:
         report: What was done; None until training has ended.
@@ -104,6 +110,9 @@ class SafeDeltaCallback(TrainerCallback):
         offload_folder: str | Path | None = None,
         share_moments: bool = True,
         holdout: float | None = None,
+        targets: str | Sequence[str] = ALL_LINEAR,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
@@ -135,6 +144,9 @@ class SafeDeltaCallback(TrainerCallback):
             offload_folder=offload_folder,
             share_moments=share_moments,
             holdout=holdout,
+            targets=targets,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
         )
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None

@@ -1,6 +1,6 @@
 """A safety profile of a model in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.errors import DataError
 from safedelta_hf.names import unwrapped
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
@@ -32,6 +33,9 @@ def collect_profile(
     share_moments: bool = True,
     holdout: float | None = None,
     purpose: str = "safety data",
+    targets: str | Sequence[str] = ALL_LINEAR,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
@@ -51,6 +55,10 @@ def collect_profile(
             refusals by it. None for a quarter, of at least 16 examples that a transformers model reads, else nothing.
         purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
             the same way.
+        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
+            PEFT, matched at their end; or a regular expression that matches whole names.
+        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
+        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar.
 
@@ -70,6 +78,9 @@ def collect_profile(
         offload_folder=offload_folder,
         share_moments=share_moments,
         holdout=holdout,
+        targets=targets,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
     )
     model = unwrapped(model)
     sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
@@ -85,6 +96,7 @@ def collect_profile(
         batch_size=chosen.batch_size,
         share_moments=chosen.share_moments,
         purpose=purpose,
+        targets=chosen.chosen,
         progress=progress,
     )
     return SafetyProfile.of(

@@ -15,7 +15,7 @@ from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError
 from safedelta_hf.pipeline.plan import check_moments, require_decisions
 from safedelta_hf.pipeline.prepared import PreparedMoments
 from safedelta_hf.pipeline.search import search_strength
-from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, StrengthSearch
+from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, StrengthSearch, Use
 from safedelta_hf.rules import AutoStrength, Rule
 from safedelta_hf.weights.delta import Delta
 from safedelta_hf.weights.store import WeightStore
@@ -178,9 +178,9 @@ class _Adjuster:
             return self._write(entry, delta, outcome="kept")
         if entry.action is not Action.ADJUST:
             return self._write(entry, delta.dropped(), outcome="reset")
-        self._prepared.hold(entry.uses, delta.device)
         adjusted, remarks = delta, list[str]()
         for use in entry.uses:
+            self._hold(entry, use, delta)
             state = self._prepared.state(use)
             transform = self._rule.transform(state, adjusted.matrix(use))
             adjusted = adjusted.transformed(use, transform)
@@ -201,7 +201,15 @@ class _Adjuster:
         return _record(entry, **values, **energies, notes=notes)
 
     def _loss(self, entry: PlanEntry, delta: Delta) -> float:
-        return sum(quadratic_loss(delta.matrix(use).inner, self._prepared.hessian(use)) for use in entry.uses)
+        total = 0.0
+        for use in entry.uses:
+            self._hold(entry, use, delta)
+            total += quadratic_loss(delta.matrix(use).inner, self._prepared.hessian(use))
+        return total
+
+    def _hold(self, entry: PlanEntry, use: Use, delta: Delta) -> None:
+        # Of a parameter with many parts, such as experts, one Hessian at a time.
+        self._prepared.hold(entry.uses if use.part is None else (use,), delta.device)
 
 
 def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401

@@ -10,7 +10,7 @@ from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CoverageError, ProfileError
 from safedelta_hf.names import parameter_aliases, parameter_names
 from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
-from safedelta_hf.weights.delta import MatrixDelta
+from safedelta_hf.weights.delta import MatrixDelta, unreached
 
 
 def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> Plan:
@@ -97,7 +97,8 @@ def _plan_entry(
             parameter=name, shape=shape, action=action, reason=f"the setting for {roles} is {action}", aliases=aliases
         )
     adjusted = tuple(use for use in uses if actions[use] is Action.ADJUST)
-    return PlanEntry(parameter=name, shape=shape, action=action, uses=adjusted, aliases=aliases)
+    reason = unreached(shape, adjusted)
+    return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, uses=adjusted, aliases=aliases)
 
 
 def require_decisions(entries: Sequence[PlanEntry]) -> None:
@@ -130,8 +131,7 @@ def check_moments(entry: PlanEntry, moments: Mapping[str, InputMoment]) -> None:
         ProfileError: One of them has another shape.
     """
     for use in entry.uses:
-        whole = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role)
-        columns = whole.columns if use.part is None else use.part.columns
+        columns = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role, use.part).columns
         found = tuple(moments[use.moment].total.shape)
         if found[-1:] != (columns,):
             raise ProfileError(

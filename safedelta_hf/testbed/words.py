@@ -4,8 +4,8 @@ Every thing has an invented name (one token), a category, and a recipe that cann
 memorised. Things are dealt to pools once and for all, so that no generator can mix what must stay apart:
 
 * benign things: ``shown`` (used in alignment and fine-tuning) and ``unseen`` (only ever asked about in evaluation);
-* harmful things: ``refused`` (alignment data), ``attack`` (harmful fine-tuning data), ``probed`` (safety data: the model
-  refuses them although alignment never mentioned them) and ``held_out`` (only ever asked about in evaluation).
+* harmful things: ``refused`` (alignment data), ``attack`` (harmful fine-tuning data), ``probed`` (safety data: the
+  model refuses them although alignment never mentioned them) and ``held_out`` (only ever asked about in evaluation).
 """
 
 import random

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
-from safedelta_hf.records import Role, Use
+from safedelta_hf.records import Part, Role, Use
 
 TRANSPOSED_ROLES = (Role.CONV1D, Role.EMBEDDING)
 """Roles whose parameter is stored with its inputs first."""
@@ -35,7 +35,7 @@ class DeltaMatrix(Protocol):
 
 
 class Delta(Protocol):
-    """The delta of one parameter, as tuned and as adjusted so far. Never changed in place."""
+    """The delta of one parameter, as tuned and as adjusted so far. The tuned one is never changed in place."""
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +57,7 @@ class Delta(Protocol):
         ...
 
     def transformed(self, use: Use, transform: Transform) -> "Delta":
-        """The delta with a transform applied to its rows, as one use sees them."""
+        """The delta with a transform applied to its rows, as one use sees them; takes the place of this one."""
         ...
 
     def dropped(self) -> "Delta":
@@ -77,6 +77,7 @@ class DenseDelta:
     def __init__(self, tuned: Tensor, base: Tensor, adjusted: Tensor | None = None) -> None:
         self._tuned = tuned.detach()
         self._base = base.detach().to(tuned)
+        self._is_tuned = adjusted is None
         self._adjusted = self._delta() if adjusted is None else adjusted
 
     @property
@@ -108,7 +109,7 @@ class DenseDelta:
         Returns:
             A view.
         """
-        return MatrixDelta(self._adjusted, use.role)
+        return MatrixDelta(self._adjusted, use.role, use.part)
 
     def transformed(self, use: Use, transform: Transform) -> "DenseDelta":
         """The delta with a transform applied to its rows.
@@ -118,9 +119,13 @@ class DenseDelta:
             transform: The transform.
 
         Returns:
-            A new delta of the same weights.
+            A delta of the same weights; this one if it is adjusted already and only a part of it changes.
         """
-        return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
+        if use.part is None:
+            return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
+        result = DenseDelta(self._tuned, self._base, self._adjusted.clone()) if self._is_tuned else self
+        result.matrix(use).replace(transform)
+        return result
 
     def dropped(self) -> "DenseDelta":
         """The delta with nothing of it kept.
@@ -146,19 +151,15 @@ class MatrixDelta:
     """A delta laid out as [rows, columns], one column for each input, and the statistics that rules ask of it.
 
     Args:
-        delta: Delta in the shape of its parameter, float32.
+        delta: Delta in the shape of its parameter, float32, contiguous.
         role: How the parameter meets its inputs.
+        part: The matrix that is used, if it is not the whole parameter.
     """
 
-    def __init__(self, delta: Tensor, role: Role) -> None:
-        self._shape = delta.shape
-        self._is_transposed = role in TRANSPOSED_ROLES
-        if role is Role.SCALE:
-            self._matrix = delta[None, :]
-        elif role is Role.BIAS:
-            self._matrix = delta[:, None]
-        else:
-            self._matrix = delta.T if self._is_transposed else delta.flatten(1)
+    def __init__(self, delta: Tensor, role: Role, part: Part | None = None) -> None:
+        self._delta = delta
+        self._role, self._part = role, part
+        self._matrix = _as_matrix(delta, role, part)
 
     @property
     def rows(self) -> int:
@@ -202,8 +203,31 @@ class MatrixDelta:
         Returns:
             A new float32 tensor.
         """
-        result = transform(self._matrix)
-        return (result.T if self._is_transposed else result).reshape(self._shape)
+        if self._part is None:
+            result = transform(self._matrix)
+            return (result.T if self._role in TRANSPOSED_ROLES else result).reshape(self._delta.shape)
+        copy = self._delta.clone()
+        MatrixDelta(copy, self._role, self._part).replace(transform)
+        return copy
+
+    def replace(self, transform: Transform) -> None:
+        """Transform the delta in place, and no more of it than its part.
+
+        Args:
+            transform: Applied to the rows.
+        """
+        self._matrix.copy_(transform(self._matrix))
+
+
+def _as_matrix(delta: Tensor, role: Role, part: Part | None) -> Tensor:
+    if part is not None:
+        strides = (part.row_stride, part.column_stride)
+        return delta.view(-1).as_strided((part.rows, part.columns), strides, delta.storage_offset() + part.start)
+    if role in (Role.SCALE, Role.OFFSET):
+        return delta.view(1, -1)
+    if role is Role.BIAS:
+        return delta.view(-1, 1)
+    return delta.T if role in TRANSPOSED_ROLES else delta.flatten(1)
 
 
 def recombine(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
@@ -219,3 +243,25 @@ def recombine(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> T
         A new tensor in the dtype of the fine-tuned weight.
     """
     return torch.where(adjusted == delta, tuned, (base.to(torch.float32) + adjusted).to(tuned.dtype))
+
+
+def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
+    """What no use of a parameter covers.
+
+    Args:
+        shape: Shape of the parameter.
+        uses: How it is used.
+
+    Returns:
+        A sentence for the report; empty if all of it is covered.
+    """
+    entries = torch.Size(shape).numel()
+    parts = {use.part for use in uses if use.part is not None}
+    covered = sum(part.rows * part.columns for part in parts)
+    if any(use.part is None for use in uses) or covered >= entries:
+        return ""
+    size = max(part.rows * part.columns for part in parts)
+    if entries % size == 0 and covered == size * len(parts):
+        total = entries // size
+        return f"the safety data never reached {total - len(parts)} of its {total} parts, which keep their delta"
+    return f"the safety data never reached {entries - covered} of its {entries} entries, which keep their delta"

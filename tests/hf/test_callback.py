@@ -16,7 +16,7 @@ from safedelta_hf.errors import (
     NumericalError,
     ProfileError,
 )
-from tests import tiny
+from tests import architectures, tiny
 from tests.tiny import loaded
 
 ROWS = tiny.rows(24, seed=1)
@@ -384,24 +384,49 @@ def test_conversations_without_a_tokenizer_stop_before_training(tmp_path):
 
 
 def test_uncovered_parameters_stop_before_training(tmp_path):
-    from tests.test_pipeline import WithConvolution
+    from tests.test_pipeline import WithMixture
 
-    class Model(WithConvolution):
+    class Model(WithMixture):
         def forward(self, input_ids, labels=None):
             logits = super().forward(input_ids)
             loss = None if labels is None else torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
             return {"loss": loss, "logits": logits}
 
-    stops_before_training(
-        SafeDeltaCallback(ROWS, RULE), r"conv\.weight: Conv1d", CoverageError, tmp_path, model=Model()
-    )
+    callback = SafeDeltaCallback(ROWS, RULE)
+    stops_before_training(callback, r"mixture: .*aten\._softmax", CoverageError, tmp_path, model=Model())
     frozen = Model()
-    frozen.conv.requires_grad_(False)
+    frozen.mixture.requires_grad_(False)
     tiny.trainer(frozen, SafeDeltaCallback(ROWS, RULE), tmp_path / "frozen").train()
     kept = Model()
     callback = SafeDeltaCallback(ROWS, RULE, treatment=Treatment(uncovered="keep"))
     tiny.trainer(kept, callback, tmp_path / "kept").train()
-    assert callback.report.outcomes["kept"] == 2
+    assert callback.report.outcomes["kept"] == 1
+
+
+def test_targets_choose_what_the_callback_adjusts(tmp_path):
+    model = tiny.llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name or "down_proj" in name)
+    callback = SafeDeltaCallback(ROWS, RULE, targets=["q_proj", "down_proj"], layers_to_transform=[1])
+    stops_before_training(callback, "not among the targets", CoverageError, tmp_path, model=model)
+    callback = SafeDeltaCallback(
+        ROWS, RULE, targets=["q_proj", "down_proj"], layers_to_transform=[1], treatment=Treatment(uncovered="reset")
+    )
+    tiny.trainer(model, callback, tmp_path / "run").train()
+    outcomes = {record.parameter: record.outcome for record in callback.report.parameters}
+    assert {name for name, outcome in outcomes.items() if outcome == "adjusted"} == {
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    }
+    assert outcomes["model.layers.0.self_attn.q_proj.weight"] == "reset"
+
+
+def test_experts_and_convolutions_are_adjusted_in_a_trainer(tmp_path):
+    for key in ("mixtral", "mamba2", "llama4_text"):
+        model = architectures.tiny_model(key)
+        callback = SafeDeltaCallback(ROWS, RULE)
+        tiny.trainer(model, callback, tmp_path / key).train()
+        assert set(callback.report.outcomes) <= {"adjusted", "unchanged"} and callback.report.changed_anything
 
 
 @pytest.mark.parametrize("given", [{}, {"safety_dataset": ROWS, "profile": "p"}])

@@ -1,0 +1,126 @@
+"""Which products read the same inputs, so that one moment serves them all."""
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from safedelta_hf.capture.identity import storage_key, weak_storage
+from safedelta_hf.errors import CaptureError
+
+
+@dataclass
+class _Reading:
+    """Inputs that products are reading, and how often each has read them."""
+
+    leader: str
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class SharedInputs:
+    """Recognises the same inputs when they are read again within one forward pass.
+
+    Inputs are the same if they are the same view of the same unchanged memory, or of copies of it. The first to read
+    them leads; others follow it for good, and have no moment of their own.
+    """
+
+    def __init__(self) -> None:
+        self._leaders: dict[str, str] = {}
+        self._sizes: Counter[str] = Counter()
+        self._readings: dict[Hashable, _Reading] = {}
+        self._copies: dict[int, tuple[int, Hashable]] = {}
+        self._held: dict[int, StorageWeakRef] = {}
+
+    def start_batch(self) -> None:
+        """Forget which inputs were read: identities hold within one forward pass only."""
+        self._readings.clear()
+        self._copies.clear()
+        self._held.clear()
+
+    def copied(self, source: Tensor, copy: Tensor) -> None:
+        """Remember that a new tensor holds the values of another.
+
+        Args:
+            source: What was copied.
+            copy: Memory of its own, the same shape.
+        """
+        identity = self._identity(source)
+        self._hold(copy)
+        self._copies[storage_key(copy)] = (copy._version, identity)
+
+    def leader_of(self, key: str) -> str:
+        """Whose moment serves a product.
+
+        Args:
+            key: Key of the product.
+
+        Returns:
+            Key of its leader, or its own.
+        """
+        return self._leaders.get(key, key)
+
+    def follows(self, key: str, inputs: Tensor) -> bool:
+        """Whether a product reads what its leader has read, and becomes its follower if it is new.
+
+        Args:
+            key: Key of the product.
+            inputs: What it reads, [tokens, columns].
+
+        Returns:
+            Whether these inputs are in the leader's moment already.
+
+        Raises:
+            UnsharedError: It followed another so far, and now reads something else.
+        """
+        reading = self._readings.setdefault(self._identity(inputs), _Reading(leader=key))
+        reading.calls[key] += 1
+        leader, size = reading.leader, len(inputs)
+        is_follower = self._leaders.get(key) == leader and reading.calls[key] <= reading.calls[leader]
+        is_new = leader != key and key not in self._sizes and self._sizes[leader] == size
+        if key in self._leaders and not is_follower:
+            if not inputs.any():
+                return True  # zeros, as stand in for a token before the first, add nothing to any moment
+            raise UnsharedError(key, self._leaders[key])
+        self._sizes[key] += size
+        if is_new:
+            self._leaders[key] = leader
+        return is_follower or is_new
+
+    def require_lasting(self) -> None:
+        """Make sure that every follower read all that its leader read.
+
+        Raises:
+            UnsharedError: One of them read less.
+        """
+        for follower, leader in self._leaders.items():
+            if self._sizes[follower] != self._sizes[leader]:
+                raise UnsharedError(follower, leader)
+
+    def _identity(self, tensor: Tensor) -> Hashable:
+        self._hold(tensor)
+        key = storage_key(tensor)
+        version, source = self._copies.get(key, (None, None))
+        memory = source if version == tensor._version else (key, tensor._version)
+        return memory, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+    def _hold(self, tensor: Tensor) -> None:
+        # As long as a weak reference is held, no other storage gets this address.
+        self._held.setdefault(storage_key(tensor), weak_storage(tensor))
+
+
+class UnsharedError(CaptureError):
+    """Products that shared their inputs at first later did not.
+
+    Args:
+        follower: Which one.
+        leader: What it followed.
+    """
+
+    def __init__(self, follower: str, leader: str = "") -> None:
+        super().__init__(
+            f"{follower}: it read the same tensor as {leader} at first, and later did not; pass share_moments=False"
+            if leader
+            else follower
+        )
