@@ -19,6 +19,7 @@ from safedelta_hf.capture.undisturbed import undisturbed
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError, DataError, NumericalError
 from safedelta_hf.names import parameter_names, unwrapped
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Role, Use
 
 
@@ -133,7 +134,7 @@ def _check_model(model: nn.Module) -> None:
             "sequence are covered"
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if not is_quantised(parameter) and not torch.isfinite(parameter).all():
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
 
 

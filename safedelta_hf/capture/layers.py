@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from safedelta_hf.errors import CaptureError
 from safedelta_hf.names import base_modules, join, unwrapped
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Role
 
 
@@ -97,11 +98,22 @@ class LinearProbe:
         """
         if self._verified:
             return
+        if is_quantised(self._layer.weight):
+            self._verify_width(inputs, outputs)
+            return
         weight = self._layer.weight.T if self._layer.role is Role.CONV1D else self._layer.weight
         if weight.ndim != 2 or inputs.shape[-1] != weight.shape[1]:
             raise CaptureError("its input does not have the width of its weight")
         expected = nn.functional.linear(inputs, weight.to(inputs.dtype), self._layer.bias)
         _require_close(expected.float(), outputs, "the product of its input and its weight")
+        self._verified = True
+
+    def _verify_width(self, inputs: Tensor, outputs: Any) -> None:  # noqa: ANN401
+        # A packed weight is not read; what its class says of its widths is compared with what passes through it.
+        module = self._layer.module
+        widths = [inputs.shape[-1], getattr(outputs, "shape", (None,))[-1]]
+        if widths != [module.in_features, module.out_features]:
+            raise CaptureError("its input or output does not have the width of its weight")
         self._verified = True
 
 
@@ -145,10 +157,12 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
 
 def _role(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Role | None:
     weight = own.get("weight")
-    if weight is None or not weight.is_floating_point():
+    if weight is None:
         return None
     if isinstance(module, nn.Linear):
         return Role.LINEAR
+    if is_quantised(weight):
+        return None
     if isinstance(module, Conv1D):
         return Role.CONV1D
     if isinstance(module, nn.Embedding):

@@ -12,6 +12,7 @@ from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.names import parameter_aliases, parameter_names, unwrapped
 from safedelta_hf.pipeline.adjust import adjust_weights
 from safedelta_hf.pipeline.plan import plan_parameters
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
@@ -148,7 +149,9 @@ def require_base(model: nn.Module, header: ProfileHeader, *, but: set[str] = fro
             f"{type(unwrapped(model)).__name__} in {', '.join(strangers[:3])}"
         )
     for parameter, name in names.items():
-        if name not in but and digest(parameter.to(getattr(torch, header.dtypes[name]))) != header.base[name]:
+        dtype = getattr(torch, header.dtypes[name])
+        weight = parameter if parameter.dtype is dtype or is_quantised(parameter) else parameter.to(dtype)
+        if name not in but and digest(weight) != header.base[name]:
             raise ProfileError(
                 f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
                 "the same precision"

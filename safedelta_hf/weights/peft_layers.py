@@ -129,6 +129,11 @@ def _named_parameter(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -
 
 def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Iterator[AdapterPart]:  # noqa: ANN401
     base = layer.get_base_layer()
+    if getattr(base, "weight", None) not in names:
+        raise AdapterError(
+            f"adapter: {type(base).__name__} below it keeps no parameter called weight, so its moment has no name; "
+            "quantised classes with one (bitsandbytes, torchao) are covered"
+        )
     name = names[base.weight]
     is_embedding = adapter in layer.lora_embedding_A
     if is_embedding:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.names import ADAPTER_PREFIX, parameter_names
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.weights.adapter_folder import TENSOR_FILE
 from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, Replaces
 from safedelta_hf.weights.delta import Delta, DenseDelta
@@ -154,7 +155,7 @@ def _parts(module: nn.Module, adapter: str, rank: int, names: dict[nn.Parameter,
                 f"adapter {adapter!r}: what it does to {type(module.get_base_layer()).__name__} cannot be written as a "
                 "LoRA on a matrix; merge it and use adjust_model"
             )
-        if not weight.is_floating_point():
+        if is_quantised(weight):
             raise AdapterError(
                 f"{names[weight]}: is quantised, so merging would round it again; dequantize the base first"
             )
