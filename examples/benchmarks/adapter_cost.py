@@ -61,15 +61,15 @@ def main() -> None:
         write_adapter(Path(folder) / "adapter", options)
         write_profile(Path(folder) / "profile", options)
         before = peak()
-        started = time.perf_counter()
+        started, processed = time.perf_counter(), time.process_time()
         report = adjust_adapter_files(
             Path(folder) / "adapter", profile=Path(folder) / "profile", output=Path(folder) / "adjusted", rule=rule
         )
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, time.process_time() - processed
     print(report.summary())
     print(
         f"{options.rule}({options.strength}), rank {options.rank}, {options.layers} layers, {options.threads} threads: "
-        f"{seconds:.1f} s, peak {peak():.2f} GB (before: {before:.2f} GB)"
+        f"{seconds:.1f} s ({busy:.1f} s of CPU time), peak {peak():.2f} GB (before: {before:.2f} GB)"
     )
 
 

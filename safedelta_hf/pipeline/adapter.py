@@ -1,6 +1,7 @@
 """Adjust an adapter: the same rank in and out, and the base never changed."""
 
 import copy
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def adjust_adapter(
     trained_in_place = _trained_in_place(model, config, profile.header, base)
     require_base(model, profile.header, but={part.parameter for part in trained_in_place})
     if new_adapter_name is not None:
-        _copy_adapter(model, config, adapter_name, new_adapter_name)
+        _require_room(model, config, new_adapter_name)
     try:
+        if new_adapter_name is not None:
+            _copy_adapter(model, config, adapter_name, new_adapter_name)
         parts = adapter_parts(model, new_adapter_name or adapter_name) + trained_in_place
         store = AdapterStore(
             parts,
@@ -77,7 +80,7 @@ def adjust_adapter(
         plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
         return adjust_weights(store, plan, profile, rule or SafeDelta(), progress=progress)
     except BaseException:
-        if new_adapter_name is not None:
+        if new_adapter_name in model.peft_config:  # type: ignore[operator]
             model.delete_adapter(new_adapter_name)  # type: ignore[operator]
         raise
 
@@ -130,7 +133,7 @@ def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN
     return config
 
 
-def require_base(model: nn.Module, header: ProfileHeader, *, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def require_base(model: nn.Module, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
     """Make sure that the frozen weights below an adapter are those that a profile was made of.
 
     Args:
@@ -182,7 +185,7 @@ def _trained_in_place(
     return parts
 
 
-def _copy_adapter(model: nn.Module, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401
+def _require_room(model: nn.Module, config: Any, new_name: str) -> None:  # noqa: ANN401
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -194,6 +197,9 @@ def _copy_adapter(model: nn.Module, config: Any, name: str, new_name: str) -> No
             f"new_adapter_name={new_name!r}: the adapter (bias={config.bias!r}) trains biases of the base itself, "
             "which cannot be in two states; adjust it in place"
         )
+
+
+def _copy_adapter(model: Any, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401
     # The values are overwritten below, so a costly or data-driven initialisation is left out.
     model.add_adapter(new_name, _with(config, init_lora_weights=True))
     model.peft_config[new_name] = _with(config)
