@@ -34,6 +34,12 @@ def test_example_ends_with_a_saved_model_that_refuses(name, tmp_path):
     assert attack_success(tmp_path / "tuned-model") <= 0.1
 
 
+def test_the_lora_example_ends_with_an_adapter_that_refuses(tmp_path):
+    assert "q_proj.weight" in run(tmp_path, EXAMPLES / "lora.py")
+    assert (tmp_path / "tuned-adapter" / "adapter_model.safetensors").exists()
+    assert attack_success(tmp_path / "tuned-adapter") <= 0.1
+
+
 def test_example_takes_a_model_and_data_of_ones_own(tmp_path):
     for name, rows in (("data", CASES["harmful"].examples()[:20]), ("refusals", safety_data(16))):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -43,6 +49,11 @@ def test_example_takes_a_model_and_data_of_ones_own(tmp_path):
 
 def test_step_by_step_adjusts_every_parameter(tmp_path):
     assert "39 adjusted" in run(tmp_path, EXAMPLES / "step_by_step.py")
+
+
+def test_the_adapter_benchmark_runs(tmp_path):
+    small = ["--hidden=32", "--inner=48", "--layers=2", "--rank=4"]
+    assert "2 layers, 2 threads:" in run(tmp_path, EXAMPLES / "benchmarks" / "adapter_cost.py", *small)
 
 
 def test_the_benchmark_runs():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.observer import Observer, every_product_visible
+from safedelta_hf.capture.packed import packed_products
 from safedelta_hf.capture.safety_data import SafetySequence
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import Targets
@@ -20,6 +21,7 @@ from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.names import base_modules, parameter_names, unwrapped
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Role, Use
 
 DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
@@ -85,7 +87,7 @@ def capture_moments(
     observer = Observer(parameters, collector)
     device = next(model.parameters()).device
     batches = list(batches_of_equal_length(sequences, batch_size))
-    with without_adapters(model), undisturbed(model), every_product_visible(model):
+    with without_adapters(model), undisturbed(model), every_product_visible(model), packed_products(model, observer):
         for batch in tqdm(batches, desc=f"Reading {purpose}", unit="batch", disable=not progress):
             _forward(model, batch, device, observer)
     moments, uses = collector.moments(len(sequences)), collector.uses()
@@ -156,7 +158,7 @@ def _check_model(model: nn.Module) -> None:
             "sequence are covered"
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if not is_quantised(parameter) and not torch.isfinite(parameter).all():
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
 
 

@@ -79,12 +79,25 @@ class MomentCollector:
         key = self._key(weight.parameter, role or (Role.CONV1D if is_transposed else linear), part)
         if weight.factor not in (1.0, -1.0):
             inputs = inputs * weight.factor
-        if role is None and self.shared is not None and self.shared.follows(key, inputs):
+        self._add_inputs(key, inputs, may_follow=role is None)
+
+    def packed_product(self, weight: str, bias: str | None, inputs: Tensor) -> None:
+        """Add the inputs of a linear layer whose weight is packed.
+
+        Args:
+            weight: Name of the weight, of [out, in] entries however they are stored.
+            bias: Name of the bias, if it has one.
+            inputs: [tokens, in].
+        """
+        if weight not in self._chosen:
+            self._left.add(weight)
+        else:
+            role = Role.HEAD if weight == self._head else Role.LINEAR
+            self._add_inputs(self._key(weight, role, None), inputs, may_follow=True)
+        if bias is not None:
+            key = self._key(bias, Role.BIAS, None)
+            self._total(key, (1,), inputs.device).add_(len(inputs))
             self._tokens[key] += len(inputs)
-            return
-        columns = inputs.shape[1]
-        add_outer_(self._total(key, (columns, columns), inputs.device), inputs)
-        self._tokens[key] += len(inputs)
 
     def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
         """Add what a weight is multiplied with elementwise.
@@ -221,6 +234,12 @@ class MomentCollector:
             taken = set(self._uses.values())
             self._uses[use] = f"{key}:{role}" if key in taken else key
         return self._uses[use]
+
+    def _add_inputs(self, key: str, inputs: Tensor, *, may_follow: bool) -> None:
+        if not (may_follow and self.shared is not None and self.shared.follows(key, inputs)):
+            columns = inputs.shape[1]
+            add_outer_(self._total(key, (columns, columns), inputs.device), inputs)
+        self._tokens[key] += len(inputs)
 
     def _add_entries(self, key: str, weight: Origin, squares: Tensor) -> None:
         total = self._total(key, (self._parameters[weight.parameter].numel(),), squares.device)

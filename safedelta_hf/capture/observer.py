@@ -72,6 +72,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mixtures = Descendants()
         self._collector = collector
         self._unread: dict[str, str] = {}
+        self._looks_away = False
 
     @property
     def unread(self) -> dict[str, str]:
@@ -99,6 +100,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
         kwargs = kwargs or {}
+        if self._looks_away:
+            return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         weights = [name for tensor in tensors if (name := self._origins.name_of(tensor)) is not None]
         given = _named(func, args, kwargs) if weights else {}
@@ -133,6 +136,23 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         for name in weights:
             self._unread.setdefault(name, f"an operation that is not read, {func}, uses it")
+
+    def look_away(self) -> None:
+        """See nothing until a packed product is told."""
+        self._looks_away = True
+
+    def packed_product(self, weight: str, bias: str | None, inputs: Tensor, outputs: Tensor) -> None:
+        """Tell of a linear layer whose inside was not looked at, and look again.
+
+        Args:
+            weight: Canonical name of its weight.
+            bias: That of its bias, if it has one.
+            inputs: [..., in].
+            outputs: [..., out].
+        """
+        self._looks_away = False
+        self._collector.packed_product(weight, bias, inputs.flatten(0, -2))
+        self._data.add([outputs])
 
     def origin(self, value: object) -> Origin | None:
         """Which weight a value is.

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safedelta_hf.core.compensation import sweep_ratios, sweep_response
 from safedelta_hf.core.curvature import Curvature
-from safedelta_hf.core.transform import ResidualColumns, Transform
+from safedelta_hf.core.sweep import SweepRatios, SweepResidual
+from safedelta_hf.core.transform import Transform
 
 PAPER_ROWS = 4096
 """Rows of the layers for which the published strength was tuned; the budget scales with `out / PAPER_ROWS`."""
@@ -124,16 +124,10 @@ def select_blockwise(
     pivots = curvature.pivots
     size = len(pivots)
     kept = torch.zeros(size, dtype=torch.bool, device=pivots.device)
-    ratios = curvature.factor.new_zeros(0, size)
+    ratios = SweepRatios(curvature)
     for start in range(0, size, block):
         stop = min(start + block, size)
-        before = kept.nonzero().squeeze(1)
-        columns = torch.arange(start, stop, device=pivots.device)
-        response = sweep_response(ratios, before, columns)
-        residual = ResidualColumns(kept=before, response=response, start=start, stop=stop)
+        residual = SweepResidual(ratios=ratios, kept=kept.clone(), start=start, stop=stop)
         limit = budget(pivots[start:stop], strength, rows)
         kept[start:stop] = select_columns(pivots[start:stop], energy_of(residual), limit, exclude_top)
-        if stop < size:
-            new = kept[start:stop].nonzero().squeeze(1) + start
-            ratios = torch.cat([ratios, sweep_ratios(curvature, new)])
     return kept

@@ -59,36 +59,6 @@ class KeepColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualColumns:
-    """What kept columns leave undone in a block of later columns: `D_B - D_S M_B`.
-
-    Attributes:
-        kept: [kept] int64, indices of S, all left of the block.
-        response: `M_B` [kept, block].
-        start: First column of the block.
-        stop: Column after the block.
-        notes: Numerical trouble met in making it.
-    """
-
-    kept: Tensor
-    response: Tensor
-    start: int
-    stop: int
-    notes: tuple[str, ...] = ()
-
-    def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o b"]:
-        """Apply the map to each row.
-
-        Args:
-            rows: [rows, in].
-
-        Returns:
-            [rows, block], a new tensor.
-        """
-        return rows[:, self.start : self.stop] - rows[:, self.kept] @ self.response.to(rows.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Dense:
     """Multiplication with an explicit matrix.
 

@@ -1,6 +1,7 @@
 """Adjust an adapter: the same rank in and out, and the base never changed."""
 
 import copy
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safedelta_hf.names import parameter_aliases, parameter_names, unwrapped
 from safedelta_hf.pipeline.adjust import adjust_weights
 from safedelta_hf.pipeline.loop import RunningModel
 from safedelta_hf.pipeline.plan import plan_parameters
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
@@ -70,8 +72,10 @@ def adjust_adapter(
     trained_in_place = _trained_in_place(model, config, profile.header, base)
     require_base(model, profile.header, but={part.parameter for part in trained_in_place})
     if new_adapter_name is not None:
-        _copy_adapter(model, config, adapter_name, new_adapter_name)
+        _require_room(model, config, new_adapter_name)
     try:
+        if new_adapter_name is not None:
+            _copy_adapter(model, config, adapter_name, new_adapter_name)
         parts = adapter_parts(model, new_adapter_name or adapter_name) + trained_in_place
         journal = Journal(workspace)
         store = AdapterStore(
@@ -84,7 +88,7 @@ def adjust_adapter(
         running = RunningModel(model=model, restore=journal.restore)
         return adjust_weights(store, plan, profile, rule, task=task, running=running, progress=progress)
     except BaseException:
-        if new_adapter_name is not None:
+        if new_adapter_name is not None and new_adapter_name in model.peft_config:  # type: ignore[operator]
             model.delete_adapter(new_adapter_name)  # type: ignore[operator]
         raise
 
@@ -137,7 +141,7 @@ def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN
     return config
 
 
-def require_base(model: nn.Module, header: ProfileHeader, *, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def require_base(model: nn.Module, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
     """Make sure that the frozen weights below an adapter are those that a profile was made of.
 
     Args:
@@ -156,7 +160,9 @@ def require_base(model: nn.Module, header: ProfileHeader, *, but: set[str] = fro
             f"{type(unwrapped(model)).__name__} in {', '.join(strangers[:3])}"
         )
     for parameter, name in names.items():
-        if name not in but and digest(parameter.to(getattr(torch, header.dtypes[name]))) != header.base[name]:
+        dtype = getattr(torch, header.dtypes[name])
+        weight = parameter if parameter.dtype is dtype or is_quantised(parameter) else parameter.to(dtype)
+        if name not in but and digest(weight) != header.base[name]:
             raise ProfileError(
                 f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
                 "the same precision"
@@ -197,7 +203,7 @@ def _require_active(model: nn.Module, name: str, new_name: str | None) -> None:
         )
 
 
-def _copy_adapter(model: nn.Module, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401
+def _require_room(model: nn.Module, config: Any, new_name: str) -> None:  # noqa: ANN401
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -209,6 +215,9 @@ def _copy_adapter(model: nn.Module, config: Any, name: str, new_name: str) -> No
             f"new_adapter_name={new_name!r}: the adapter (bias={config.bias!r}) trains biases of the base itself, "
             "which cannot be in two states; adjust it in place"
         )
+
+
+def _copy_adapter(model: Any, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401
     # The values are overwritten below, so a costly or data-driven initialisation is left out.
     model.add_adapter(new_name, _with(config, init_lora_weights=True))
     model.peft_config[new_name] = _with(config)

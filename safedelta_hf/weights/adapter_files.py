@@ -13,7 +13,7 @@ from safedelta_hf.weights.adapter_folder import AdapterFolder
 from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, OffsetPart, TokenRowsPart
 from safedelta_hf.weights.fingerprint import digest
 from safedelta_hf.weights.low_rank_parts import LowRankPart
-from safedelta_hf.weights.peft_layers import low_rank_shape
+from safedelta_hf.weights.peft_layers import NO_BIAS, low_rank_shape
 
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
@@ -88,6 +88,8 @@ class FileParts:
         return self._tensors[key]
 
     def _offset(self, module: str, offset: Tensor) -> OffsetPart:
+        if f"{module}.bias" not in self._header.base:
+            raise AdapterError(f"{module}: {NO_BIAS}")
         rank = len(self._factor(f"{module}.lora_A.weight"))
         return OffsetPart(parameter=f"{module}.bias", offset=offset, scaling=self._adapter.scaling(module, rank))
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.names import parameter_names
+from safedelta_hf.quantised import stored_tensors
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes of a tensor.
+    """SHA-256 over dtype, shape and bytes of a tensor; of a quantised one, of its packed data.
 
     Args:
         tensor: Any dense tensor, on any device.
@@ -17,9 +18,11 @@ def digest(tensor: Tensor) -> str:
     Returns:
         A hexadecimal digest.
     """
-    plain = tensor.detach().cpu().contiguous()
-    result = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    result.update(plain.flatten().view(torch.uint8).numpy().data)
+    result = hashlib.sha256()
+    for stored in stored_tensors(tensor):
+        plain = stored.detach().cpu().contiguous()
+        result.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        result.update(plain.flatten().view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 

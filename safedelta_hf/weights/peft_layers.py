@@ -16,6 +16,11 @@ from safedelta_hf.weights.adapter_parts import (
 )
 from safedelta_hf.weights.low_rank_parts import ExpertsPart, LowRankPart
 
+NO_BIAS = (
+    "the adapter (lora_bias=True) adds a bias to a layer that has none, so it has neither a moment nor, in PEFT, a "
+    "merged form; train without lora_bias"
+)
+
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 - PEFT is imported lazily
     """The configuration of an adapter that can be adjusted as it stands.
@@ -84,7 +89,7 @@ def _parts(module: nn.Module, adapter: str, names: dict[nn.Parameter, str]) -> I
 
     if isinstance(module, ModulesToSaveWrapper):
         if adapter in module.modules_to_save:
-            yield from _whole(module.modules_to_save[adapter], module.original_module, names)
+            yield from whole_parts(module.modules_to_save[adapter], module.original_module, names)
     elif isinstance(module, TrainableTokensLayer):
         if adapter in module.trainable_tokens_delta:
             yield _token_rows(module, adapter, names)
@@ -97,7 +102,17 @@ def _parts(module: nn.Module, adapter: str, names: dict[nn.Parameter, str]) -> I
             yield from _low_rank(module, adapter, names)
 
 
-def _whole(tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str]) -> Iterator[DensePart]:
+def whole_parts(tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str]) -> Iterator[DensePart]:
+    """The parameters of a module that an adapter carries whole (`modules_to_save`).
+
+    Args:
+        tuned: The adapter's copy of the module.
+        original: The module of the base.
+        names: Canonical names of the base parameters.
+
+    Yields:
+        One part for each parameter.
+    """
     base = dict(original.named_parameters())
     for key, parameter in tuned.named_parameters():
         yield DensePart(parameter=names[base[key]], tuned=parameter, base=base[key])
@@ -129,6 +144,11 @@ def _named_parameter(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -
 
 def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Iterator[AdapterPart]:  # noqa: ANN401
     base = layer.get_base_layer()
+    if getattr(base, "weight", None) not in names:
+        raise AdapterError(
+            f"adapter: {type(base).__name__} below it keeps no parameter called weight, so its moment has no name; "
+            "quantised classes with one (bitsandbytes, torchao) are covered"
+        )
     name = names[base.weight]
     is_embedding = adapter in layer.lora_embedding_A
     if is_embedding:
@@ -148,8 +168,9 @@ def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Itera
     )
     if layer.lora_bias.get(adapter) and scaling:
         bias = getattr(base, "bias", None)
-        place = f"{name.removesuffix('weight')}bias" if bias is None else names[bias]
-        yield OffsetPart(parameter=place, offset=layer.lora_B[adapter].bias, scaling=scaling)
+        if bias is None:
+            raise AdapterError(f"{name}: {NO_BIAS}")
+        yield OffsetPart(parameter=names[bias], offset=layer.lora_B[adapter].bias, scaling=scaling)
 
 
 def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, ...]:

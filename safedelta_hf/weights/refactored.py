@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.names import ADAPTER_PREFIX, parameter_names
+from safedelta_hf.quantised import is_quantised
 from safedelta_hf.weights.adapter_folder import TENSOR_FILE
-from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart, Replaces
+from safedelta_hf.weights.adapter_parts import AdapterPart, Replaces
 from safedelta_hf.weights.delta import Delta, DenseDelta
+from safedelta_hf.weights.peft_layers import whole_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +146,7 @@ def _parts(module: nn.Module, adapter: str, rank: int, names: dict[nn.Parameter,
 
     if isinstance(module, ModulesToSaveWrapper):
         if adapter in module.modules_to_save:
-            base = dict(module.original_module.named_parameters())
-            tuned = module.modules_to_save[adapter].named_parameters()
-            yield from (DensePart(parameter=names[base[key]], tuned=value, base=base[key]) for key, value in tuned)
+            yield from whole_parts(module.modules_to_save[adapter], module.original_module, names)
     elif isinstance(module, BaseTunerLayer) and _holds(module, adapter):
         weight = getattr(module.get_base_layer(), "weight", None)
         if isinstance(module, TrainableTokensLayer) or weight is None or weight.ndim != 2:
@@ -154,7 +154,7 @@ def _parts(module: nn.Module, adapter: str, rank: int, names: dict[nn.Parameter,
                 f"adapter {adapter!r}: what it does to {type(module.get_base_layer()).__name__} cannot be written as a "
                 "LoRA on a matrix; merge it and use adjust_model"
             )
-        if not weight.is_floating_point():
+        if is_quantised(weight):
             raise AdapterError(
                 f"{names[weight]}: is quantised, so merging would round it again; dequantize the base first"
             )

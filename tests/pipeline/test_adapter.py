@@ -10,7 +10,6 @@ from safedelta_hf.errors import AdapterError, NumericalError, ProfileError
 from tests import adapters, tiny
 
 RULE = SafeDelta(strength=100.0)
-TIED = {"tie_word_embeddings": True}
 VARIANTS = {
     "linear": ("llama", {}),
     "rslora": ("llama", {"use_rslora": True}),
@@ -64,7 +63,7 @@ def test_adjusting_then_merging_is_merging_then_adjusting(variant, compensation,
     assert kept_something, "a rule that keeps all or nothing would make this test empty"
 
 
-def test_without_a_rank_wise_change_the_adapter_keeps_shapes_dtypes_names_and_configuration(profiles):
+def test_the_adapter_keeps_its_names_shapes_types_and_configuration_and_its_base(profiles):
     model = adapters.adapted(tiny.llama())
     before, settings = adapters.own_tensors(model), copy.deepcopy(model.peft_config["default"].to_dict())
     frozen = tiny.weights(model.get_base_model())
@@ -172,6 +171,11 @@ def test_an_unknown_or_taken_name_is_refused(profiles):
     stopped(model, profiles["llama"], AdapterError, "choose another", new_adapter_name="default")
 
 
+def test_a_tied_weight_that_is_tuned_in_two_places_is_refused(profiles):
+    model = adapters.adapted(tiny.llama(tied=True), target_modules=["embed_tokens", "lm_head"])
+    stopped(model, profiles["tied"], AdapterError, "embed_tokens.weight: tuned in two places")
+
+
 def test_nan_is_refused_by_name_and_leaves_no_new_adapter(profiles):
     model = adapters.adapted(tiny.llama())
     layer = model.get_base_model().model.layers[1].mlp.up_proj
@@ -206,6 +210,7 @@ def test_a_failure_half_way_puts_the_whole_adapter_back(profiles, monkeypatch):
         ({"init_lora_weights": "olora"}, "initial_adapter"),
         ({"use_dora": True}, "refactor_adapter"),
         ({"alora_invocation_tokens": [3, 4]}, "some tokens only"),
+        ({"lora_bias": True}, r"q_proj.weight: the adapter \(lora_bias=True\) adds a bias"),
     ],
 )
 def test_what_is_not_linear_in_its_factors_is_refused_by_name(changes, match, profiles):

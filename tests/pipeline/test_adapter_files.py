@@ -210,6 +210,11 @@ def test_other_adapters_and_checkpoints_in_subfolders_are_not_copied(saved, prof
     assert not (tmp_path / "out" / "checkpoint-3").exists()
 
 
+def test_a_bias_on_a_layer_without_one_is_refused(profiles, tmp_path):
+    adapters.adapted(tiny.llama(), lora_bias=True).save_pretrained(tmp_path / "adapter")
+    stopped(tmp_path / "adapter", profiles, AdapterError, "adds a bias to a layer that has none")
+
+
 def test_the_rule_is_the_one_that_is_given(saved, profiles, tmp_path):
     settings = {"profile": profiles / "llama", "progress": False}
     adjust_adapter_files(saved, output=tmp_path / "none", rule=SafeDelta(strength=0.0), **settings)

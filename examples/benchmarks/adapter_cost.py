@@ -1,0 +1,137 @@
+"""Seconds and memory of adjusting a LoRA adapter of a 7B-shaped model, files to files, on random moments.
+
+    python examples/benchmarks/adapter_cost.py --layers 32 --rule SafeDelta --threads 2
+
+The moments of one layer are written once and stand for those of all layers, so the disk holds one layer's; each is
+still read and factored for every layer.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+import safedelta_hf
+from safedelta_hf import adjust_adapter_files
+from safedelta_hf.core.moment import InputMoment
+
+MOMENTS = {
+    "self_attn.q_proj": "attention",
+    "self_attn.k_proj": "attention",
+    "self_attn.v_proj": "attention",
+    "self_attn.o_proj": "output",
+    "mlp.gate_proj": "mlp",
+    "mlp.up_proj": "mlp",
+    "mlp.down_proj": "down",
+}
+
+
+def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """[out, in] of each layer."""
+    hidden, inner = options.hidden, options.inner
+    square = dict.fromkeys(list(MOMENTS)[:4], (hidden, hidden))
+    return square | {
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def main() -> None:
+    """Make an adapter and a profile, and adjust."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--inner", type=int, default=11008)
+    parser.add_argument("--rule", default="SafeDelta")
+    parser.add_argument("--strength", type=float, default=0.1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rule = getattr(safedelta_hf, options.rule)(strength=options.strength)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        write_adapter(Path(folder) / "adapter", options)
+        write_profile(Path(folder) / "profile", options)
+        before = peak()
+        started, processed = time.perf_counter(), time.process_time()
+        report = adjust_adapter_files(
+            Path(folder) / "adapter", profile=Path(folder) / "profile", output=Path(folder) / "adjusted", rule=rule
+        )
+        seconds, busy = time.perf_counter() - started, time.process_time() - processed
+    print(report.summary())
+    print(
+        f"{options.rule}({options.strength}), rank {options.rank}, {options.layers} layers, {options.threads} threads: "
+        f"{seconds:.1f} s ({busy:.1f} s of CPU time), peak {peak():.2f} GB (before: {before:.2f} GB)"
+    )
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def write_adapter(folder: Path, options: argparse.Namespace) -> None:
+    """A random LoRA on every linear layer."""
+    rank = options.rank
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(options.layers):
+        for name, (rows, columns) in shapes(options).items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
+            tensors[f"{key}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = [name.split(".")[1] for name in MOMENTS]
+    LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(str(folder))
+
+
+def write_profile(folder: Path, options: argparse.Namespace) -> None:
+    """A profile of random moments, of which each file stands for all layers."""
+    folder.mkdir()
+    hidden, inner = options.hidden, options.inner
+    for name, columns in {"attention": hidden, "output": hidden, "mlp": hidden, "down": inner}.items():
+        save_file({"total": random_moment(columns).total}, folder / f"{name}.safetensors")
+    uses, moments, names = [], {}, []
+    for layer in range(options.layers):
+        for name in MOMENTS:
+            parameter, key = f"model.layers.{layer}.{name}.weight", f"{layer}.{MOMENTS[name]}"
+            names.append(parameter)
+            uses.append({"parameter": parameter, "role": "linear", "moment": key, "part": None})
+            moments[key] = {"key": key, "file": f"{MOMENTS[name]}.safetensors", "sequences": 128, "tokens": 20000}
+    header = {
+        "architecture": "LlamaForCausalLM",
+        "base": dict.fromkeys(names, ""),
+        "dtypes": dict.fromkeys(names, "bfloat16"),
+        "tokenizer": None,
+        "data": "",
+        "sequences": 128,
+        "tokens": 20000,
+        "skipped": {},
+        "format_version": safedelta_hf.records.ProfileHeader.format_version,
+    }
+    content = {"header": header, "uses": uses, "moments": list(moments.values())}
+    (folder / "profile.json").write_text(json.dumps(content))
+
+
+def random_moment(columns: int) -> InputMoment:
+    """20 000 inputs whose features have very different sizes, as activations do."""
+    generator = torch.Generator().manual_seed(columns)
+    scales = torch.logspace(0, -2, columns)[torch.randperm(columns, generator=generator)]
+    total = torch.zeros(columns, columns)
+    for _ in range(10):
+        inputs = torch.randn(2000, columns, generator=generator) * scales
+        total.addmm_(inputs.T, inputs)
+    return InputMoment(total=total, sequences=128, tokens=20000)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
+from safedelta_hf.cli.main import app
+from tests import adapters, tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+    adapters.profile_of(tiny.llama()).save(tmp_path / "profile")
+    adapters.adapted(tiny.llama()).save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def apply(folder, *options):
+    paths = [f"--{name}={folder / name}" for name in ("adapter", "profile", "output")]
+    return CliRunner().invoke(app, ["apply", *paths, *map(str, options)])
+
+
+def test_it_writes_the_adjusted_adapter_and_a_report(folder):
+    result = apply(folder, "--strength", 100, "--report", folder / "report.json")
+    assert result.exit_code == 0, result.output
+    assert "14 adjusted" in result.output
+    model = adapters.adapted(tiny.llama())
+    profile = SafetyProfile.load(folder / "profile")
+    adjust_adapter(model, profile=profile, rule=SafeDelta(strength=100.0), progress=False)
+    assert tiny.same(load_file(folder / "output" / "adapter_model.safetensors"), adapters.own_tensors(model))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["rule"]["settings"]["strength"] == 100
+    assert not list((folder / "output").glob("*report*"))
+
+
+def test_errors_end_with_one_line_and_status_1(folder):
+    (folder / "output").mkdir()
+    for options, message in (
+        (["--rule", "magic"], "--rule 'magic' is not one of"),
+        (["--strength", "-1"], "must be a number at least 0"),
+        ([], "exists already"),
+    ):
+        result = apply(folder, *options)
+        assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+    assert not list((folder / "output").iterdir())
+
+
+def test_a_base_and_an_initial_adapter_are_passed_on(folder):
+    result = apply(folder, "--initial-adapter", folder / "adapter")
+    assert result.exit_code == 1 and "nothing has to be subtracted" in result.output
+    model = adapters.adapted(tiny.llama(), modules_to_save=["lm_head"])
+    model.save_pretrained(folder / "adapter")
+    result = apply(folder)
+    assert result.exit_code == 1 and "--base on the command line" in result.output
+    tiny.llama().save_pretrained(folder / "base")
+    result = apply(folder, "--base", folder / "base")
+    assert result.exit_code == 0 and "15 adjusted" in result.output, result.output
