@@ -9,6 +9,7 @@ import typer
 from transformers.utils import logging
 
 from safedelta_hf.cli.demo import DEMO_STRENGTH, run_demo
+from safedelta_hf.cli.evaluate import evaluate
 from safedelta_hf.errors import ConfigurationError, SafeDeltaError
 from safedelta_hf.rules import RULES, SafeDelta
 from safedelta_hf.testbed import CASES
@@ -39,6 +40,9 @@ def demo(
     except SafeDeltaError as error:
         typer.echo(f"safedelta: {error}", err=True)
         sys.exit(1)
+
+
+app.command("eval")(evaluate)
 
 
 def _one_of(known: Mapping[str, T], name: str, option: str) -> T:

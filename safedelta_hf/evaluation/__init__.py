@@ -4,7 +4,7 @@ from safedelta_hf.evaluation.coherence import Reference, is_degenerate
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.fingerprint import model_digest
 from safedelta_hf.evaluation.generation import generate_responses
-from safedelta_hf.evaluation.harness import harness_scores
+from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
 from safedelta_hf.evaluation.judge import Judge, ModelJudge
 from safedelta_hf.evaluation.likelihood import Likelihood, refusal_likelihood
 from safedelta_hf.evaluation.prompts import Prompt, read_prompts
@@ -22,6 +22,7 @@ from safedelta_hf.evaluation.task import exact_answer, final_answer
 __all__ = [
     "REFUSAL_PHRASES",
     "Evaluation",
+    "HarnessTasks",
     "Judge",
     "Likelihood",
     "ModelJudge",

@@ -9,6 +9,7 @@ from typing import Final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.evaluation.likelihood import response_losses
 from safedelta_hf.evaluation.prompts import Prompt
@@ -27,7 +28,7 @@ LOSS_SHARE: Final = 0.5
 cost any model log(vocabulary) nats each on average, or more."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reference:
     """The model that tells language from gibberish, usually the base of the fine-tuning.
 
@@ -35,11 +36,18 @@ class Reference:
         model: A causal language model.
         processing_class: Its tokenizer, with a chat template.
         limit: Median loss of a coherent response, in nats per token, at most; None for half of log(vocabulary).
+
+    Raises:
+        ConfigurationError: The limit is negative.
     """
 
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
     limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not self.limit >= 0:
+            raise ConfigurationError(f"limit={self.limit!r} must be a number of nats per token of at least 0")
 
     @property
     def most(self) -> float:

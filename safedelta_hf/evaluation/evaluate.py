@@ -12,11 +12,12 @@ from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.coherence import Reference, incoherent
 from safedelta_hf.evaluation.fingerprint import model_digest
 from safedelta_hf.evaluation.generation import generate_responses
+from safedelta_hf.evaluation.harness import harness_scores, require_tasks
 from safedelta_hf.evaluation.judge import Judge, judgements
 from safedelta_hf.evaluation.likelihood import refusal_likelihood
 from safedelta_hf.evaluation.prompts import Prompt, digest_of_prompts
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions
-from safedelta_hf.evaluation.responses import Line, ResponseFile
+from safedelta_hf.evaluation.responses import ResponseFile
 from safedelta_hf.evaluation.result import Evaluation, Score, average, share
 from safedelta_hf.evaluation.scoring import is_refusal
 from safedelta_hf.evaluation.task import TaskScore
@@ -58,6 +59,8 @@ def evaluate_model(
         DataError: Prompts or refusals do not fit the model, or the output folder holds responses that were made with
             another model, other prompts or other settings.
     """  # noqa: DOC502 - raised by the functions called
+    if questions.harness is not None:
+        require_tasks(questions.harness)
     settings = EvaluationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     run = _Run(model, processing_class, settings, None if output is None else Path(output), progress=progress)
     scores: dict[str, Score] = {}
@@ -69,6 +72,8 @@ def evaluate_model(
         scores |= _refusal_scores(run, questions.refusals)
     if questions.task is not None and questions.score is not None:
         scores |= _task_scores(run, questions.task, questions.score)
+    if questions.harness is not None:
+        scores |= harness_scores(model, processing_class, questions.harness, batch_size=batch_size)
     evaluation = Evaluation(
         model=run.model_digest,
         scores=scores,
@@ -81,6 +86,7 @@ def evaluate_model(
             "coherence_limit": None if reference is None else reference.most,
             "judge": None if questions.judge is None else _name(questions.judge),
             "score": None if questions.score is None else _name(questions.score),
+            "lm_eval": [] if questions.harness is None else list(questions.harness.names),
         },
     )
     if output is not None:
@@ -109,7 +115,15 @@ class _Run:
         self._file = None if output is None else _open(output)
 
     def responses(self, part: str, prompts: Sequence[Prompt]) -> list[str]:
-        """The responses to one set of prompts, in their order."""
+        """The responses to one set of prompts: those that are on disk, and the others made now.
+
+        Args:
+            part: Name of the set.
+            prompts: The prompts.
+
+        Returns:
+            Responses in the order of the prompts.
+        """
         self.prompts[part] = digest_of_prompts(prompts)
 
         def keep(new: dict[int, str]) -> None:
@@ -133,7 +147,17 @@ class _Run:
     def verdicts(
         self, part: str, prompts: Sequence[Prompt], responses: Sequence[str], judge: Judge
     ) -> list[float | None]:
-        """The judge's verdict on each response; kept on disk where the judge can be told from others."""
+        """The judge's verdict on each response; kept on disk if the judge has a fingerprint.
+
+        Args:
+            part: Name of the set of prompts.
+            prompts: The prompts.
+            responses: The responses to them.
+            judge: The judge.
+
+        Returns:
+            Verdicts in the order of the prompts.
+        """
         fingerprint: str | None = getattr(judge, "fingerprint", None)
         name = f"{part} judged by {fingerprint}"
         kept = self._file if fingerprint is not None else None

@@ -53,7 +53,7 @@ def generate_responses(
     _check_settings(processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size)
     _check_chats(conversations)
     prompts = [prompt_tokens(processing_class, chat) for chat in conversations]
-    require_fit(model, max(map(len, prompts), default=0), "conversations")
+    require_fit(model, prompts, "conversations")
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     responses = dict(known or {})

@@ -1,6 +1,7 @@
 """Tasks of the Language Model Evaluation Harness, where `lm_eval` is installed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,53 +16,86 @@ PREFIX: Final = "lm_eval/"
 """What the name of every score begins with: `lm_eval/<task>/<metric>`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HarnessTasks:
+    """What to run.
+
+    Attributes:
+        names: Names of tasks or groups, as `lm_eval` knows them.
+        include: Folder with task files of one's own.
+        limit: Examples per task, the first ones; None for all.
+
+    Raises:
+        ConfigurationError: No task is named.
+    """
+
+    names: tuple[str, ...]
+    include: str | Path | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigurationError("lm_eval: name at least one task")
+
+
+def require_tasks(tasks: HarnessTasks) -> Any:  # noqa: ANN401 - a class of a package that may be missing
+    """Make sure that tasks can be run, before any work is done.
+
+    Args:
+        tasks: What to run.
+
+    Returns:
+        The `TaskManager` that knows them.
+
+    Raises:
+        ConfigurationError: `lm_eval` is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigurationError(
+            f'lm_eval: its tasks need the package lm_eval ({error}); pip install "lm_eval[hf]"'
+        ) from error
+    manager = TaskManager(include_path=None if tasks.include is None else str(tasks.include))
+    unknown = [task for task in tasks.names if task not in manager.all_tasks]
+    if unknown:
+        raise ConfigurationError(f"lm_eval: knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    return manager
+
+
 def harness_scores(
     model: nn.Module,
     processing_class: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    tasks: HarnessTasks,
     *,
-    include: str | Path | None = None,
-    limit: int | None = None,
     batch_size: int = 8,
-    apply_chat_template: bool = True,
 ) -> dict[str, Score]:
-    """Run tasks of the harness on a model in memory.
+    """Run tasks of the harness on a model in memory, through the tokenizer's chat template if it has one.
 
     Args:
         model: A causal language model, adapters included; it is left as it was.
         processing_class: Its tokenizer.
-        tasks: Names of tasks or groups, as `lm_eval` knows them.
-        include: Folder with task files of one's own.
-        limit: Examples per task; None for all.
+        tasks: What to run.
         batch_size: Examples per forward pass.
-        apply_chat_template: Whether prompts go through the tokenizer's chat template.
 
     Returns:
         One score for each task and metric, with the harness's standard error as the interval.
 
     Raises:
         ConfigurationError: `lm_eval` is not installed, or does not know a task.
-    """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigurationError(
-            f'lm_eval: its tasks need the package lm_eval ({error}); pip install "lm_eval[hf]"'
-        ) from error
-    manager = TaskManager(include_path=None if include is None else str(include))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise ConfigurationError(f"lm_eval: knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    """  # noqa: DOC502 - raised by the function called
+    manager = require_tasks(tasks)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=processing_class, batch_size=batch_size)
         results = lm_eval.simple_evaluate(
             model=wrapped,
-            tasks=list(tasks),
+            tasks=list(tasks.names),
             task_manager=manager,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
+            limit=tasks.limit,
+            apply_chat_template=processing_class.chat_template is not None,
             log_samples=False,
         )
     return scores_of(results)

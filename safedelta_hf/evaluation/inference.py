@@ -1,6 +1,6 @@
 """Run a model for measurement, as it is, and leave no trace of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,17 +32,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def require_fit(model: nn.Module, longest: int, what: str) -> None:
-    """Stop before a model is given more tokens than it has positions for.
+def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str) -> None:
+    """Stop before a model is given tokens that it has no positions or embeddings for.
 
     Args:
         model: The model.
-        longest: Number of tokens of the longest sequence.
-        what: The sequences, for the message.
+        sequences: Token ids.
+        what: What they are, for the message.
 
     Raises:
-        DataError: The model takes fewer tokens.
+        DataError: A sequence is longer than the model takes, or was made with another tokenizer.
     """
+    longest = max(map(len, sequences), default=0)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and longest > positions:
         raise DataError(f"{what}: the longest has {longest} tokens, the model takes {positions}; shorten or drop it")
+    getter = getattr(model, "get_input_embeddings", None)
+    rows = getattr(getter() if callable(getter) else None, "num_embeddings", None)
+    largest = max((max(sequence, default=0) for sequence in sequences), default=0)
+    if isinstance(rows, int) and largest >= rows:
+        raise DataError(
+            f"{what}: token id {largest} lies outside the model's {rows} embeddings; the tokenizer does not belong to "
+            "this model"
+        )

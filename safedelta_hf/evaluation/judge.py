@@ -42,9 +42,10 @@ class ModelJudge:
         batch_size: int = 8,
         max_new_tokens: int = 16,
     ) -> None:
+        make: Any = pipeline
         named = str(model) if isinstance(model, str | Path) else model
         try:
-            self._pipeline: Any = pipeline("text-generation", model=named, tokenizer=processing_class)
+            self._pipeline: Any = make("text-generation", model=named, tokenizer=processing_class)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"judge: {named!r} cannot be loaded as a language model ({error})") from error
         if not self._pipeline.tokenizer.chat_template:

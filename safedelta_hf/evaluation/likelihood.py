@@ -111,7 +111,7 @@ def response_losses(
     for number, sequence in enumerate(sequences):
         if all(label == IGNORED for label in sequence.labels[1:]):
             raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
-    require_fit(model, max((len(sequence.input_ids) for sequence in sequences), default=0), "sequences")
+    require_fit(model, [sequence.input_ids for sequence in sequences], "sequences")
     # Equal sequences have equal losses, and are computed once.
     found: dict[SafetySequence, tuple[float, ...]] = {}
     batches = list(batches_of_equal_length(list(dict.fromkeys(sequences)), batch_size))
@@ -138,7 +138,7 @@ def _batch_losses(model: nn.Module, batch: Sequence[SafetySequence]) -> list[tup
     # Half precision would round the losses; what is finer than float32 stays as it is.
     logits_bv = logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits_bv, labels_bt[counts], reduction="none")
-    return [tuple(one.tolist()) for one in losses.cpu().split(counts.sum(1).tolist())]
+    return [tuple(one.tolist()) for one in torch.split(losses.cpu(), counts.sum(1).tolist())]
 
 
 def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.evaluation.harness import HarnessTasks
 from safedelta_hf.evaluation.judge import Judge
 from safedelta_hf.evaluation.prompts import Prompt, PromptSource, read_prompts
 from safedelta_hf.evaluation.task import TaskScore
@@ -22,6 +23,7 @@ class Questions:
         task: Questions of the user's task.
         score: What scores the responses to them.
         judge: What judges the responses to harmful requests.
+        harness: Tasks of `lm_eval`.
 
     Raises:
         ConfigurationError: There is nothing to ask, or a scorer without what it scores, or the reverse.
@@ -33,10 +35,13 @@ class Questions:
     task: Sequence[Prompt] | None = None
     score: TaskScore | None = None
     judge: Judge | None = None
+    harness: HarnessTasks | None = None
 
     def __post_init__(self) -> None:
-        if self.harmful is self.benign is self.refusals is self.task is None:
-            raise ConfigurationError("evaluation: nothing to ask; give at least one of harmful, benign, refusals, task")
+        if all(part is None for part in (self.harmful, self.benign, self.refusals, self.task, self.harness)):
+            raise ConfigurationError(
+                "evaluation: nothing to ask; give at least one of harmful, benign, refusals, task, and tasks of lm_eval"
+            )
         if (self.task is None) != (self.score is None):
             raise ConfigurationError("evaluation: task and score belong together; give both or neither")
         if self.judge is not None and self.harmful is None:
@@ -52,6 +57,7 @@ class Questions:
         task: PromptSource | None = None,
         score: TaskScore | None = None,
         judge: Judge | None = None,
+        harness: HarnessTasks | None = None,
     ) -> "Questions":
         """Read the prompts from files, or from rows in memory.
 
@@ -62,13 +68,14 @@ class Questions:
             task: Questions of the user's task.
             score: What scores the responses to them.
             judge: What judges the responses to harmful requests.
+            harness: Tasks of `lm_eval`.
 
         Returns:
             The questions.
         """
         sources = {"harmful": harmful, "benign": benign, "task": task}
         read = {name: None if source is None else read_prompts(source, name) for name, source in sources.items()}
-        return cls(**read, refusals=refusals, score=score, judge=judge)
+        return cls(**read, refusals=refusals, score=score, judge=judge, harness=harness)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,12 +167,11 @@ class Evaluation:
         Returns:
             Text with one row for each score.
         """
-        rows = Table("score", "value", "95 % interval", "examples")
+        rows = Table("score", "value", "95 % interval", "unit", "examples")
         for name, score in self.scores.items():
-            interval = "" if score.low is None or score.high is None else f"{_show(score, score.low)} to "
-            rows.add_row(
-                name, _show(score, score.value), interval and interval + _show(score, score.high), f"{score.count}"
-            )
+            has_interval = score.low is not None and score.high is not None
+            interval = f"{_shown(score, score.low)} to {_shown(score, score.high)}" if has_interval else ""
+            rows.add_row(name, _shown(score, score.value), interval, score.unit, str(score.count))
         text = io.StringIO()
         Console(file=text, width=100).print(rows)
         return text.getvalue()
@@ -181,10 +180,8 @@ class Evaluation:
         return self.table()
 
 
-def _show(score: Score, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if score.unit == "share" else f"{value:.4g} {score.unit}".rstrip()
+def _shown(score: Score, value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}" if score.unit == "share" else f"{value:.4g}"
 
 
 def _write_whole(path: Path, text: str) -> None:
