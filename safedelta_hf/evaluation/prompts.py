@@ -102,10 +102,12 @@ def _prompt(row: Any, place: str) -> Prompt:  # noqa: ANN401
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is a {type(row).__name__}, not text or a dict with {FORMS}")
-    given = row.get("messages") if row.get("messages") is not None else row.get("prompt")
-    if given is None:
+    turns = row.get("messages")
+    if turns is None:
+        given = row.get("prompt")
+        turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if turns is None:
         raise DataError(f"{place} has the keys {sorted(map(str, row))}; expected {FORMS}")
-    turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
     return Prompt(messages=_asked(turns, place), row=row)
 
 
