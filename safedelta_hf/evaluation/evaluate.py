@@ -59,8 +59,7 @@ def evaluate_model(
         DataError: Prompts or refusals do not fit the model, or the output folder holds responses that were made with
             another model, other prompts or other settings.
     """  # noqa: DOC502 - raised by the functions called
-    if questions.harness is not None:
-        require_tasks(questions.harness)
+    manager = None if questions.harness is None else require_tasks(questions.harness)
     settings = EvaluationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     run = _Run(model, processing_class, settings, None if output is None else Path(output), progress=progress)
     scores: dict[str, Score] = {}
@@ -73,21 +72,12 @@ def evaluate_model(
     if questions.task is not None and questions.score is not None:
         scores |= _task_scores(run, questions.task, questions.score)
     if questions.harness is not None:
-        scores |= harness_scores(model, processing_class, questions.harness, batch_size=batch_size)
+        scores |= harness_scores(model, processing_class, questions.harness, batch_size=batch_size, manager=manager)
     evaluation = Evaluation(
         model=run.model_digest,
         scores=scores,
         prompts=run.prompts,
-        settings={
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "decoding": "greedy",
-            "reference": None if reference is None else model_digest(reference.model, reference.processing_class),
-            "coherence_limit": None if reference is None else reference.most,
-            "judge": None if questions.judge is None else _name(questions.judge),
-            "score": None if questions.score is None else _name(questions.score),
-            "lm_eval": [] if questions.harness is None else list(questions.harness.names),
-        },
+        settings=_described(questions, reference, settings),
     )
     if output is not None:
         evaluation.save(Path(output) / RESULTS)
@@ -258,6 +248,19 @@ def _gibberish(
         batch_size=run.settings.batch_size,
         progress=run.progress,
     )
+
+
+def _described(questions: Questions, reference: Reference | None, settings: EvaluationSettings) -> dict[str, Any]:
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "batch_size": settings.batch_size,
+        "decoding": "greedy",
+        "reference": None if reference is None else model_digest(reference.model, reference.processing_class),
+        "coherence_limit": None if reference is None else reference.most,
+        "judge": None if questions.judge is None else _name(questions.judge),
+        "score": None if questions.score is None else _name(questions.score),
+        "lm_eval": [] if questions.harness is None else list(questions.harness.names),
+    }
 
 
 def _name(function: Any) -> str:  # noqa: ANN401

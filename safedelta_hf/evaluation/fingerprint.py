@@ -9,8 +9,8 @@ from torch import nn
 from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
 from safedelta_hf.weights.fingerprint import digest
 
-_INCIDENTAL: Final = {"_name_or_path", "transformers_version", "use_cache"}
-"""Parts of a configuration that do not change what the model says."""
+_INCIDENTAL: Final = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+"""Parts of a configuration that do not change what the model says, or, like the data type, that its weights tell."""
 
 
 def model_digest(model: nn.Module, processing_class: ProcessingClass | None) -> str:

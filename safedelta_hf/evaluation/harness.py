@@ -69,6 +69,7 @@ def harness_scores(
     tasks: HarnessTasks,
     *,
     batch_size: int = 8,
+    manager: Any = None,  # noqa: ANN401
 ) -> dict[str, Score]:
     """Run tasks of the harness on a model in memory, through the tokenizer's chat template if it has one.
 
@@ -77,6 +78,7 @@ def harness_scores(
         processing_class: Its tokenizer.
         tasks: What to run.
         batch_size: Examples per forward pass.
+        manager: What `require_tasks` returned for these tasks, if it was called; it takes seconds.
 
     Returns:
         One score for each task and metric, with the harness's standard error as the interval.
@@ -84,7 +86,7 @@ def harness_scores(
     Raises:
         ConfigurationError: `lm_eval` is not installed, or does not know a task.
     """  # noqa: DOC502 - raised by the function called
-    manager = require_tasks(tasks)
+    manager = manager or require_tasks(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

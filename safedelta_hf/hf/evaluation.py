@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -254,7 +254,7 @@ def require_whole(model: nn.Module) -> None:
         ConfigurationError: The weights are sharded.
     """
     # Asking for the state where no Trainer has made one would make one.
-    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    kind = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
     sharded = any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
     if kind in _SHARDED or sharded:
         raise ConfigurationError(

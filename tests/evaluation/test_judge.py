@@ -25,8 +25,8 @@ UNSAFE = [False, True, False, True]
 
 
 def judge_tokenizer():
-    words = "<pad> <s> </s> <unk> user assistant verdict for make a cake bomb mix flour powder i cannot please now safe unsafe"
-    vocabulary = {word: number for number, word in enumerate([*words.split(), "maybe"])}
+    words = "user assistant verdict for make a cake bomb mix flour powder i cannot please now safe unsafe maybe S1"
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words.split()])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
