@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -117,7 +116,7 @@ class EvaluationCallback(TrainerCallback):
         Raises:
             SafeDeltaError: The model or the tokenizer cannot be used, or the refusals cannot be read; named cause.
         """  # noqa: DOC502 - raised by the functions called
-        self._usable(model)
+        self._usable(args, model)
         self._questions(self._tokenizer(processing_class))
 
     def on_step_end(
@@ -186,7 +185,7 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        usable, tokenizer = self._usable(model), self._tokenizer(processing_class)
+        usable, tokenizer = self._usable(args, model), self._tokenizer(processing_class)
         if only_if_changed and self.evaluation and self.evaluation.model == model_digest(usable, tokenizer):
             return
         try:
@@ -234,27 +233,29 @@ class EvaluationCallback(TrainerCallback):
             )
         return tokenizer
 
-    def _usable(self, model: nn.Module | None) -> PreTrainedModel:
+    def _usable(self, args: TrainingArguments, model: nn.Module | None) -> PreTrainedModel:
         bare = getattr(model, "_orig_mod", model)
         if not isinstance(bare, nn.Module) or not callable(getattr(bare, "generate", None)):
             raise ConfigurationError(
                 f"EvaluationCallback: {type(bare).__name__} has no generate(), so it cannot be asked"
             )
-        require_whole(bare)
+        require_whole(args, bare)
         return cast(PreTrainedModel, bare)
 
 
-def require_whole(model: nn.Module) -> None:
+def require_whole(args: TrainingArguments, model: nn.Module) -> None:
     """Stop where one process cannot generate by itself, because it does not hold the weights.
 
     Args:
+        args: Of the Trainer.
         model: The bare model.
 
     Raises:
         ConfigurationError: The weights are sharded.
     """
-    # Asking for the state where no Trainer has made one would make one.
-    kind = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
+    state = getattr(args, "distributed_state", None)
+    kind = DistributedType.NO if state is None else state.distributed_type
+    # Models may be sharded without accelerate's knowledge: by transformers (DTensor), by DeepSpeed's own API (ds_id).
     sharded = any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
     if kind in _SHARDED or sharded:
         raise ConfigurationError(

@@ -150,23 +150,24 @@ def test_other_processes_neither_generate_nor_log(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_sharded_runs_stop_before_training(tmp_path, monkeypatch, kind):
     run = trainer(tmp_path, [EvaluationCallback(harmful=HARMFUL)])
-    monkeypatch.setattr(run.accelerator.state, "distributed_type", kind)
+    monkeypatch.setattr(run.args.distributed_state, "distributed_type", kind)
     with pytest.raises(ConfigurationError, match=f"weights of this run are sharded .{kind.value}"):
         run.callback_handler.on_train_begin(run.args, run.state, run.control)
 
 
-def test_weights_that_are_sharded_without_the_trainers_knowledge_are_found(llama):
-    require_whole(llama)
+def test_weights_that_are_sharded_without_the_trainers_knowledge_are_found(llama, tmp_path):
+    args = tiny.arguments(tmp_path)
+    require_whole(args, llama)
     zero_3 = tiny.llama()
     zero_3.lm_head.weight.ds_id = 0
     with pytest.raises(ConfigurationError, match="sharded"):
-        require_whole(zero_3)
+        require_whole(args, zero_3)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         llama.lm_head.weight = torch.nn.Parameter(distribute_tensor(llama.lm_head.weight.data, mesh, [Shard(0)]))
         with pytest.raises(ConfigurationError, match="sharded"):
-            require_whole(llama)
+            require_whole(args, llama)
     finally:
         torch.distributed.destroy_process_group()
 
