@@ -114,6 +114,7 @@ def test_model_tokenizer_and_tasks_reach_the_harness(monkeypatch, llama):
         harness_scores(llama, tokenizer, HarnessTasks(names=("arc", "winograd")))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_a_task_of_ones_own_is_run_by_the_real_harness(tmp_path):
     questions = skill_questions(12, skills=("opposite",))
