@@ -66,7 +66,8 @@ def evaluate(
             output=output,
         )
         typer.echo(evaluation.table())
-        typer.echo(f"Results: {output / RESULTS}; responses: {output / RESPONSES}")
+        written = [output / name for name in (RESULTS, RESPONSES)]
+        typer.echo(f"Written: {', '.join(str(path) for path in written if path.exists())}")
 
 
 def _harness(tasks: str | None, include: Path | None, limit: int | None) -> HarnessTasks | None:

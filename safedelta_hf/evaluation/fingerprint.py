@@ -7,6 +7,7 @@ from typing import Any, Final
 from torch import nn
 
 from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.weights.fingerprint import digest
 
 _INCIDENTAL: Final = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
@@ -22,7 +23,16 @@ def model_digest(model: nn.Module, processing_class: ProcessingClass | None) -> 
 
     Returns:
         A hexadecimal SHA-256 digest.
+
+    Raises:
+        ConfigurationError: Some weights are offloaded to where they cannot be read.
     """
+    offloaded = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if offloaded:
+        raise ConfigurationError(
+            f"{offloaded[0]} and {len(offloaded) - 1} other weights are offloaded, so the model cannot be told from "
+            "others; use devices or memory that hold it whole"
+        )
     state = {name: digest(tensor) for name, tensor in sorted(model.state_dict().items())}
     config: Any = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}

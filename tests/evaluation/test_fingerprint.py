@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import model_digest
 from tests import tiny
 
@@ -54,3 +55,8 @@ def test_a_saved_adapter_is_the_same_when_it_is_loaded(tmp_path):
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     again = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     assert model_digest(loaded, None) == model_digest(again, None)
+
+
+def test_offloaded_weights_are_refused():
+    with pytest.raises(ConfigurationError, match="weights are offloaded"):
+        model_digest(tiny.llama().to("meta"), None)
