@@ -114,20 +114,20 @@ def test_model_tokenizer_and_tasks_reach_the_harness(monkeypatch, llama):
         harness_scores(llama, tokenizer, HarnessTasks(names=("arc", "winograd")))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_a_task_of_ones_own_is_run_by_the_real_harness(tmp_path):
     questions = skill_questions(12, skills=("opposite",))
-    assert all(len(question.messages) in (1, 2) for question in questions)
-    rows = [{"question": question.messages[-1]["content"], "answer": question.answer} for question in questions]
+    answers = [question.answer if number % 2 else "sugar" for number, question in enumerate(questions)]
+    rows = [
+        {"question": question.messages[-1]["content"], "answer": answer}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "opposites_here.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
     model, tokenizer = load_aligned()
     settings = model.generation_config
     tasks = HarnessTasks(names=("opposites_here",), include=tmp_path, limit=10)
     found = evaluate_model(model, tokenizer, Questions.read(harness=tasks), progress=False)
-    assert found.scores["lm_eval/opposites_here/exact_match"].value >= 0.9
-    assert found.scores["lm_eval/opposites_here/exact_match"].count == 10
+    score = found.scores["lm_eval/opposites_here/exact_match"]
+    assert (score.value, score.count) == (0.5, 10) and score.low < 0.5 < score.high
     assert model.generation_config is settings
-    ruined = evaluate_model(tiny.perturbed(model, 0.1), tokenizer, Questions.read(harness=tasks), progress=False)
-    assert ruined.scores["lm_eval/opposites_here/exact_match"].value <= 0.3
