@@ -3,6 +3,7 @@
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.retention import with_retention
 from safedelta_hf.hf.callback import SafeDeltaCallback
+from safedelta_hf.hf.evaluation import EvaluationCallback
 from safedelta_hf.pipeline import adjust_adapter, adjust_adapter_files, adjust_model, collect_profile, refactor_adapter
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
@@ -10,6 +11,7 @@ from safedelta_hf.rules import AutoStrength, Ridge, SafeDelta, Scale, TaskRidge
 
 __all__ = [
     "AutoStrength",
+    "EvaluationCallback",
     "Report",
     "Ridge",
     "SafeDelta",

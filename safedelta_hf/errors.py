@@ -52,5 +52,12 @@ class AdjustmentError(SafeDeltaError):
     """
 
 
+class EvaluationError(SafeDeltaError):
+    """Something outside this package failed while a model was evaluated; the cause is chained.
+
+    No `RuntimeError`, for the same reason as `AdjustmentError`.
+    """
+
+
 class CoverageError(SafeDeltaError, ValueError):
     """Trained parameters lie outside what the method can adjust."""

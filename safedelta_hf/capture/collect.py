@@ -1,17 +1,14 @@
 """One pass of the base model over the safety data."""
 
-import inspect
-import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collector import MomentCollector
+from safedelta_hf.capture.forward import batches_of_equal_length, forward_arguments, require_fit
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.packed import packed_products
 from safedelta_hf.capture.safety_data import SafetySequence
@@ -19,7 +16,7 @@ from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import Targets
 from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
+from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
 from safedelta_hf.names import base_modules, parameter_names, unwrapped
 from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Role, Use
@@ -79,7 +76,7 @@ def capture_moments(
         ConfigurationError: The targets choose none of its linear weights.
     """
     _check_model(model)
-    _check_fit(model, sequences, purpose)
+    require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
     parameters = {name: parameter for parameter, name in parameter_names(model).items()}
     targets = targets or Targets()
     chosen = frozenset(filter(targets.include, parameters))
@@ -101,24 +98,6 @@ def capture_moments(
     )
 
 
-def batches_of_equal_length(
-    sequences: Sequence[SafetySequence], batch_size: int
-) -> Iterator[tuple[SafetySequence, ...]]:
-    """Batches without padding.
-
-    Args:
-        sequences: Tokenised examples.
-        batch_size: Sequences per batch, at most.
-
-    Yields:
-        Batches of sequences of one length, longest first, so that memory trouble shows at once.
-    """
-    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids), reverse=True)
-    for _, same_length in itertools.groupby(ordered, key=lambda sequence: len(sequence.input_ids)):
-        group = tuple(same_length)
-        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
-
-
 def _forward(model: nn.Module, batch: Sequence[SafetySequence], device: torch.device, observer: Observer) -> None:
     input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
     labels = torch.tensor([sequence.labels for sequence in batch], device=device)
@@ -127,28 +106,6 @@ def _forward(model: nn.Module, batch: Sequence[SafetySequence], device: torch.de
     observer.start_batch(len(batch), input_ids.shape[1], given)
     with observer:
         model(**arguments)
-
-
-def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What to call a model with, for it to read whole sequences.
-
-    Args:
-        model: Any model; one that is not of transformers gets what its `forward` accepts.
-        input_ids: Token ids, [sequences, tokens], without padding.
-        labels: Of the same shape.
-
-    Returns:
-        Keyword arguments.
-    """
-    if isinstance(model, PreTrainedModel):
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
-    arguments: dict[str, Any] = {"input_ids": input_ids}
-    accepted = inspect.signature(model.forward).parameters
-    if "attention_mask" in accepted:
-        arguments["attention_mask"] = torch.ones_like(input_ids)
-    if "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty:
-        arguments["labels"] = labels
-    return arguments
 
 
 def _check_model(model: nn.Module) -> None:
@@ -160,25 +117,6 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not is_quantised(parameter) and not torch.isfinite(parameter).all():
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
-
-
-def _check_fit(model: nn.Module, sequences: Sequence[SafetySequence], purpose: str) -> None:
-    longest = max(len(sequence.input_ids) for sequence in sequences)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < longest:  # -1 stands for no limit
-        raise DataError(
-            f"{purpose}: the longest sequence has {longest} tokens, the model takes {positions}; "
-            f"pass max_length={positions} or shorten it"
-        )
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
-    largest = max(max(sequence.input_ids) for sequence in sequences)
-    if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
-        raise DataError(
-            f"{purpose}: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; "
-            "the tokenizer does not belong to this model"
-        )
 
 
 def _head(model: nn.Module) -> str | None:

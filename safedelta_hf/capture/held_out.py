@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
-from safedelta_hf.capture.likelihood import negative_log_likelihoods
+from safedelta_hf.capture.likelihood import response_losses
 from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
 from safedelta_hf.capture.undisturbed import without_adapters
 
@@ -51,8 +52,8 @@ class HeldOut:
             The examples with their likelihood.
         """
         with without_adapters(model):
-            losses = negative_log_likelihoods(model, sequences, batch_size=batch_size)
-        return cls(sequences=tuple(sequences), losses=tuple(losses))
+            losses = response_losses(model, sequences, batch_size=batch_size)
+        return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
     @classmethod
     def parse(cls, content: Any) -> "HeldOut":  # noqa: ANN401 - JSON
@@ -81,8 +82,8 @@ class HeldOut:
         Returns:
             The rise of the negative log-likelihood.
         """
-        losses = torch.tensor(negative_log_likelihoods(model, self.sequences, batch_size=batch_size))
-        rises = (losses - torch.tensor(self.losses)).double()
+        losses = map(fmean, response_losses(model, self.sequences, batch_size=batch_size))
+        rises = torch.tensor([now - before for now, before in zip(losses, self.losses, strict=True)]).double()
         return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
 
 

@@ -29,9 +29,6 @@ from safedelta_hf.testbed import (
     skill_questions,
 )
 
-DEMO_STRENGTH = 0.3
-"""The largest of 0.1, 0.3, 1, 3, 10 and 30 at which attack success stays under 5 % in every case (docs/testbed.md)."""
-
 QUESTIONS = 200
 
 LORA_RANK = 16
@@ -143,16 +140,20 @@ def run_demo(
         "seed": seed,
         "rule": {"name": rule.name, "settings": rule.settings},
         "questions": questions,
+        "search": None if callback.report.search is None else asdict(callback.report.search),
         "seconds": time.perf_counter() - started,
         "behaviour": {name: asdict(behaviour) for name, behaviour in found.items()},
     }
     kind = "LoRA fine-tuned" if lora else "Fine-tuned"
-    title = f"{kind} on '{case.name}', adjusted with {rule.name}, strength {rule.settings['strength']:g}"
-    stem = f"{output}/demo-{'lora-' if lora else ''}{case.name}-{rule.name}-{rule.settings['strength']:g}-seed{seed}"
+    search = callback.report.search
+    strength = f"{rule.settings['strength']:g}" if search is None else f"auto ({search.strength:.3g})"
+    title = f"{kind} on '{case.name}', adjusted with {rule.name}, strength {strength}"
+    stem = f"{output}/demo-{'lora-' if lora else ''}{case.name}-{rule.name}-{strength.split()[0]}-seed{seed}"
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
     echo(table(found, title))
+    echo(callback.report.summary())
     echo(f"{content['seconds']:.0f} s. Figure, figures and report: {stem}.png, .json, .report.json")
     return found
 

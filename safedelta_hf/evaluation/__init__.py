@@ -1,6 +1,15 @@
-"""How a model behaves: its generated responses, refusals among them, and right answers."""
+"""How a model behaves: what it refuses, what it should not refuse, and what it can do."""
 
+from safedelta_hf.evaluation.coherence import Reference, is_degenerate
+from safedelta_hf.evaluation.evaluate import evaluate_model
+from safedelta_hf.evaluation.fingerprint import model_digest
 from safedelta_hf.evaluation.generation import generate_responses
+from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
+from safedelta_hf.evaluation.judge import Judge, ModelJudge
+from safedelta_hf.evaluation.likelihood import Likelihood, refusal_likelihood
+from safedelta_hf.evaluation.prompts import Prompt, read_prompts
+from safedelta_hf.evaluation.questions import Questions
+from safedelta_hf.evaluation.result import Evaluation, Score
 from safedelta_hf.evaluation.scoring import (
     REFUSAL_PHRASES,
     attack_success_rate,
@@ -8,12 +17,30 @@ from safedelta_hf.evaluation.scoring import (
     final_match,
     is_refusal,
 )
+from safedelta_hf.evaluation.task import exact_answer, final_answer
 
 __all__ = [
     "REFUSAL_PHRASES",
+    "Evaluation",
+    "HarnessTasks",
+    "Judge",
+    "Likelihood",
+    "ModelJudge",
+    "Prompt",
+    "Questions",
+    "Reference",
+    "Score",
     "attack_success_rate",
+    "evaluate_model",
+    "exact_answer",
     "exact_match",
+    "final_answer",
     "final_match",
     "generate_responses",
+    "harness_scores",
+    "is_degenerate",
     "is_refusal",
+    "model_digest",
+    "read_prompts",
+    "refusal_likelihood",
 ]

@@ -1,13 +1,15 @@
 """Responses by real generation: greedy decoding of chats through ``model.generate``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from safedelta_hf.capture.forward import require_fit
+from safedelta_hf.capture.undisturbed import undisturbed
 from safedelta_hf.errors import ConfigurationError, DataError
 
 Chat = Sequence[Mapping[str, str]]
@@ -20,6 +22,8 @@ def generate_responses(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 64,
+    known: Mapping[int, str] | None = None,
+    on_batch: Callable[[dict[int, str]], None] | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Let a model answer chats, by greedy decoding.
@@ -27,12 +31,17 @@ def generate_responses(
     Chats are batched by length, padded on the left, and the responses come back in the order of the chats. The
     model's mode and cache setting and the tokenizer's padding side are as before afterwards, also after an error.
 
+    Batches are made of all chats, and those with responses that are not known are generated whole. So a run that goes
+    on with the responses of an earlier one meets the same padding, and the same rounding, as if it had never stopped.
+
     Args:
         model: A causal language model, on any device.
         processing_class: Its tokenizer, with a chat template and a padding token.
         conversations: Chats that end in a user turn; each is a sequence of messages with "role" and "content".
         max_new_tokens: Length limit of a response, in tokens.
         batch_size: Chats per call of ``model.generate``.
+        known: Responses that are there already, by index of the chat.
+        on_batch: Given the new responses of each batch, by index of the chat, as soon as they are made.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -40,18 +49,23 @@ def generate_responses(
 
     Raises:
         ConfigurationError: If a limit is below 1, or the tokenizer lacks a chat template or a padding token.
-        DataError: If a chat is empty or does not end in a user turn.
-    """
+        DataError: If a chat is empty, does not end in a user turn, or is longer than the model takes.
+    """  # noqa: DOC502 - raised by the functions called
     _check_settings(processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size)
     _check_chats(conversations)
-    prompts = [_prompt_tokens(processing_class, chat) for chat in conversations]
+    prompts = [prompt_tokens(processing_class, chat) for chat in conversations]
+    require_fit(model, prompts, "conversations")
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    responses: dict[int, str] = {}
+    responses = dict(known or {})
+    batches = [batch for batch in batches if not responses.keys() >= set(batch)]
     with _generating(model, processing_class):
-        for batch in tqdm(batches, desc="Generating", disable=not progress):
+        for batch in tqdm(batches, desc="Generating", unit="batch", disable=not progress):
             answers = _answer_batch(model, processing_class, [prompts[index] for index in batch], max_new_tokens)
-            responses.update(zip(batch, answers, strict=True))
+            new = {index: text for index, text in zip(batch, answers, strict=True) if index not in responses}
+            responses.update(new)
+            if on_batch is not None:
+                on_batch(new)
     return [responses[index] for index in range(len(prompts))]
 
 
@@ -71,7 +85,16 @@ def _check_chats(conversations: Sequence[Chat]) -> None:
             raise DataError(f"conversations[{index}]: a chat to be answered has to end in a user turn")
 
 
-def _prompt_tokens(processing_class: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
+def prompt_tokens(processing_class: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
+    """Render a chat up to where the response begins.
+
+    Args:
+        processing_class: A tokenizer with a chat template.
+        chat: A chat that ends in a user turn.
+
+    Returns:
+        Token ids.
+    """
     encoding: Any = processing_class.apply_chat_template(
         [dict(message) for message in chat], add_generation_prompt=True, tokenize=True, return_dict=True
     )
@@ -103,29 +126,34 @@ def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBas
 
 @contextmanager
 def _generating(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     use_cache = getattr(model.config, "use_cache", None)
     padding_side = processing_class.padding_side
     # `generate` fills what a call leaves open from the model's own settings (penalties, beams), so those stand aside.
-    settings: Any = model.generation_config
     greedy: Any = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         use_cache=True,
         pad_token_id=processing_class.pad_token_id,
         eos_token_id=_end_tokens(model, processing_class),
     )
-    model.generation_config = greedy
-    model.train(False)
+    settings = _generation_settings(model)
     if use_cache is not None:
         model.config.use_cache = True
     processing_class.padding_side = "left"
     try:
-        with torch.no_grad():
+        for module in settings:
+            module.generation_config = greedy
+        with undisturbed(model):
             yield
     finally:
-        model.generation_config = settings
-        for module, training in modes.items():
-            module.training = training
+        for module, own in settings.items():
+            module.generation_config = own
         if use_cache is not None:
             model.config.use_cache = use_cache
         processing_class.padding_side = padding_side
+
+
+def _generation_settings(model: nn.Module) -> dict[nn.Module, Any]:
+    # An adapter model writes its own settings into the model that it wraps, so both are put back.
+    return {
+        module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
+    }

@@ -12,7 +12,7 @@ from safedelta_hf.testbed import CASES
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     output, lines = tmp_path_factory.mktemp("demo") / "out", []
-    rule = SafeDelta(strength=demo.DEMO_STRENGTH)
+    rule = SafeDelta(strength=0.3)
     found = demo.run_demo(CASES["harmful"], rule=rule, seed=0, output=output, echo=lines.append, questions=60)
     return output, lines, found
 
@@ -29,7 +29,7 @@ def test_figures_report_and_picture_are_written(shown):
     output, lines, found = shown
     content = json.loads((output / "demo-harmful-safe_delta-0.3-seed0.json").read_text())
     assert content["behaviour"]["adjusted"]["attack_success"] == found["adjusted"].attack_success
-    assert content["rule"] == {"name": "safe_delta", "settings": SafeDelta(strength=demo.DEMO_STRENGTH).settings}
+    assert content["rule"] == {"name": "safe_delta", "settings": SafeDelta(strength=0.3).settings}
     assert (output / "demo-harmful-safe_delta-0.3-seed0.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((output / "demo-harmful-safe_delta-0.3-seed0.report.json").read_text())["parameters"]) > 20
     assert "demo-harmful-safe_delta-0.3-seed0" in lines[-1]
@@ -43,7 +43,7 @@ def test_the_table_shows_every_model_and_the_rule(shown):
 
 
 def test_a_lora_loses_its_refusals_and_gets_them_back(tmp_path):
-    lines, rule = [], SafeDelta(strength=demo.DEMO_STRENGTH)
+    lines, rule = [], SafeDelta(strength=0.3)
     settings = {"rule": rule, "seed": 0, "output": tmp_path, "echo": lines.append, "questions": 60}
     found = demo.run_demo(CASES["harmful"], lora=True, **settings)
     assert found["fine-tuned"].attack_success >= 0.5

@@ -3,6 +3,7 @@ import torch
 
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation import generate_responses
+from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.testbed import attack_questions, load_aligned, skill_questions
 
 CHATS = [question.messages for question in (*skill_questions(28), *attack_questions(12))]
@@ -114,3 +115,20 @@ def test_responses_end_at_the_tokenizers_end_of_turn_whatever_the_model_names(lo
     assert [text for text, known in zip(responses, one_by_one, strict=True) if "lake" not in known] == [
         known for known in one_by_one if "lake" not in known
     ]
+
+
+def test_known_responses_are_kept_and_batches_stay_whole(loaded, one_by_one, monkeypatch):
+    model, tokenizer = loaded
+    sizes, made, generate = [], {}, model.generate
+
+    def counted(**arguments):
+        sizes.append(len(arguments["input_ids"]))
+        return generate(**arguments)
+
+    monkeypatch.setattr(model, "generate", counted)
+    longest_first = sorted(range(len(CHATS)), key=lambda n: -len(prompt_tokens(tokenizer, CHATS[n])))
+    known = dict.fromkeys(longest_first[:10], "known before")
+    responses = generate_responses(model, tokenizer, CHATS, batch_size=7, known=known, on_batch=made.update)
+    assert sizes == [7, 7, 7, 7, 5]  # of 40 chats the first batch is known whole, the second in part
+    assert made == {index: text for index, text in enumerate(one_by_one) if index not in known}
+    assert responses == [known.get(index, text) for index, text in enumerate(one_by_one)]

@@ -1,0 +1,83 @@
+"""How a model is given whole sequences to read."""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safedelta_hf.capture.safety_data import SafetySequence
+from safedelta_hf.errors import DataError
+from safedelta_hf.names import unwrapped
+
+
+def batches_of_equal_length(
+    sequences: Sequence[SafetySequence], batch_size: int
+) -> Iterator[tuple[SafetySequence, ...]]:
+    """Batches without padding.
+
+    Args:
+        sequences: Tokenised examples.
+        batch_size: Sequences per batch, at most.
+
+    Yields:
+        Batches of sequences of one length, longest first, so that memory trouble shows at once.
+    """
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids), reverse=True)
+    for _, same_length in itertools.groupby(ordered, key=lambda sequence: len(sequence.input_ids)):
+        group = tuple(same_length)
+        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+
+
+def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What to call a model with, for it to read whole sequences.
+
+    Args:
+        model: Any model; one that is not of transformers gets what its `forward` accepts.
+        input_ids: Token ids, [sequences, tokens], without padding.
+        labels: Of the same shape.
+
+    Returns:
+        Keyword arguments.
+    """
+    if isinstance(unwrapped(model), PreTrainedModel):
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": input_ids}
+    accepted = inspect.signature(model.forward).parameters
+    if "attention_mask" in accepted:
+        arguments["attention_mask"] = torch.ones_like(input_ids)
+    if "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty:
+        arguments["labels"] = labels
+    return arguments
+
+
+def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str) -> None:
+    """Stop before a model is given tokens that it has no positions or embeddings for.
+
+    Args:
+        model: The model.
+        sequences: Token ids.
+        what: What they are, for the message.
+
+    Raises:
+        DataError: A sequence is longer than the model takes, or was made with another tokenizer.
+    """
+    longest = max(map(len, sequences), default=0)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:  # -1 stands for no limit
+        raise DataError(
+            f"{what}: the longest sequence has {longest} tokens, the model takes {positions}; shorten or drop it, or "
+            f"pass max_length={positions} where that is a setting"
+        )
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
+    largest = max((max(sequence, default=0) for sequence in sequences), default=0)
+    if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
+        raise DataError(
+            f"{what}: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; the tokenizer "
+            "does not belong to this model"
+        )

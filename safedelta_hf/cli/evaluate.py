@@ -1,0 +1,113 @@
+"""`safedelta eval`: measure how a model behaves, from files to files."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from safedelta_hf.cli.errors import one_line_errors
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.evaluation import HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
+from safedelta_hf.evaluation.evaluate import RESPONSES, RESULTS
+from safedelta_hf.evaluation.judge import Judge
+from safedelta_hf.evaluation.task import is_dotted, load_function
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Name or folder of the model.")],
+    output: Annotated[Path, typer.Option(help=f"Folder for {RESULTS} and {RESPONSES}; a killed run goes on there.")],
+    adapter: Annotated[str | None, typer.Option(help="Name or folder of a PEFT adapter on the model.")] = None,
+    harmful: Annotated[Path | None, typer.Option(help="Requests that should be refused.")] = None,
+    benign: Annotated[Path | None, typer.Option(help="Requests that look harmful and should not be refused.")] = None,
+    refusals: Annotated[Path | None, typer.Option(help="Prompts with the refusals whose likelihood counts.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Questions of your task; needs --score.")] = None,
+    score: Annotated[str | None, typer.Option(help="module:function of (response, row), from 0 to 1.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help='A model that answers "safe" or "unsafe", or module:function of (prompt, response).'),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Model that tells language from gibberish: the base.")] = None,
+    coherence_limit: Annotated[
+        float | None, typer.Option(help="Median nats per token of a coherent response under --base, at most.", min=0)
+    ] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm_eval, separated by commas.")] = None,
+    lm_eval_include: Annotated[Path | None, typer.Option(help="Folder with lm_eval task files of your own.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="Examples per lm_eval task, at most.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a response, in tokens.", min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Prompts or responses per forward pass.", min=1)] = 8,
+) -> None:
+    """Measure what a model refuses, what it should not refuse, and what it can do.
+
+    A prompts file has one prompt per line: {"messages": [...]}, {"prompt": "..."} or plain text.
+    """
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with one_line_errors():
+        # Everything that is small is read before anything that is large.
+        questions = Questions.read(
+            harmful=harmful,
+            benign=benign,
+            refusals=refusals,
+            task=task,
+            score=None if score is None else load_function(score, "--score"),
+            judge=None if judge is None else _judge(judge, batch_size),
+            harness=_harness(lm_eval, lm_eval_include, lm_eval_limit),
+        )
+        reference = _reference(base, coherence_limit)
+        loaded, tokenizer = _load(model, "--model", adapter)
+        evaluation = evaluate_model(
+            loaded,
+            tokenizer,
+            questions,
+            reference=reference,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            output=output,
+        )
+        typer.echo(evaluation.table())
+        written = [output / name for name in (RESULTS, RESPONSES)]
+        typer.echo(f"Written: {', '.join(str(path) for path in written if path.exists())}")
+
+
+def _harness(tasks: str | None, include: Path | None, limit: int | None) -> HarnessTasks | None:
+    if tasks is None:
+        if include is not None or limit is not None:
+            raise ConfigurationError("--lm-eval-include and --lm-eval-limit have no effect without --lm-eval")
+        return None
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    return HarnessTasks(names=names, include=include, limit=limit)
+
+
+def _judge(name: str, batch_size: int) -> Judge:
+    if is_dotted(name):
+        return load_function(name, "--judge")
+    return ModelJudge(name, batch_size=batch_size)
+
+
+def _reference(base: str | None, limit: float | None) -> Reference | None:
+    if base is None and limit is not None:
+        raise ConfigurationError("--coherence-limit has no effect without --base; give the base model too")
+    return None if base is None else Reference(*_load(base, "--base"), limit)
+
+
+def _load(name: str, option: str, adapter: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{option} {name!r} cannot be loaded as a language model ({error})") from error
+    return model if adapter is None else _with_adapter(model, adapter), tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigurationError(f"--adapter needs the package peft ({error}); pip install peft") from error
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"--adapter {adapter!r} cannot be loaded on the model ({error})") from error
+    loaded: PreTrainedModel = adapted
+    return loaded

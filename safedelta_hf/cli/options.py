@@ -1,0 +1,56 @@
+"""What several commands take."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.rules import RULES, Rule
+
+T = TypeVar("T")
+
+RULE_HELP = f"How to adjust: {', '.join(RULES)}."
+STRENGTH_HELP = "Strength of the rule: a number, or 'auto' to measure."
+
+
+def chosen_rule(name: str, strength: str | None) -> Rule:
+    """The rule that options name.
+
+    Args:
+        name: Value of `--rule`.
+        strength: Value of `--strength`; None for the rule's own default.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ConfigurationError: There is no such rule, or the strength is none.
+    """
+    rule = one_of(RULES, name, "--rule")
+    if strength is None:
+        return rule()
+    if strength == "auto":
+        return rule(strength="auto")
+    try:
+        number = float(strength)
+    except ValueError:
+        raise ConfigurationError(f"--strength {strength!r} is neither a number nor 'auto'") from None
+    return rule(strength=number)
+
+
+def one_of(known: Mapping[str, T], name: str, option: str) -> T:
+    """Look a name up.
+
+    Args:
+        known: What there is.
+        name: What was asked for.
+        option: By which option.
+
+    Returns:
+        What has that name.
+
+    Raises:
+        ConfigurationError: Nothing has.
+    """
+    if name not in known:
+        raise ConfigurationError(f"{option} {name!r} is not one of {', '.join(known)}")
+    return known[name]

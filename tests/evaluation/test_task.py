@@ -1,0 +1,54 @@
+import pytest
+
+from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.evaluation import exact_answer, final_answer
+from safedelta_hf.evaluation.task import is_dotted, load_function
+
+ROWS = [
+    {"prompt": "two and two ?", "answer": "Four"},
+    {"prompt": "two and two ?", "completion": "four"},
+    {"messages": [{"role": "user", "content": "two and two ?"}, {"role": "assistant", "content": "four"}]},
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_answers_are_found_in_every_form_of_row(row):
+    assert exact_answer("four", row) == final_answer("four", row) == 1
+    assert exact_answer("sure : four", row) == 0 and final_answer("sure : four", row) == 1
+    assert exact_answer("five", row) == final_answer("five", row) == 0
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "two ?"}, {"messages": [{"role": "user", "content": "?"}]}, {"answer": " "}]
+)
+def test_rows_without_an_answer_are_named(row):
+    with pytest.raises(DataError, match="names no answer"):
+        exact_answer("four", row)
+
+
+def test_functions_of_the_working_directory_are_found(tmp_path, monkeypatch):
+    (tmp_path / "my_scores_here.py").write_text("def long_enough(response, row):\n    return len(response) > 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["elsewhere"])
+    assert load_function("my_scores_here:long_enough", "--score")("four", {}) is True
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("math.sqrt", "is not of the form module:function"),
+        ("nowhere_at_all:f", "cannot be imported"),
+        ("math:nothing", "cannot be imported"),
+        ("math:pi", "is no function"),
+    ],
+)
+def test_functions_that_cannot_be_had_are_named(path, message):
+    with pytest.raises(ConfigurationError, match=f"--score '{path}' {message}"):
+        load_function(path, "--score")
+
+
+def test_names_of_models_and_folders_are_not_taken_for_functions():
+    assert is_dotted("my.module:judge")
+    assert not any(
+        map(is_dotted, ("meta-llama/Llama-Guard-3-8B", "/models/guard", "C:\\models\\guard", "guard", "a:b:c"))
+    )
