@@ -28,7 +28,7 @@ class AutoStrength:
 
     tolerance: float = 0.01
     quantile: float = 0.95
-    precision: float = 1.8
+    precision: float = 1.3
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
