@@ -57,3 +57,9 @@ def greedy_entries(delta: Tensor, pivots: Tensor, limit: float) -> list[tuple[in
 def loss(delta: Tensor, hessian: Tensor) -> float:
     delta, hessian = delta.double(), hessian.double()
     return 0.5 * float(torch.trace(delta @ hessian @ delta.T))
+
+
+def ridge(delta: Tensor, utility: Tensor, hessian: Tensor, strength: float) -> Tensor:
+    """`D N (N + lam H)^-1` with an explicit inverse."""
+    delta, utility, hessian = delta.double(), utility.double(), hessian.double()
+    return delta @ utility @ torch.linalg.inv(utility + strength * hessian)
