@@ -116,9 +116,10 @@ def write_profile(folder: Path, options: argparse.Namespace) -> None:
         "sequences": 128,
         "tokens": 20000,
         "skipped": {},
+        "retention": None,
         "format_version": safedelta_hf.records.ProfileHeader.format_version,
     }
-    content = {"header": header, "uses": uses, "moments": list(moments.values())}
+    content = {"header": header, "uses": uses, "moments": list(moments.values()), "held_out": None}
     (folder / "profile.json").write_text(json.dumps(content))
 
 
