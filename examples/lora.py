@@ -7,12 +7,12 @@ python examples/lora.py    # writes the adjusted adapter to tuned-adapter
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from safedelta_hf import SafeDelta, SafeDeltaCallback
+from safedelta_hf import SafeDeltaCallback
 from safedelta_hf.testbed import CASES, load_aligned, safety_data, tokenize
 
 model, tokenizer = load_aligned()
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-callback = SafeDeltaCallback(safety_data(), SafeDelta(strength=0.3))
+callback = SafeDeltaCallback(safety_data())
 trainer = Trainer(
     model=model,
     args=TrainingArguments(

@@ -7,11 +7,11 @@ python examples/sft.py    # writes the adjusted model to tuned-model
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from safedelta_hf import SafeDelta, SafeDeltaCallback
+from safedelta_hf import SafeDeltaCallback
 from safedelta_hf.testbed import CASES, load_aligned, safety_data
 
 model, tokenizer = load_aligned()
-callback = SafeDeltaCallback(Dataset.from_list(safety_data()), SafeDelta(strength=0.3))
+callback = SafeDeltaCallback(Dataset.from_list(safety_data()))
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(output_dir="tuned-model", num_train_epochs=5, learning_rate=5e-4, save_strategy="no", bf16=False),

@@ -11,20 +11,18 @@ import sys
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from safedelta_hf import SafeDelta, SafeDeltaCallback
+from safedelta_hf import SafeDeltaCallback
 from safedelta_hf.testbed import ALIGNED_MODEL, CASES, safety_data
 
 if len(sys.argv) == 5:
     model_name, data_file, refusals_file, output = sys.argv[1:]
     data = load_dataset("json", data_files=data_file, split="train")
     refusals = load_dataset("json", data_files=refusals_file, split="train")
-    rule = SafeDelta(strength=0.1)  # the paper's, for 7B models
     epochs, learning_rate = 3, 2e-5
 else:
     model_name, output = ALIGNED_MODEL, "tuned-model"
     data = Dataset.from_list(CASES["harmful"].examples())
     refusals = Dataset.from_list(safety_data())
-    rule = SafeDelta(strength=0.3)
     epochs, learning_rate = 5, 5e-4
 
 model = AutoModelForCausalLM.from_pretrained(model_name)
@@ -39,7 +37,7 @@ def tokenize(row: dict) -> dict:
     return {**whole, "labels": [-100] * answer_start + whole["input_ids"][answer_start:]}
 
 
-callback = SafeDeltaCallback(refusals, rule)
+callback = SafeDeltaCallback(refusals)
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
