@@ -123,9 +123,11 @@ def test_a_further_model_may_be_in_memory_in_files_or_behind_a_reader(where, kin
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_folder_of_a_lora_stands_for_the_model_that_it_makes(kind, profiles, tmp_path):
-    targets = adapters.LINEAR if kind == "llama" else ["c_attn", "c_proj"]
+    changes = (
+        {} if kind == "llama" else {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "fan_in_fan_out": True}
+    )
     base = MODELS[kind]()
-    safe = adapters.adapted(base, target_modules=targets, lora_bias=kind == "gpt2")
+    safe = adapters.adapted(base, **changes)
     safe.save_pretrained(tmp_path / "safe")
     unaligned = tiny.perturbed(MODELS[kind](), seed=3)
     results = []
@@ -181,7 +183,7 @@ def test_parameters_without_a_moment_follow_the_setting_for_them():
     assert not torch.equal(found["up.weight"], before["up.weight"])
 
 
-def test_a_measured_strength_is_found_and_holds(monkeypatch):
+def test_a_measured_strength_is_found_and_holds():
     base = tiny.llama()
     profile = collect_profile(base, tiny.rows(48, seed=1), holdout=0.5, progress=False)
     tuned = tiny.perturbed(tiny.llama(), scale=0.3)
@@ -230,9 +232,7 @@ def test_an_adapter_that_is_refactored_has_whole_weights(profile, tmp_path):
     torch.manual_seed(0)
     model = adapters.trained(get_peft_model(tiny.llama(), adapters.config(use_dora=True)))
     expected, _ = merge(Ties(strength=1.0), profile, adapters.merged(model))
-    refactor_adapter(
-        model, output=tmp_path / "out", rank=16, profile=profile, rule=Ties(strength=1.0), progress=False
-    )
+    refactor_adapter(model, output=tmp_path / "out", rank=16, profile=profile, rule=Ties(strength=1.0), progress=False)
     found = tiny.weights(adapters.merged(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")))
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
@@ -284,7 +284,11 @@ def on_a_wider_base(tmp_path):
     [
         (unreadable, MergeError, "holds no safetensors files of a model and no adapter"),
         (incomplete, MergeError, r"^model\.norm\.weight: .* has no such weight"),
-        (of_another_shape, MergeError, r"mlp\.\w+\.weight: \[\d+, \d+\] in a model in memory, \[\d+, \d+\] in the base"),
+        (
+            of_another_shape,
+            MergeError,
+            r"mlp\.\w+\.weight: \[\d+, \d+\] in a model in memory, \[\d+, \d+\] in the base",
+        ),
         (not_a_number, NumericalError, r"^model\.norm\.weight: holds NaN or Inf in a LlamaForCausalLM in memory"),
         (with_an_adapter, MergeError, r"has an adapter beside its weights; pass its merge_and_unload\(\)"),
         (with_a_whole_parameter, MergeError, r"lm_head\.weight: carried whole by the adapter"),

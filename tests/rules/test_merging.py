@@ -114,7 +114,9 @@ def test_safe_merge_merges_the_layers_below_the_threshold(aligned, transposed):
 
 def test_matrices_are_laid_out_with_outputs_first():
     def laid_out(shape, **changes):
-        return tuple(MergeInput(name="", base=torch.zeros(0), delta=torch.zeros(0), **changes).matrices(torch.zeros(shape)).shape)
+        return tuple(
+            MergeInput(name="", base=torch.zeros(0), delta=torch.zeros(0), **changes).matrices(torch.zeros(shape)).shape
+        )
 
     assert laid_out((5,)) == (5, 1)
     assert laid_out((5, 3)) == (5, 3) and laid_out((5, 3), is_transposed=True) == (3, 5)
