@@ -12,7 +12,7 @@ class Slerp(MergeRule):
     """Spherical interpolation of base and fine-tuned weight, each parameter as one vector.
 
     The share of the way is `t = 1 / (1 + strength)`, as of `Scale`, from which it differs only where the fine-tuning
-    turned a weight by more than some degrees (Farn et al. 2024, arXiv 2412.19512; conventions of mergekit).
+    turned a weight by more than 1.8 degrees (Farn et al. 2024, arXiv 2412.19512; conventions of mergekit).
 
     Args:
         strength: 0 returns the fine-tuned weights, 1 the middle of the arc. "auto" measures.
