@@ -294,7 +294,7 @@ class StrengthSearch:
         )
         told = {
             "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations: {measured}.",
-            "nothing needed": f"The model is within the tolerance before anything is given up: {measured}.",
+            "nothing needed": f"The model is within the tolerance with its delta kept whole: {measured}.",
             "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
         }
         return told[self.outcome]
