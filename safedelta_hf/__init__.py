@@ -7,18 +7,34 @@ from safedelta_hf.hf.evaluation import EvaluationCallback
 from safedelta_hf.pipeline import adjust_adapter, adjust_adapter_files, adjust_model, collect_profile, refactor_adapter
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import AutoStrength, Ridge, SafeDelta, Scale, TaskRidge
+from safedelta_hf.rules import (
+    AutoStrength,
+    Dare,
+    ModelStock,
+    Ridge,
+    SafeDelta,
+    SafeMerge,
+    Scale,
+    Slerp,
+    TaskRidge,
+    Ties,
+)
 
 __all__ = [
     "AutoStrength",
+    "Dare",
     "EvaluationCallback",
+    "ModelStock",
     "Report",
     "Ridge",
     "SafeDelta",
     "SafeDeltaCallback",
+    "SafeMerge",
     "SafetyProfile",
     "Scale",
+    "Slerp",
     "TaskRidge",
+    "Ties",
     "Treatment",
     "adjust_adapter",
     "adjust_adapter_files",

@@ -44,6 +44,10 @@ class AdapterError(SafeDeltaError, ValueError):
     """An adapter has no delta that can be adjusted, or is not as it has to be."""
 
 
+class MergeError(SafeDeltaError, ValueError):
+    """A further model that a merge needs cannot be read, or does not belong to the same base."""
+
+
 class AdjustmentError(SafeDeltaError):
     """Something outside this package failed while it was at work; the cause is chained.
 

@@ -29,6 +29,15 @@ class Role(StrEnum):
     """A linear map of patches, stored [out, in, positions...]; full curvature over the patch."""
 
 
+class Storage(StrEnum):
+    """What a delta is stored in decides which rules can change it."""
+
+    DENSE = "dense"
+    """Base and fine-tuned weight are at hand, whole, and any delta can be written."""
+    ADAPTER = "adapter"
+    """Factors, an offset or some rows, held apart from the base weight; only deltas of that form can be written."""
+
+
 class Action(StrEnum):
     """What happens to a parameter."""
 
@@ -285,7 +294,7 @@ class StrengthSearch:
         )
         told = {
             "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations: {measured}.",
-            "nothing needed": f"The fine-tuned model is within the tolerance, so its delta is kept whole: {measured}.",
+            "nothing needed": f"The model is within the tolerance with its delta kept whole: {measured}.",
             "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
         }
         return told[self.outcome]

@@ -1,4 +1,4 @@
-"""Right-multiplications `D* = D T`: the only form in which a rule changes a delta.
+"""Right-multiplications `D* = D T`: the form in which every rule but a merge changes a delta.
 
 A transform maps rows independently, so it serves a whole delta, the rows that one rank holds, and the `A` of a
 LoRA adapter alike.

@@ -31,8 +31,9 @@ from safedelta_hf.pipeline import (
     require_adjustable,
     require_decisions,
     require_measurable,
+    require_mergeable,
 )
-from safedelta_hf.records import PlanEntry, Treatment
+from safedelta_hf.records import PlanEntry, Storage, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
 from safedelta_hf.weights.journal import standing_in
@@ -186,7 +187,10 @@ class SafeDeltaCallback(TrainerCallback):
         require_measurable(self._rule, profile)
         require_recorded(run, state)
         remember(run, state)
-        require_decisions(_entries_of_trained(model, profile, self._treatment))
+        entries = _entries_of_trained(model, profile, self._treatment)
+        require_decisions(entries)
+        storage = Storage.DENSE if trained_adapter(model) is None else Storage.ADAPTER
+        require_mergeable(self._rule, entries, profile, storage)
 
     def on_train_end(
         self,

@@ -5,6 +5,7 @@ from safedelta_hf.pipeline.adapter_files import adjust_adapter_files
 from safedelta_hf.pipeline.adjust import adjust_model
 from safedelta_hf.pipeline.collect import collect_profile
 from safedelta_hf.pipeline.loop import require_measurable
+from safedelta_hf.pipeline.merging import require_mergeable
 from safedelta_hf.pipeline.plan import plan_model, require_decisions
 from safedelta_hf.pipeline.refactor import refactor_adapter
 
@@ -19,4 +20,5 @@ __all__ = [
     "require_adjustable",
     "require_decisions",
     "require_measurable",
+    "require_mergeable",
 ]

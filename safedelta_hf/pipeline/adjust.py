@@ -80,7 +80,7 @@ def adjust_weights(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
-    loop = Adjustment(store, plan, profile, task, progress=progress)
+    loop = Adjustment(store, plan, profile, rule, task, progress=progress)
     with store:
         if rule.auto is None:
             search, records = None, loop.at(rule)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,11 +12,12 @@ from safedelta_hf.capture.held_out import Drift, HeldOut
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.core.loss import quadratic_loss
 from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError
+from safedelta_hf.pipeline.merging import Merging, require_storage
 from safedelta_hf.pipeline.plan import check_moments, require_decisions
 from safedelta_hf.pipeline.prepared import PreparedMoments
 from safedelta_hf.pipeline.search import search_strength
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, StrengthSearch, Use
-from safedelta_hf.rules import AutoStrength, Rule
+from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
 from safedelta_hf.weights.delta import Delta
 from safedelta_hf.weights.store import WeightStore
 
@@ -44,6 +45,7 @@ class Adjustment:
         store: The fine-tuned weights; writing happens inside its block, which the caller opens.
         plan: What will be done with each parameter of the store.
         profile: Profile of their base.
+        rule: Which part of each delta will be kept, at whatever strength.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         progress: Whether to show progress bars.
 
@@ -52,10 +54,18 @@ class Adjustment:
     """  # noqa: DOC502 - raised by the functions called
 
     def __init__(
-        self, store: WeightStore, plan: Plan, profile: SafetyProfile, task: SafetyProfile | None, *, progress: bool
+        self,
+        store: WeightStore,
+        plan: Plan,
+        profile: SafetyProfile,
+        rule: Rule,
+        task: SafetyProfile | None,
+        *,
+        progress: bool,
     ) -> None:
         self._store, self._plan, self._profile, self._task = store, plan, profile, task
         self._progress = progress
+        self._merging = Merging(rule, plan.entries, profile) if isinstance(rule, MergeRule) else None
         tuned = [
             entry
             for entry in tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not progress)
@@ -63,6 +73,9 @@ class Adjustment:
         ]
         for entry in tuned:
             check_moments(entry, profile.moments)
+            if self._merging is not None:
+                require_storage(rule, entry, store.storage(entry.parameter))
+                self._merging.check(entry)
         require_decisions(tuned)
         self._tuned = {entry.parameter for entry in tuned}
 
@@ -79,7 +92,8 @@ class Adjustment:
         Raises:
             SafeDeltaError: Named by parameter.
         """
-        adjuster = _Adjuster(self._store, rule, prepared or PreparedMoments(self._profile, rule, self._task))
+        prepared = prepared or PreparedMoments(self._profile, rule, self._task)
+        adjuster = _Adjuster(self._store, rule, prepared, self._merging)
         records = []
         description = f"Adjusting ({rule.name})"
         for entry in tqdm(self._plan.entries, desc=description, unit="weight", disable=not self._progress):
@@ -159,10 +173,11 @@ def _measurable(rule: Rule, running: RunningModel | None, profile: SafetyProfile
 class _Adjuster:
     """Adjusts one parameter at a time."""
 
-    def __init__(self, store: WeightStore, rule: Rule, prepared: PreparedMoments) -> None:
+    def __init__(self, store: WeightStore, rule: Rule, prepared: PreparedMoments, merging: Merging | None) -> None:
         self._store = store
         self._rule = rule
         self._prepared = prepared
+        self._merging = merging
 
     def adjust(self, entry: PlanEntry) -> ParameterRecord:
         """Do with a parameter what its plan says.
@@ -178,21 +193,28 @@ class _Adjuster:
             return self._write(entry, delta, outcome="kept")
         if entry.action is not Action.ADJUST:
             return self._write(entry, delta.dropped(), outcome="reset")
-        adjusted, remarks = delta, list[str]()
-        for use in entry.uses:
-            self._hold(entry, use, delta)
-            state = self._prepared.state(use)
-            transform = self._rule.transform(state, adjusted.matrix(use))
-            adjusted = adjusted.transformed(use, transform)
-            remarks.extend(state.notes + transform.notes)
+        if self._merging is None:
+            adjusted, remarks = self._transformed(entry, delta)
+        else:
+            adjusted, remarks = self._merging.merged(self._rule, entry, delta)
         return self._write(
             entry,
             adjusted,
             outcome="adjusted",
             tuned_loss=self._loss(entry, delta),
             adjusted_loss=self._loss(entry, adjusted),
-            notes=tuple(remarks),
+            notes=remarks,
         )
+
+    def _transformed(self, entry: PlanEntry, delta: Delta) -> tuple[Delta, tuple[str, ...]]:
+        rule, remarks = cast(TransformRule, self._rule), tuple[str, ...]()
+        for use in entry.uses:
+            self._hold(entry, use, delta)
+            state = self._prepared.state(use)
+            transform = rule.transform(state, delta.matrix(use))
+            delta = delta.transformed(use, transform)
+            remarks += state.notes + transform.notes
+        return delta, remarks
 
     def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401
         # Measured before it is written: a delta may look at the very weight that is overwritten.

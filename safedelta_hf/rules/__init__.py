@@ -1,13 +1,21 @@
 """One file per rule. A new rule is one file and one line in `RULES`."""
 
+from safedelta_hf.rules.dare import Dare
+from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, source_name
+from safedelta_hf.rules.model_stock import ModelStock
 from safedelta_hf.rules.ridge import Ridge
-from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Rule
+from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Rule, TransformRule
 from safedelta_hf.rules.safe_delta import SafeDelta
+from safedelta_hf.rules.safe_merge import SafeMerge
 from safedelta_hf.rules.scale import Scale
+from safedelta_hf.rules.slerp import Slerp
 from safedelta_hf.rules.strength import AutoStrength
 from safedelta_hf.rules.task_ridge import TaskRidge
+from safedelta_hf.rules.ties import Ties
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (SafeDelta, Ridge, TaskRidge, Scale)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (SafeDelta, Ridge, TaskRidge, Scale, Slerp, Dare, Ties, ModelStock, SafeMerge)
+}
 """Rules by registered name."""
 
 
@@ -26,12 +34,23 @@ def default_rule(task: object | None) -> Rule:
 __all__ = [
     "RULES",
     "AutoStrength",
+    "Dare",
     "DeltaStatistics",
     "LayerMoments",
+    "MergeInput",
+    "MergeRule",
+    "Merged",
+    "ModelStock",
     "Ridge",
     "Rule",
     "SafeDelta",
+    "SafeMerge",
     "Scale",
+    "Slerp",
+    "Source",
     "TaskRidge",
+    "Ties",
+    "TransformRule",
     "default_rule",
+    "source_name",
 ]

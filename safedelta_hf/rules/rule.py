@@ -1,4 +1,4 @@
-"""What a rule is: moments and column statistics in, a transform out. It never sees a weight."""
+"""What a rule is, and the usual kind of it: moments and column statistics in, a transform out, and never a weight."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
+from safedelta_hf.records import Storage
 from safedelta_hf.rules.strength import AutoStrength, Strength, require_number
 
 
@@ -49,10 +50,10 @@ class State(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
-    """Turns the moments of a layer into a transform of its delta.
+    """Decides which part of a delta is kept.
 
     A rule is a frozen dataclass whose fields are its settings. `prepare` holds what depends on the moments alone, so
-    that layers with the same inputs share it; the state it returns is passed back to `transform` unread.
+    that layers with the same inputs share it.
 
     Args:
         strength: How hard the rule acts, in its own units; "auto", for `AutoStrength()`, measures.
@@ -70,6 +71,8 @@ class Rule(ABC):
     """Whether it weighs what the task data uses."""
     prepares_for_any_strength: ClassVar[bool] = False
     """Whether what `prepare` returns holds for every strength."""
+    storage: ClassVar[frozenset[Storage]] = frozenset(Storage)
+    """Kinds of storage whose deltas it can adjust."""
 
     def __post_init__(self) -> None:
         if self.strength == "auto":
@@ -106,8 +109,21 @@ class Rule(ABC):
             moments: Of the layer.
 
         Returns:
-            The state that `transform` takes.
+            What the rule will need of them.
         """
+
+    def _check_strength(self) -> None:
+        self._require("strength", "at least 0 and finite, or 'auto'", lambda value: 0 <= value < math.inf)
+
+    def _require(self, field: str, allowed: str, accepts: Callable[[Any], bool]) -> None:
+        require_number(type(self).__name__, field, getattr(self, field), allowed, accepts)
+
+
+class TransformRule(Rule):
+    """Turns the moments of a layer into a transform of its delta, wherever and in whatever form that is stored.
+
+    The state that `prepare` returns is passed back to `transform` unread.
+    """
 
     @abstractmethod
     def transform(self, state: Any, delta: DeltaStatistics) -> Transform:  # noqa: ANN401 - the rule's own state
@@ -120,12 +136,6 @@ class Rule(ABC):
         Returns:
             The transform.
         """
-
-    def _check_strength(self) -> None:
-        self._require("strength", "at least 0 and finite, or 'auto'", lambda value: 0 <= value < math.inf)
-
-    def _require(self, field: str, allowed: str, accepts: Callable[[Any], bool]) -> None:
-        require_number(type(self).__name__, field, getattr(self, field), allowed, accepts)
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class PreparedTransform:
     notes: tuple[str, ...] = ()
 
 
-class Shrinking(Rule):
+class Shrinking(TransformRule):
     """A rule whose transform depends on moments and strength alone; strength 0 keeps the whole delta."""
 
     mildest: ClassVar[float] = 0.0

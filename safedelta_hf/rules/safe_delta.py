@@ -12,7 +12,7 @@ from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_blockwise, select_columns
 from safedelta_hf.core.transform import Dense, KeepColumns, Transform
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Rule
+from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, TransformRule
 from safedelta_hf.rules.strength import Strength, number
 
 Compensation = Literal["joint", "sequential", "none"]
@@ -31,7 +31,7 @@ class DiagonalCurvature:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeDelta(Rule):
+class SafeDelta(TransformRule):
     """The published rule: keep the columns with the most utility per safety cost, compensate in the rest.
 
     Args:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from safedelta_hf.errors import AdapterError
+from safedelta_hf.records import Storage
 from safedelta_hf.weights.adapter_parts import AdapterPart, Replaces
 from safedelta_hf.weights.delta import Delta
 from safedelta_hf.weights.model import require_finite
@@ -66,6 +67,17 @@ class AdapterStore:
                 raise AdapterError(f"{place}: has the shape {list(tensor.shape)}, so the adapter has rank 0 there")
             require_finite(place, tensor)
         return self._parts[name].delta().tuned_energy > 0
+
+    def storage(self, name: str) -> Storage:
+        """The kind of storage of a parameter's delta.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            The kind.
+        """
+        return self._parts[name].storage
 
     def delta(self, name: str) -> Delta:
         """The delta of a parameter.

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from safedelta_hf.records import Storage
 from safedelta_hf.weights.delta import Delta, DenseDelta
 
 
@@ -30,6 +31,11 @@ class AdapterPart(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
+        ...
+
+    @property
+    def storage(self) -> Storage:
+        """The kind of storage of its delta."""
         ...
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -58,6 +64,7 @@ class DensePart:
     parameter: str
     tuned: Tensor
     base: Tensor
+    storage: ClassVar[Storage] = Storage.DENSE
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,6 +115,7 @@ class OffsetPart:
     parameter: str
     offset: Tensor
     scaling: float
+    storage: ClassVar[Storage] = Storage.ADAPTER
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,6 +169,7 @@ class TokenRowsPart:
     rows: Tensor
     indices: Tensor
     base: Tensor
+    storage: ClassVar[Storage] = Storage.ADAPTER
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The delta of one parameter, whatever form it is stored in, and the form that this process holds whole."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -91,6 +92,11 @@ class DenseDelta:
         return self._adjusted
 
     @property
+    def base(self) -> Tensor:
+        """Base weight, float32."""
+        return self._base.to(torch.float32)
+
+    @property
     def tuned_energy(self) -> float:
         """Squared norm of tuned minus base."""
         return float(self._delta().square().sum())
@@ -134,6 +140,23 @@ class DenseDelta:
             A new delta of the same weights.
         """
         return DenseDelta(self._tuned, self._base, torch.zeros_like(self._adjusted))
+
+    def adjusted_to(self, values: Tensor, uses: Sequence[Use]) -> "DenseDelta":
+        """The delta with something else kept of it, where it is used.
+
+        Args:
+            values: What is kept, float32, in the shape of the parameter, contiguous.
+            uses: How it is used. Parts that no use reaches keep their delta, as under every rule.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        if any(use.part is None for use in uses):
+            return DenseDelta(self._tuned, self._base, values)
+        kept = self._adjusted.clone()
+        for use in uses:
+            _as_matrix(kept, use.role, use.part).copy_(_as_matrix(values, use.role, use.part))
+        return DenseDelta(self._tuned, self._base, kept)
 
     def weight(self) -> Tensor:
         """The weight that carries what is kept.

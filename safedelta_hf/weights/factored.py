@@ -88,6 +88,12 @@ class FactoredDelta:
         return self._adjusted
 
     @property
+    def values(self) -> Tensor:
+        """What is kept of the delta, `s L R` [first, second] float32."""
+        left, right = self._adjusted
+        return self._scaling * (left @ right)
+
+    @property
     def device(self) -> torch.device:
         """Where it is."""
         return self._tuned[0].device

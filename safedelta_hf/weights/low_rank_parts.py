@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from safedelta_hf.records import Storage
 from safedelta_hf.weights.adapter_parts import Replaces
 from safedelta_hf.weights.delta import Delta
 from safedelta_hf.weights.factored import FactoredDelta, Factors, StackedDelta, distance, energy
@@ -30,6 +32,7 @@ class LowRankPart:
     up: Tensor
     scaling: float
     transposed: bool
+    storage: ClassVar[Storage] = Storage.ADAPTER
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The adapter's own tensors by name.
@@ -85,6 +88,7 @@ class ExpertsPart:
     up: Tensor
     scaling: float
     transposed: bool
+    storage: ClassVar[Storage] = Storage.ADAPTER
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The adapter's own tensors by name.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.errors import BaseWeightsError, NumericalError
 from safedelta_hf.names import parameter_names
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records import ProfileHeader, Storage
 from safedelta_hf.weights.base import BaseWeights, verified
 from safedelta_hf.weights.delta import Delta, DenseDelta
 from safedelta_hf.weights.fingerprint import digest
@@ -74,6 +74,17 @@ class ModelStore:
             )
         require_finite(name, parameter)
         return True
+
+    def storage(self, name: str) -> Storage:
+        """The kind of storage of a parameter's delta.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            Always the same: a model has both weights.
+        """
+        return Storage.DENSE
 
     def delta(self, name: str) -> DenseDelta:
         """The delta of a parameter.

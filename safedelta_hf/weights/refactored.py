@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from safedelta_hf.errors import AdapterError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.names import ADAPTER_PREFIX, parameter_names
 from safedelta_hf.quantised import is_quantised
+from safedelta_hf.records import Storage
 from safedelta_hf.weights.adapter_folder import TENSOR_FILE
 from safedelta_hf.weights.adapter_parts import AdapterPart, Replaces
 from safedelta_hf.weights.delta import Delta, DenseDelta
@@ -37,6 +38,7 @@ class MergedPart:
     layer: Any
     adapter: str
     rank: int
+    storage: ClassVar[Storage] = Storage.DENSE
 
     @property
     def shape(self) -> tuple[int, ...]:

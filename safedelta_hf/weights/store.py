@@ -3,6 +3,7 @@
 from types import TracebackType
 from typing import Protocol
 
+from safedelta_hf.records import Storage
 from safedelta_hf.weights.delta import Delta
 
 
@@ -24,6 +25,10 @@ class WeightStore(Protocol):
 
     def is_tuned(self, name: str) -> bool:
         """Whether the fine-tuning moved a parameter; raises if it or its base cannot be used."""
+        ...
+
+    def storage(self, name: str) -> Storage:
+        """The kind of storage of a parameter's delta."""
         ...
 
     def delta(self, name: str) -> Delta:

@@ -46,6 +46,12 @@ def test_errors_end_with_one_line_and_status_1(folder):
     assert not list((folder / "output").iterdir())
 
 
+def test_a_rule_that_merges_weights_is_refused_in_one_line(folder):
+    result = apply(folder, "--rule", "ties", "--strength", 1)
+    assert result.exit_code == 1 and "ties merges whole weights" in result.output and "Traceback" not in result.output
+    assert not (folder / "output").exists()
+
+
 def test_a_base_and_an_initial_adapter_are_passed_on(folder):
     result = apply(folder, "--initial-adapter", folder / "adapter")
     assert result.exit_code == 1 and "nothing has to be subtracted" in result.output

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from safedelta_hf.cli import demo
 from safedelta_hf.cli.main import app
-from safedelta_hf.rules import SafeDelta
+from safedelta_hf.rules import RULES, SafeDelta
 from safedelta_hf.testbed import CASES
 
 
@@ -75,3 +75,17 @@ def test_bad_options_end_with_one_line_and_status_1(options, message, tmp_path):
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "out"), *options])
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "needed"), [("model_stock", "at least one more model"), ("safe_merge", "the model before its alignment")]
+)
+def test_a_rule_that_needs_further_models_says_so_in_one_line(rule, needed, tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--rule", rule, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1 and needed in result.output
+    assert "Traceback" not in result.output and not (tmp_path / "out").exists()
+
+
+def test_every_registered_rule_is_named_in_the_help():
+    text = " ".join(CliRunner().invoke(app, ["demo", "--help"], terminal_width=400).output.split())
+    assert all(name in text for name in RULES)

@@ -3,7 +3,7 @@ import torch
 
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.records import Part, Role, Use
-from safedelta_hf.weights.delta import MatrixDelta, recombine, unreached
+from safedelta_hf.weights.delta import DenseDelta, MatrixDelta, recombine, unreached
 
 SHAPES = {
     Role.LINEAR: (5, 3),
@@ -86,6 +86,17 @@ def test_parts_that_no_use_covers_are_counted():
     assert "never reached 2 of its 4 parts" in unreached((4, 5, 3), uses)
     assert not unreached((2, 5, 3), uses)
     assert not unreached((4, 5, 3), (Use(parameter="weight", role=Role.SCALE, moment="all"),))
+
+
+def test_a_merge_leaves_parts_that_no_use_covers_as_tuned():
+    base, tuned, merged = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    part = Part(start=20, rows=4, columns=5, row_stride=1, column_stride=4)
+    use = Use(parameter="weight", role=Role.LINEAR, moment="expert", part=part)
+    delta = DenseDelta(tuned, base)
+    weight = delta.adjusted_to(merged, (use,)).weight()
+    assert torch.equal(weight[[0, 2]], tuned[[0, 2]])
+    torch.testing.assert_close(weight[1], base[1] + merged[1])
+    assert torch.equal(delta.weight(), tuned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,179 @@
+"""Merging of weights and deltas, entry by entry or as whole vectors: no matrix multiplies a delta from the right.
+
+Every function returns what is kept of a delta, `D*`, in the shape and dtype of what it was given.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+COLLINEAR = 0.9995
+"""Cosine beyond which two weights count as one direction and are interpolated linearly, as mergekit does."""
+
+
+def cosine(one: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> float:
+    """Cosine of the angle between two tensors, each taken as one vector.
+
+    Args:
+        one: Any shape.
+        other: The same shape.
+
+    Returns:
+        In [-1, 1], summed in float64; 0 where one of them is zero.
+    """
+    length = math.sqrt(_inner(one, one) * _inner(other, other))
+    return max(-1.0, min(1.0, _inner(one, other) / length)) if length else 0.0
+
+
+def slerp(base: Float[Tensor, "*shape"], delta: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
+    """Move along the arc from the base to the fine-tuned weight (Shoemake 1985; norms as in mergekit).
+
+    The angle is that of the directions, the interpolated vectors are the weights themselves:
+    `W = sin((1 - t) a) / sin(a) W0 + sin(t a) / sin(a) W1`.
+
+    Args:
+        base: `W0`.
+        delta: `D = W1 - W0`.
+        share: `t` in [0, 1]; 1 is the fine-tuned weight.
+
+    Returns:
+        `W - W0`. Where both weights point the same or the opposite way, or one of them is zero, `t D`.
+    """
+    tuned = base + delta
+    alike = cosine(base, tuned)
+    if abs(alike) > COLLINEAR or not base.any() or not tuned.any():
+        return share * delta
+    angle = math.acos(alike)
+    of_base = math.sin((1 - share) * angle) / math.sin(angle)
+    of_tuned = math.sin(share * angle) / math.sin(angle)
+    return (of_base + of_tuned - 1) * base + of_tuned * delta
+
+
+def random_entries(shape: Sequence[int], share: float, seed: int) -> Bool[Tensor, "..."]:
+    """Choose entries independently of one another.
+
+    Args:
+        shape: Of the tensor.
+        share: Probability of each entry, in [0, 1].
+        seed: The choice for a larger share holds every entry of that for a smaller one under the same seed.
+
+    Returns:
+        True where chosen; in host memory, and the same on every machine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tuple(shape), generator=generator) < share
+
+
+def drop(
+    delta: Float[Tensor, "*shape"], kept: Bool[Tensor, "*shape"], share: float, *, rescale: bool
+) -> Float[Tensor, "*shape"]:
+    """Keep chosen entries (DARE, arXiv 2311.03099, section 3).
+
+    Args:
+        delta: `D`.
+        kept: The entries.
+        share: The probability with which each was chosen, positive.
+        rescale: Whether to divide by it, so that the expectation is `D`.
+
+    Returns:
+        `D*`.
+    """
+    return torch.where(kept, delta / share if rescale else delta, 0.0)
+
+
+def trim(delta: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*shape"]:
+    """Keep the entries of largest magnitude (TIES, arXiv 2306.01708, step 1).
+
+    Args:
+        delta: `D`.
+        density: Share to keep, in [0, 1]; rounded down to whole entries. Entries as large as the last are kept too.
+
+    Returns:
+        `D` with zeros elsewhere.
+    """
+    count = int(density * delta.numel())
+    if count == delta.numel():
+        return delta.clone()
+    if count == 0:
+        return torch.zeros_like(delta)
+    magnitude = delta.abs()
+    least = magnitude.flatten().kthvalue(delta.numel() - count + 1).values
+    return torch.where(magnitude >= least, delta, 0.0)
+
+
+def elect(deltas: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
+    """Mean of the entries that agree with the sign of their sum (TIES, arXiv 2306.01708, steps 2 and 3).
+
+    Args:
+        deltas: Trimmed deltas, at least one.
+
+    Returns:
+        For each entry the mean over the deltas that have the elected sign there; 0 where the sum is.
+    """
+    total, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    sign = sum(deltas, start=total).sign()
+    for delta in deltas:
+        agrees = (delta.sign() == sign) & (sign != 0)
+        total = total + torch.where(agrees, delta, 0.0)
+        count = count + agrees
+    return total / count.clamp_min(1)
+
+
+def mean_cosine(deltas: Sequence[Float[Tensor, "*shape"]]) -> float:
+    """Mean cosine over all pairs of deltas.
+
+    Args:
+        deltas: At least two.
+
+    Returns:
+        In [-1, 1].
+    """
+    pairs = [cosine(one, other) for one, other in combinations(deltas, 2)]
+    return sum(pairs) / len(pairs)
+
+
+def stock_ratio(alike: float, models: int, strength: float) -> float:
+    """How much of the mean delta to keep (Model Stock, arXiv 2403.19522, section 4).
+
+    The published ratio is `N c / (1 + (N - 1) c) = 1 / (1 + (1 - c) / (N c))`: it shrinks the mean by its noise over
+    its signal. Here the price of noise is the strength, `1 / (1 + strength (1 - c) / (N c))`.
+
+    Args:
+        alike: `c`, the mean cosine.
+        models: `N`.
+        strength: At least 0; 1 is the published ratio.
+
+    Returns:
+        In [0, 1]; 0 where the models have nothing in common and strength is positive.
+    """
+    if strength == 0:
+        return 1.0
+    signal = models * max(alike, 0.0)
+    return signal / (signal + strength * (1 - alike))
+
+
+def alignment_cosine(delta: Float[Tensor, "*stack o i"], alignment: Float[Tensor, "*stack o i"]) -> float:
+    """Cosine of a delta with its image under `C = V V^T / |V|` (SafeMERGE, arXiv 2503.17239; Safe LoRA's projection).
+
+    Args:
+        delta: `D` [out, in], or a stack of such matrices.
+        alignment: `V`, aligned minus unaligned weight.
+
+    Returns:
+        In [0, 1]; 0 where nothing of the delta lies in the column space of `V`. It does not depend on the norm of `V`.
+    """
+    outputs, inputs = delta.shape[-2:]
+    # Whichever product comes first is as small as can be: embeddings have far more inputs than outputs.
+    if outputs < inputs:
+        image = (alignment @ alignment.mT) @ delta
+    else:
+        image = alignment @ (alignment.mT @ delta)
+    return max(cosine(delta, image), 0.0)
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))

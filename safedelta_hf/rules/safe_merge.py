@@ -1,0 +1,69 @@
+"""SafeMERGE: merge with a safety-tuned model in the layers that left the alignment subspace."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from safedelta_hf.core.merging import alignment_cosine
+from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, require_source
+
+NEEDS = (
+    "it needs the model before its alignment, and a safety-tuned model or LoRA on the base: "
+    "SafeMerge(unaligned='folder', safe='folder') in Python; the command line cannot name them"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeMerge(MergeRule):
+    """Leave a layer as tuned, or merge its delta with that of a safety-tuned model (SafeMERGE, arXiv 2503.17239).
+
+    With `V` the aligned (base) minus the unaligned weight and `C = V V^T / |V|`, a layer is left as tuned if
+    `cos(D, C D)` reaches the threshold. The others get `D* = a D + (1 - a) D_safe` with `a = 1 / (1 + strength)`; the
+    deltas themselves are merged, not the factors of adapters one by one. As in the authors' code, a layer that the
+    alignment did not change has the cosine 0. Norm scales and biases are taken for matrices of one column.
+
+    Args:
+        strength: 0 returns the fine-tuned weights, 0.25 are the published weights 0.8 and 0.2, larger values approach
+            the safety-tuned model in the chosen layers. "auto" measures.
+        threshold: Cosine below which a layer is merged; in [0, 1]. 0.35 is that of the authors' code.
+        unaligned: The model before its alignment: a folder, a model, or a reader.
+        safe: A safety-tuned model that started from the base: a folder of a model or of a LoRA, a model, or a reader.
+
+    Raises:
+        ConfigurationError: A value is outside its range, or one of the two models is missing.
+    """
+
+    threshold: float = 0.35
+    unaligned: Source | None = None
+    safe: Source | None = None
+
+    name: ClassVar[str] = "safe_merge"
+    search_range: ClassVar[tuple[float, float]] = (1e-2, 1e2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("threshold", "in [0, 1]", lambda value: 0 <= value <= 1)
+        require_source("SafeMerge", "unaligned", self.unaligned, NEEDS)
+        require_source("SafeMerge", "safe", self.safe, NEEDS)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Further models whose weights it reads: the unaligned, then the safety-tuned one."""
+        assert self.unaligned is not None and self.safe is not None, "checked when it was made"
+        return self.unaligned, self.safe
+
+    def merged(self, parameter: MergeInput) -> Merged:
+        """Merge one parameter.
+
+        Args:
+            parameter: Its weights, and those of the two models.
+
+        Returns:
+            What is kept of its delta; the note gives the cosine and what followed.
+        """
+        unaligned, safe = parameter.others
+        alike = alignment_cosine(parameter.matrices(parameter.delta), parameter.matrices(-unaligned))
+        note = f"cosine with the alignment subspace {alike:.3f}"
+        if alike >= self.threshold or self._share == 1:
+            return Merged(parameter.delta, (f"{note}, left as tuned",))
+        kept = self._share * parameter.delta + (1 - self._share) * safe
+        return Merged(kept, (f"{note}, merged with the safety-tuned model",))
