@@ -2,8 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,31 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.targets import ALL_LINEAR
-from safedelta_hf.errors import AdjustmentError, BaseWeightsError, ConfigurationError, SafeDeltaError
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
+from safedelta_hf.hf.coverage import entries_of_trained
 from safedelta_hf.hf.logs import log_metrics
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
-from safedelta_hf.hf.run import bare, is_pruned, output_dir, require_supported, shows_progress, trained_adapter
-from safedelta_hf.hf.tuned import rescue_tuned, save_tuned
+from safedelta_hf.hf.run import (
+    bare,
+    foreign_errors_named,
+    is_pruned,
+    output_dir,
+    require_supported,
+    shows_progress,
+    trained_adapter,
+)
+from safedelta_hf.hf.tuned import require_room_for_tuned, rescue_tuned, save_tuned
 from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline import (
     adjust_adapter,
     adjust_model,
-    plan_adapter,
-    plan_model,
     require_adjustable,
     require_decisions,
     require_measurable,
     require_mergeable,
 )
-from safedelta_hf.records import PlanEntry, Storage, Treatment
+from safedelta_hf.records import Storage, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
 from safedelta_hf.weights.journal import standing_in
@@ -178,8 +184,8 @@ class SafeDeltaCallback(TrainerCallback):
         """  # noqa: DOC502 - raised by the functions called
         model = bare(model)
         require_supported(args, model)
-        self._require_room_for_tuned(state)
-        with _foreign_errors_named("reading data with the base model"):
+        require_room_for_tuned(self._keep_tuned, state)
+        with foreign_errors_named("reading data with the base model"):
             if self._run is None or self._model is None or self._model() is not model:
                 train_dataset = getattr(train_dataloader, "dataset", None)
                 self._start_from(model, args, state, self._processing_class or processing_class, train_dataset)
@@ -187,7 +193,7 @@ class SafeDeltaCallback(TrainerCallback):
         require_measurable(self._rule, profile)
         require_recorded(run, state)
         remember(run, state)
-        entries = _entries_of_trained(model, profile, self._treatment)
+        entries = entries_of_trained(model, profile, self._treatment)
         require_decisions(entries)
         storage = Storage.DENSE if trained_adapter(model) is None else Storage.ADAPTER
         require_mergeable(self._rule, entries, profile, storage)
@@ -223,10 +229,10 @@ class SafeDeltaCallback(TrainerCallback):
         saved = None
         try:
             if self._keep_tuned is not None:
-                with _foreign_errors_named("saving the tuned weights"):
+                with foreign_errors_named("saving the tuned weights"):
                     save_tuned(model, processing_class, self._keep_tuned)
                 saved = self._keep_tuned
-            with _foreign_errors_named("adjusting the weights"):
+            with foreign_errors_named("adjusting the weights"):
                 report = self.adjust(model, workspace=output_dir(args), progress=shows_progress(args, state))
         except SafeDeltaError as error:
             if saved is None:
@@ -308,35 +314,3 @@ class SafeDeltaCallback(TrainerCallback):
                 "or use adjust_model(model, base=..., profile=...)"
             )
         return self._run, self.profile
-
-    def _require_room_for_tuned(self, state: TrainerState) -> None:
-        folder = self._keep_tuned
-        if folder is None:
-            return
-        if state.is_hyper_param_search:
-            raise ConfigurationError(
-                "SafeDeltaCallback: keep_tuned names one folder, and a hyper-parameter search has many trials; leave "
-                "it out of the search"
-            )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigurationError(
-                f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
-            )
-
-
-def _entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:
-    adapter = trained_adapter(model)
-    if adapter is not None:
-        return list(plan_adapter(model, profile, treatment, adapter).entries)
-    trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
-    return [entry for entry in plan_model(model, profile, treatment).entries if entry.parameter in trained]
-
-
-@contextmanager
-def _foreign_errors_named(stage: str) -> Iterator[None]:
-    try:
-        yield
-    except SafeDeltaError:
-        raise
-    except Exception as error:
-        raise AdjustmentError(f"{type(error).__name__} while {stage}; the weights are as they were") from error

@@ -1,12 +1,14 @@
 """Facts about a training run, read off what the Trainer passes to its callbacks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 
 
 def bare(model: nn.Module | None) -> nn.Module:
@@ -107,3 +109,25 @@ def require_supported(args: TrainingArguments, model: nn.Module) -> None:
             f"processes, fsdp={args.fsdp!r}, deepspeed={args.deepspeed!r}, or offloaded weights. Train without it, "
             "then use adjust_model in one process"
         )
+
+
+@contextmanager
+def foreign_errors_named(stage: str) -> Iterator[None]:
+    """Turn what other libraries raise into an error of ours; a `RuntimeError` would make Trainer train again.
+
+    Args:
+        stage: What is being done.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AdjustmentError: Something else than an error of ours was raised.
+        SafeDeltaError: As it was raised.
+    """
+    try:
+        yield
+    except SafeDeltaError:
+        raise
+    except Exception as error:
+        raise AdjustmentError(f"{type(error).__name__} while {stage}; the weights are as they were") from error

@@ -4,10 +4,35 @@ from pathlib import Path
 
 from safetensors.torch import save_model
 from torch import nn
+from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
 
 from safedelta_hf.capture.safety_data import ProcessingClass
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import complete_or_absent
+
+
+def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
+    """Stop before training if the tuned weights could not be saved after it.
+
+    Args:
+        folder: Where they are to be saved; None if they are not.
+        state: Of the Trainer.
+
+    Raises:
+        ConfigurationError: The folder is not free, or there will be several models.
+    """
+    if folder is None:
+        return
+    if state.is_hyper_param_search:
+        raise ConfigurationError(
+            "SafeDeltaCallback: keep_tuned names one folder, and a hyper-parameter search has many trials; leave "
+            "it out of the search"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(
+            f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
+        )
 
 
 def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folder: Path) -> None:

@@ -1,0 +1,27 @@
+"""Which parameters a run trains, and what will happen to them."""
+
+from torch import nn
+
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.hf.run import trained_adapter
+from safedelta_hf.names import parameter_names
+from safedelta_hf.pipeline import plan_adapter, plan_model
+from safedelta_hf.records import PlanEntry, Treatment
+
+
+def entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:
+    """Plan what a run trains, before it trains it.
+
+    Args:
+        model: The model, with or without an adapter.
+        profile: Profile of its base.
+        treatment: What to do with parameters other than linear weights.
+
+    Returns:
+        One entry for each trained parameter.
+    """
+    adapter = trained_adapter(model)
+    if adapter is not None:
+        return list(plan_adapter(model, profile, treatment, adapter).entries)
+    trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
+    return [entry for entry in plan_model(model, profile, treatment).entries if entry.parameter in trained]
