@@ -155,6 +155,7 @@ class ProfileHeader:
         tokens: Number of their tokens.
         skipped: Parameters that no supported layer uses, with the reason.
         retention: Ordinary data that is protected too, if any.
+        parametrised: Names of the parameters that a weight is computed from, by its canonical name.
         format_version: Version of the layout on disk.
     """
 
@@ -167,6 +168,7 @@ class ProfileHeader:
     tokens: int
     skipped: Mapping[str, str]
     retention: Retention | None = None
+    parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     format_version: int = 2
 
 
@@ -181,6 +183,7 @@ class PlanEntry:
         reason: Why, if it is not adjusted.
         uses: How the forward pass uses it; empty if unknown.
         aliases: Other names of the same (tied) parameter.
+        originals: Parameters that it is computed from, if it is no parameter itself.
     """
 
     parameter: str
@@ -189,11 +192,12 @@ class PlanEntry:
     reason: str = ""
     uses: tuple[Use, ...] = ()
     aliases: tuple[str, ...] = ()
+    originals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One entry for every parameter of the model, in the order in which they are handled."""
+    """One entry for every parameter, or weight computed from some, of the model, in the order of their handling."""
 
     entries: tuple[PlanEntry, ...]
 
@@ -214,6 +218,7 @@ class ParameterRecord:
         adjusted_loss: The same of the adjusted delta.
         notes: Numerical trouble met on the way, such as a retry in float64.
         aliases: Other names of the same (tied) parameter.
+        originals: Parameters that it is computed from, if any; the notes say what became of them.
     """
 
     parameter: str
@@ -227,6 +232,7 @@ class ParameterRecord:
     adjusted_loss: float | None = None
     notes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    originals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
