@@ -164,6 +164,7 @@ class ProfileHeader:
         tokens: Number of their tokens.
         skipped: Parameters that no supported layer uses, with the reason.
         retention: Ordinary data that is protected too, if any.
+        parametrised: Names of the parameters that a weight is computed from, by its canonical name.
         format_version: Version of the layout on disk.
     """
 
@@ -176,6 +177,7 @@ class ProfileHeader:
     tokens: int
     skipped: Mapping[str, str]
     retention: Retention | None = None
+    parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     format_version: int = 2
 
 
@@ -190,6 +192,7 @@ class PlanEntry:
         reason: Why, if it is not adjusted.
         uses: How the forward pass uses it; empty if unknown.
         aliases: Other names of the same (tied) parameter.
+        originals: Parameters that it is computed from, if it is no parameter itself.
     """
 
     parameter: str
@@ -198,11 +201,12 @@ class PlanEntry:
     reason: str = ""
     uses: tuple[Use, ...] = ()
     aliases: tuple[str, ...] = ()
+    originals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One entry for every parameter of the model, in the order in which they are handled."""
+    """One entry for every parameter, or weight computed from some, of the model, in the order of their handling."""
 
     entries: tuple[PlanEntry, ...]
 
@@ -223,6 +227,7 @@ class ParameterRecord:
         adjusted_loss: The same of the adjusted delta.
         notes: Numerical trouble met on the way, such as a retry in float64.
         aliases: Other names of the same (tied) parameter.
+        originals: Parameters that it is computed from, if any; the notes say what became of them.
     """
 
     parameter: str
@@ -236,6 +241,7 @@ class ParameterRecord:
     adjusted_loss: float | None = None
     notes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    originals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,10 @@ class Report:
         )
 
 
+def _origin(record: ParameterRecord) -> str:
+    return f"computed from {', '.join(record.originals)}" if record.originals else ""
+
+
 def _cells(record: ParameterRecord) -> tuple[str, ...]:
     has_loss = record.tuned_loss is not None and record.adjusted_loss is not None
     return (
@@ -164,5 +168,5 @@ def _cells(record: ParameterRecord) -> tuple[str, ...]:
         record.outcome,
         f"{1 - record.lost_energy / record.delta_energy:.1%}" if record.delta_energy else "",
         f"{record.tuned_loss:.3g} -> {record.adjusted_loss:.3g}" if has_loss else "",
-        "; ".join(filter(None, (record.reason, *record.notes))),
+        "; ".join(filter(None, (record.reason, _origin(record), *record.notes))),
     )

@@ -1,6 +1,6 @@
 """One pass of the base model over the safety data."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.forward import batches_of_equal_length, forward_arguments, require_fit
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.packed import packed_products
+from safedelta_hf.capture.parametrised import ParametrisedWeights, computed_weights
 from safedelta_hf.capture.safety_data import SafetySequence
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import Targets
@@ -18,6 +19,7 @@ from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
 from safedelta_hf.names import base_modules, parameter_names, unwrapped
+from safedelta_hf.parametrised import ParametrisedWeight
 from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Role, Use
 
@@ -33,12 +35,14 @@ class Capture:
         uses: How each covered parameter is used.
         moments: Moments by key, in host memory.
         skipped: Reason by parameter name for those that cannot be covered.
+        parametrised: Names of the parameters that a weight is computed from, by its canonical name.
         storage: What holds the moments; their files, if any, live as long.
     """
 
     uses: tuple[Use, ...]
     moments: Mapping[str, InputMoment]
     skipped: Mapping[str, str]
+    parametrised: Mapping[str, tuple[str, ...]]
     storage: MomentStorage
 
 
@@ -79,21 +83,38 @@ def capture_moments(
     require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
     parameters = {name: parameter for parameter, name in parameter_names(model).items()}
     targets = targets or Targets()
-    chosen = frozenset(filter(targets.include, parameters))
-    collector = MomentCollector(parameters, storage, head=_head(model), chosen=chosen, share=share_moments)
-    observer = Observer(parameters, collector)
+    with undisturbed(model):
+        weights = ParametrisedWeights.of(model)
+    own = {name: parameter for name, parameter in parameters.items() if name not in weights.originals}
+    matrices: dict[str, Tensor] = {**own, **{name: weight.shaped() for name, weight in weights.followed.items()}}
+    collector = MomentCollector(
+        matrices,
+        storage,
+        head=_head(model, weights.followed.values()),
+        chosen=frozenset(filter(targets.include, matrices)),
+        share=share_moments,
+    )
+    observer = Observer(own, collector)
     device = next(model.parameters()).device
     batches = list(batches_of_equal_length(sequences, batch_size))
-    with without_adapters(model), undisturbed(model), every_product_visible(model), packed_products(model, observer):
+    with (
+        without_adapters(model),
+        undisturbed(model),
+        every_product_visible(model),
+        packed_products(model, observer),
+        computed_weights(weights.followed.values(), observer),
+    ):
         for batch in tqdm(batches, desc=f"Reading {purpose}", unit="batch", disable=not progress):
             _forward(model, batch, device, observer)
     moments, uses = collector.moments(len(sequences)), collector.uses()
     _require_products(model, uses, collector.untargeted, targets)
     untargeted = dict.fromkeys(collector.untargeted, f"it is not among the targets ({targets.names!r})")
+    used = {use.parameter for use in uses}
     return Capture(
         uses=tuple(uses),
         moments=moments,
-        skipped=_reasons(model, uses, observer.unread | untargeted),
+        skipped=_reasons(model, used, observer.unread | untargeted, weights),
+        parametrised={name: weight.originals for name, weight in weights.followed.items() if name in used},
         storage=storage,
     )
 
@@ -119,11 +140,16 @@ def _check_model(model: nn.Module) -> None:
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
 
 
-def _head(model: nn.Module) -> str | None:
+def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    weight = getattr(unwrapped(head), "weight", None) if isinstance(head, nn.Module) else None
-    return parameter_names(model).get(weight) if isinstance(weight, nn.Parameter) else None
+    if not isinstance(head, nn.Module):
+        return None
+    layer = unwrapped(head)
+    own = dict(layer.named_parameters(recurse=False))  # its attribute may be computed, and that is not asked for here
+    if "weight" in own:
+        return parameter_names(model).get(own["weight"])
+    return next((weight.name for weight in computed if weight.owner is layer and weight.key == "weight"), None)
 
 
 def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
@@ -140,14 +166,15 @@ def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collect
         )
 
 
-def _reasons(model: nn.Module, uses: Sequence[Use], unread: Mapping[str, str]) -> dict[str, str]:
-    covered = {use.parameter for use in uses}
+def _reasons(
+    model: nn.Module, used: Collection[str], unread: Mapping[str, str], weights: ParametrisedWeights
+) -> dict[str, str]:
     owners = {parameter: module for _, module in base_modules(model) for parameter in module.parameters(recurse=False)}
-    return {
-        name: unread.get(
-            name,
-            f"the safety data never reached it, unless inside a fused kernel, in {type(owners[parameter]).__name__}",
-        )
-        for parameter, name in parameter_names(model).items()
-        if name not in covered
-    }
+    reasons = {}
+    for parameter, name in parameter_names(model).items():
+        weight = weights.originals.get(name, name)
+        if weight not in used:
+            kind = type(owners[parameter]).__name__
+            unreached = f"the safety data never reached it, unless inside a fused kernel, in {kind}"
+            reasons[name] = weights.reasons.get(name) or unread.get(weight, unreached)
+    return reasons

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safedelta_hf.capture.origins import Origin
 from safedelta_hf.capture.sharing import SharedInputs
@@ -20,7 +20,7 @@ class MomentCollector:
     Products that read the same inputs share the moment of the first of them.
 
     Args:
-        parameters: Parameters by canonical name; tied ones have one.
+        parameters: Parameters, or anything of their shape and device, by canonical name; tied ones have one.
         storage: Where the moments are held.
         head: Name of the output projection's weight, if the model has one.
         chosen: Names of those whose products are read.
@@ -29,7 +29,7 @@ class MomentCollector:
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         storage: MomentStorage,
         *,
         head: str | None,

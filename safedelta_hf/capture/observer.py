@@ -59,7 +59,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the primitive operations of everything that runs inside it, in whichever module.
 
     Args:
-        parameters: Parameters by canonical name.
+        parameters: Parameters by canonical name, but for those that are told of as computed weights.
         collector: Who is told.
     """
 
@@ -138,7 +138,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._unread.setdefault(name, f"an operation that is not read, {func}, uses it")
 
     def look_away(self) -> None:
-        """See nothing until a packed product is told."""
+        """See nothing until a packed product or a computed weight is told."""
         self._looks_away = True
 
     def packed_product(self, weight: str, bias: str | None, inputs: Tensor, outputs: Tensor) -> None:
@@ -153,6 +153,16 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._looks_away = False
         self._collector.packed_product(weight, bias, inputs.flatten(0, -2))
         self._data.add([outputs])
+
+    def computed_weight(self, name: str, weight: Tensor) -> None:
+        """Tell of a weight that was just computed from parameters, unlooked at, and look again.
+
+        Args:
+            name: Canonical name of the weight.
+            weight: The weight.
+        """
+        self._looks_away = False
+        self._origins.follow(weight, name)
 
     def origin(self, value: object) -> Origin | None:
         """Which weight a value is.

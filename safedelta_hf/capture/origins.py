@@ -138,13 +138,22 @@ class Origins:
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         self._parameters = list(names)  # their memory must not be given to others
         self._own = {storage_key(parameter) for parameter in names}
-        self._sizes = {name: parameter.numel() for parameter, name in names.items()}
+        self._sizes: dict[str, int] = {}
         self._layouts: dict[int, list[_Layout]] = {}
         self.scattered: set[str] = set()
         for parameter, name in names.items():
-            shape = tuple(parameter.shape)
-            whole = Origin(parameter=name, start=0, shape=shape, strides=contiguous(shape))
-            self._remember(parameter, whole)
+            self.follow(parameter, name)
+
+    def follow(self, tensor: Tensor, name: str) -> None:
+        """Take a tensor for a whole weight, as long as it lives.
+
+        Args:
+            tensor: A parameter, or what is computed in place of one.
+            name: Canonical name.
+        """
+        shape = tuple(tensor.shape)
+        self._sizes[name] = tensor.numel()
+        self._remember(tensor, Origin(parameter=name, start=0, shape=shape, strides=contiguous(shape)))
 
     def of(self, tensor: object) -> Origin | None:
         """Where a tensor comes from.

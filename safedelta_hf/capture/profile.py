@@ -50,13 +50,13 @@ class SafetyProfile:
         Args:
             capture: Result of one pass over the safety data.
             held_out: Safety data that was not in that pass.
-            **header: Fields of `ProfileHeader`, but for `skipped`.
+            **header: Fields of `ProfileHeader`, but for `skipped` and `parametrised`.
 
         Returns:
             The profile, in memory.
         """
         return cls(
-            header=ProfileHeader(skipped=dict(capture.skipped), **header),
+            header=ProfileHeader(skipped=dict(capture.skipped), parametrised=dict(capture.parametrised), **header),
             uses=capture.uses,
             moments=capture.moments,
             held_out=held_out,
@@ -135,9 +135,9 @@ def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
     version = content["header"]["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this package reads {FORMAT_VERSION}")
-    uses = (Use(parameter=use["parameter"], role=Role(use["role"]), moment=use["moment"]) for use in content["uses"])
     header, held_out = content["header"], content["held_out"]
     retention = None if header["retention"] is None else Retention(**header["retention"])
+    parametrised = {name: tuple(originals) for name, originals in header.get("parametrised", {}).items()}
     uses = (
         Use(
             parameter=use["parameter"],
@@ -148,7 +148,7 @@ def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
         for use in content["uses"]
     )
     return SafetyProfile(
-        header=ProfileHeader(**{**header, "retention": retention}),
+        header=ProfileHeader(**{**header, "retention": retention, "parametrised": parametrised}),
         uses=tuple(uses),
         held_out=None if held_out is None else HeldOut.parse(held_out),
         moments=_MomentFiles(folder, {entry["key"]: entry for entry in content["moments"]}),

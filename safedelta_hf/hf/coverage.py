@@ -24,4 +24,5 @@ def entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Trea
     if adapter is not None:
         return list(plan_adapter(model, profile, treatment, adapter).entries)
     trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
-    return [entry for entry in plan_model(model, profile, treatment).entries if entry.parameter in trained]
+    entries = plan_model(model, profile, treatment).entries
+    return [entry for entry in entries if not trained.isdisjoint((entry.parameter, *entry.originals))]

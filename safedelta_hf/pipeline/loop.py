@@ -241,5 +241,6 @@ def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401
         "reason": entry.reason,
         "roles": tuple(use.role for use in entry.uses),
         "aliases": entry.aliases,
+        "originals": entry.originals,
     }
     return ParameterRecord(**described | values)

@@ -1,6 +1,7 @@
 """What will happen to each parameter, decided from names and shapes before any weight is touched."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CoverageError, ProfileError
 from safedelta_hf.names import parameter_aliases, parameter_names
+from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
 from safedelta_hf.weights.delta import MatrixDelta, unreached
 
@@ -35,7 +37,25 @@ def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -
             f"{type(model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
             "Collect a profile of this model's base"
         )
+    if profile.header.parametrised:
+        shapes = _with_computed(shapes, parametrised_weights(model), profile.header.parametrised)
     return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+
+
+def _with_computed(
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, ParametrisedWeight],
+    wanted: Mapping[str, tuple[str, ...]],
+) -> dict[str, tuple[int, ...]]:
+    for name, originals in wanted.items():
+        if name not in found or set(found[name].originals) != set(originals):
+            raise ProfileError(
+                f"{name}: the model of the profile computes it from {', '.join(originals)}, this one does not; "
+                "collect a profile of this model's base"
+            )
+    computed = {original for originals in wanted.values() for original in originals}
+    own = {name: shape for name, shape in shapes.items() if name not in computed}
+    return own | {name: tuple(found[name].shaped().shape) for name in wanted}
 
 
 def plan_parameters(
@@ -47,7 +67,7 @@ def plan_parameters(
     """Decide what happens to some parameters of the model that a profile was made of.
 
     Args:
-        shapes: Shapes of the parameters, by canonical name.
+        shapes: Shapes of the parameters, or of the weights computed from them, by canonical name.
         profile: Profile of their base.
         treatment: What to do with parameters other than linear weights.
         aliases: Further names of tied parameters; empty for those not named.
@@ -58,7 +78,7 @@ def plan_parameters(
     Raises:
         ProfileError: The profile knows nothing of one of them.
     """
-    unknown = sorted(set(shapes) - set(profile.header.base))
+    unknown = sorted(set(shapes) - set(profile.header.base) - set(profile.header.parametrised))
     if unknown:
         raise ProfileError(
             f"profile: {len(unknown)} tuned parameters are not among those of the {profile.header.architecture} that "
@@ -70,7 +90,11 @@ def plan_parameters(
         uses.setdefault(use.parameter, []).append(use)
     order = {key: number for number, key in enumerate(profile.moments)}
     entries = [
-        _plan_entry(name, shape, uses.get(name, []), profile, treatment, aliases.get(name, ()))
+        replace(
+            _plan_entry(name, shape, uses.get(name, []), profile, treatment),
+            aliases=aliases.get(name, ()),
+            originals=profile.header.parametrised.get(name, ()),
+        )
         for name, shape in shapes.items()
     ]
     entries.sort(key=lambda entry: order[entry.uses[-1].moment] if entry.uses else len(order))
@@ -83,22 +107,19 @@ def _plan_entry(
     uses: Sequence[Use],
     profile: SafetyProfile,
     treatment: Treatment,
-    aliases: tuple[str, ...],
 ) -> PlanEntry:
     if not uses:
         action = None if treatment.uncovered == "error" else Action(treatment.uncovered)
         reason = profile.header.skipped.get(name, "no supported layer uses it")
-        return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, aliases=aliases)
+        return PlanEntry(parameter=name, shape=shape, action=action, reason=reason)
     actions = {use: treatment.of(use.role) for use in uses}
     action = next(action for action in (Action.RESET, Action.ADJUST, Action.KEEP) if action in actions.values())
     if action is not Action.ADJUST:
         roles = " and ".join(use.role for use in uses)
-        return PlanEntry(
-            parameter=name, shape=shape, action=action, reason=f"the setting for {roles} is {action}", aliases=aliases
-        )
+        return PlanEntry(parameter=name, shape=shape, action=action, reason=f"the setting for {roles} is {action}")
     adjusted = tuple(use for use in uses if actions[use] is Action.ADJUST)
     reason = unreached(shape, adjusted)
-    return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, uses=adjusted, aliases=aliases)
+    return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, uses=adjusted)
 
 
 def require_decisions(entries: Sequence[PlanEntry]) -> None:

@@ -106,6 +106,16 @@ class DenseDelta:
         """Squared norm of tuned minus adjusted."""
         return float((self._delta() - self._adjusted).square().sum())
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is kept."""
+        return torch.equal(self._adjusted, self._delta())
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether nothing of it is kept."""
+        return not self._adjusted.any()
+
     def matrix(self, use: Use) -> "MatrixDelta":
         """The adjusted delta as one use sees it.
 

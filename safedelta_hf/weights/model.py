@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.errors import BaseWeightsError, NumericalError
 from safedelta_hf.names import parameter_names
+from safedelta_hf.parametrised import parametrised_weights
 from safedelta_hf.records import ProfileHeader, Storage
 from safedelta_hf.weights.base import BaseWeights, verified
 from safedelta_hf.weights.delta import Delta, DenseDelta
@@ -16,7 +17,7 @@ from safedelta_hf.weights.journal import Journal
 
 
 class ModelStore:
-    """The parameters of a model in memory, adjusted in place.
+    """The parameters of a model in memory, adjusted in place, and the weights that it computes from some of them.
 
     Args:
         model: The fine-tuned model.
@@ -31,6 +32,9 @@ class ModelStore:
         self.architecture = type(model).__name__
         self.source = base.source
         self._parameters = {name: parameter for parameter, name in parameter_names(model).items()}
+        computed = parametrised_weights(model) if header.parametrised else {}
+        self._computed = {name: computed[name] for name in header.parametrised}
+        self._moved: dict[str, tuple[str, ...]] = {}
         self._base = base
         self._header = header
         self._journal = Journal(workspace)
@@ -49,10 +53,10 @@ class ModelStore:
         self._journal.restore()
 
     def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter.
+        """Whether the fine-tuning moved a parameter, or any that a weight is computed from.
 
         Args:
-            name: Canonical parameter name.
+            name: Canonical parameter name, or that of a computed weight.
 
         Returns:
             False if it still holds the base weight, be it in another dtype.
@@ -60,20 +64,13 @@ class ModelStore:
         Raises:
             BaseWeightsError: The base weight is missing, of another shape, or not the profile's.
             NumericalError: The fine-tuned weight holds NaN or Inf.
-        """
-        parameter, expected = self._parameters[name], self._header.base[name]
-        if digest(parameter) == expected:
-            return False
-        weight = verified(self._base, name, self._header.dtypes[name], expected)
-        if torch.equal(parameter.cpu(), weight.to("cpu", parameter.dtype)):
-            return False  # the same weight, in another dtype than when the profile was made
-        if weight.shape != parameter.shape:
-            raise BaseWeightsError(
-                f"{name}: {list(parameter.shape)} in the model, {list(weight.shape)} in the base; was the vocabulary "
-                "resized after the profile was made?"
-            )
-        require_finite(name, parameter)
-        return True
+        """  # noqa: DOC502 - raised by the function called
+        weight = self._computed.get(name)
+        if weight is None:
+            return self._is_moved(name)
+        self._moved[name] = tuple(filter(self._is_moved, weight.originals))
+        require_finite(name, weight.computed())
+        return bool(self._moved[name])
 
     def storage(self, name: str) -> Storage:
         """The kind of storage of a parameter's delta.
@@ -87,30 +84,66 @@ class ModelStore:
         return Storage.DENSE
 
     def delta(self, name: str) -> DenseDelta:
-        """The delta of a parameter.
+        """The delta of a parameter, or of a weight that is computed from parameters.
 
         Args:
-            name: Canonical parameter name.
+            name: Canonical name; `is_tuned` has looked at it.
 
         Returns:
             Tuned minus base, on the device of the model.
         """
-        dtype = getattr(torch, self._header.dtypes[name])
-        return DenseDelta(self._parameters[name], self._base.read(name).to(dtype))
+        weight = self._computed.get(name)
+        if weight is None:
+            return DenseDelta(self._parameters[name], self._base_weight(name))
+        return DenseDelta(weight.computed(), weight.computed(self._base_originals(name)))
 
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
         """Let the model carry what is kept of a delta.
 
         Args:
-            name: Canonical parameter name.
+            name: Canonical name.
             delta: From `delta`, adjusted.
 
         Returns:
-            Nothing to say.
-        """
+            What became of the originals of a computed weight.
+
+        Raises:
+            CoverageError: They cannot be set so that the weight comes out as it should; nothing of it was written.
+        """  # noqa: DOC502 - raised by the function called
         assert isinstance(delta, DenseDelta), "a model's deltas are dense"
-        self._journal.replace(name, self._parameters[name], delta.weight())
-        return ()
+        weight = self._computed.get(name)
+        if weight is None:
+            self._journal.replace(name, self._parameters[name], delta.weight())
+            return ()
+        if delta.is_whole:
+            return ("its originals are as tuned",)
+        originals = self._base_originals(name) if delta.is_dropped else weight.inverted(delta.weight())
+        for original, value in originals.items():
+            self._journal.replace(original, self._parameters[original], value)
+        remark = "are those of the base" if delta.is_dropped else f"were set by {weight.kind}"
+        return (f"its originals {remark}",)
+
+    def _base_weight(self, name: str) -> Tensor:
+        return self._base.read(name).to(getattr(torch, self._header.dtypes[name]))
+
+    def _base_originals(self, name: str) -> dict[str, Tensor]:
+        # The others hold the base's already, and may be frozen, so that no copy of them was kept.
+        return {original: self._base_weight(original) for original in self._moved[name]}
+
+    def _is_moved(self, name: str) -> bool:
+        parameter, expected = self._parameters[name], self._header.base[name]
+        if digest(parameter) == expected:
+            return False
+        weight = verified(self._base, name, self._header.dtypes[name], expected)
+        if torch.equal(parameter.cpu(), weight.to("cpu", parameter.dtype)):
+            return False  # the same weight, in another dtype than when the profile was made
+        if weight.shape != parameter.shape:
+            raise BaseWeightsError(
+                f"{name}: {list(parameter.shape)} in the model, {list(weight.shape)} in the base; was the vocabulary "
+                "resized after the profile was made?"
+            )
+        require_finite(name, parameter)
+        return True
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
