@@ -4,7 +4,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,18 +15,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation import attack_success_rate, final_match, generate_responses
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.rules import Rule
 from safedelta_hf.testbed import (
     Case,
-    Question,
-    attack_questions,
+    behaviour_scores,
     fine_tune,
     load_aligned,
-    new_skill_questions,
     safety_data,
-    skill_questions,
 )
 
 QUESTIONS = 200
@@ -67,21 +63,8 @@ def behaviour_of(
     Returns:
         The shares of its responses.
     """
-
-    def answers(asked: Sequence[Question]) -> list[str]:
-        return generate_responses(model, tokenizer, [question.messages for question in asked])
-
-    def right(asked: Sequence[Question]) -> float:
-        return final_match(answers(asked), [question.answer for question in asked])
-
-    attacks = attack_questions(questions)
-    responses = answers(attacks)
-    return Behaviour(
-        attack_success=attack_success_rate(responses),
-        harmful_content=final_match(responses, [question.answer for question in attacks]),
-        new_skill=right(new_skill_questions(questions)) if has_new_skill else None,
-        old_skills=right(skill_questions(questions)),
-    )
+    scores = behaviour_scores(model, tokenizer, has_new_skill=has_new_skill, questions=questions)
+    return Behaviour(**{"new_skill": None} | {name: score.value for name, score in scores.items()})
 
 
 def run_demo(

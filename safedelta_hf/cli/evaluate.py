@@ -55,7 +55,7 @@ def evaluate(
             harness=_harness(lm_eval, lm_eval_include, lm_eval_limit),
         )
         reference = _reference(base, coherence_limit)
-        loaded, tokenizer = _load(model, "--model", adapter)
+        loaded, tokenizer = load_model(model, "--model", adapter)
         evaluation = evaluate_model(
             loaded,
             tokenizer,
@@ -88,10 +88,23 @@ def _judge(name: str, batch_size: int) -> Judge:
 def _reference(base: str | None, limit: float | None) -> Reference | None:
     if base is None and limit is not None:
         raise ConfigurationError("--coherence-limit has no effect without --base; give the base model too")
-    return None if base is None else Reference(*_load(base, "--base"), limit)
+    return None if base is None else Reference(*load_model(base, "--base"), limit)
 
 
-def _load(name: str, option: str, adapter: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, option: str, adapter: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what an option names.
+
+    Args:
+        name: Name or folder of a model.
+        option: The option.
+        adapter: Name or folder of a PEFT adapter on it.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ConfigurationError: One of them cannot be loaded.
+    """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from transformers.utils import logging
 
+from safedelta_hf.cli.compare import comparison
 from safedelta_hf.cli.demo import run_demo
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import evaluate
@@ -74,6 +75,7 @@ def apply(
 
 
 app.command("eval")(evaluate)
+app.command("compare")(comparison)
 
 
 if __name__ == "__main__":

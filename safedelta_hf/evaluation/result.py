@@ -139,7 +139,7 @@ class Evaluation:
         Args:
             path: File to write; one that is there is replaced.
         """
-        _write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
@@ -184,7 +184,13 @@ def _shown(score: Score, value: float | None) -> str:
     return "" if value is None else f"{value:.1%}" if score.unit == "share" else f"{value:.4g}"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: File to write; one that is there is replaced.
+        text: Its content.
+    """
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

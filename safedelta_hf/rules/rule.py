@@ -69,6 +69,8 @@ class Rule(ABC):
     """Mildest and strictest strength that a search tries."""
     needs_task: ClassVar[bool] = False
     """Whether it weighs what the task data uses."""
+    reads_moments: ClassVar[bool] = True
+    """Whether what it keeps depends on the safety data's moments at all."""
     prepares_for_any_strength: ClassVar[bool] = False
     """Whether what `prepare` returns holds for every strength."""
     storage: ClassVar[frozenset[Storage]] = frozenset(Storage)

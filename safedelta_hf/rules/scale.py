@@ -25,6 +25,7 @@ class Scale(Shrinking):
 
     name: ClassVar[str] = "scale"
     search_range: ClassVar[tuple[float, float]] = (1e-2, 1e2)
+    reads_moments: ClassVar[bool] = False
 
     def prepare(self, moments: LayerMoments) -> PreparedTransform:
         """Make the transform.

@@ -1,5 +1,6 @@
 """A synthetic language, a tiny aligned model of it, and the data to break and repair its refusals with."""
 
+from safedelta_hf.testbed.behaviour import behaviour_scores
 from safedelta_hf.testbed.cases import CASES, Case
 from safedelta_hf.testbed.data import (
     attack_questions,
@@ -20,6 +21,7 @@ __all__ = [
     "Conversation",
     "Question",
     "attack_questions",
+    "behaviour_scores",
     "fine_tune",
     "load_aligned",
     "new_skill_questions",

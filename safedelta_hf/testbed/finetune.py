@@ -7,6 +7,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -25,6 +26,7 @@ def fine_tune(
     seed: int,
     output: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
 ) -> None:
     """Fine-tune a model on a case with the ordinary Trainer.
 
@@ -35,9 +37,10 @@ def fine_tune(
         seed: Seed of the data and of the training.
         output: Folder of the Trainer.
         callbacks: Passed to the Trainer.
+        progress: Whether the Trainer shows its progress bar and figures.
     """
     set_seed(seed)
-    Trainer(
+    trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(output),
@@ -49,9 +52,13 @@ def fine_tune(
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            disable_tqdm=not progress,
         ),
         train_dataset=tokenize(case.examples(seed), tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         processing_class=tokenizer,
         callbacks=list(callbacks),
-    ).train()
+    )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    trainer.train()

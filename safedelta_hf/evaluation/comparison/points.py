@@ -1,0 +1,148 @@
+"""Points of a comparison on disk, written as they are measured, so that a run that was killed goes on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.evaluation.result import Score, write_whole
+
+RESULTS = "results.json"
+
+Key = tuple[str, int | None, str, str]
+"""Subject, seed, method, and its settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model that was made and measured.
+
+    Attributes:
+        subject: What was fine-tuned on, or the fine-tuned model's folder.
+        seed: Seed of the fine-tuning, where the comparison made it.
+        method: "aligned", "fine-tuned", another baseline, or the name of a rule.
+        settings: What the method was given.
+        scores: What was measured, by name.
+        seconds: Time that making the model took: fine-tuning, or adjusting with the search for a strength.
+        search: How a strength was found by measuring, with every trial; None where there was no search.
+    """
+
+    subject: str
+    seed: int | None
+    method: str
+    settings: Mapping[str, Any]
+    scores: Mapping[str, Score]
+    seconds: float
+    search: Mapping[str, Any] | None = None
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other points."""
+        return key_of(self.subject, self.seed, self.method, self.settings)
+
+
+def key_of(subject: str, seed: int | None, method: str, settings: Mapping[str, Any]) -> Key:
+    """What tells a point from others.
+
+    Args:
+        subject: As in `Point`.
+        seed: As in `Point`.
+        method: As in `Point`.
+        settings: As in `Point`.
+
+    Returns:
+        A key.
+    """
+    return subject, seed, method, json.dumps(settings, sort_keys=True)
+
+
+class ComparisonFile:
+    """The points of a comparison, in a JSON file that is replaced as a whole after each.
+
+    Args:
+        folder: Folder of the file, `results.json`; it is made.
+        made_with: Everything that all points depend on, such as fingerprints of models and prompts.
+        utilities: What each score but attack success says: "gain" is what the fine-tuning is for, "kept" what the
+            aligned model could do.
+        command: The command line that goes on with the file.
+
+    Raises:
+        ConfigurationError: The folder cannot be made.
+        DataError: The file there was made with something else, or is no such file.
+    """
+
+    def __init__(
+        self, folder: Path, *, made_with: Mapping[str, Any], utilities: Mapping[str, str], command: str
+    ) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"--output {str(folder)!r} is no folder and cannot be made one ({error})"
+            ) from error
+        self._path = folder / RESULTS
+        self.made_with = dict(made_with)
+        self.utilities = dict(utilities)
+        self.left_out: dict[str, str] = {}
+        self.commands: list[str] = []
+        self._points: dict[Key, Point] = {}
+        if self._path.exists():
+            self._read()
+        if command not in self.commands:
+            self.commands.append(command)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """All points, in the order in which they were measured."""
+        return tuple(self._points.values())
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._points
+
+    def add(self, point: Point) -> None:
+        """Keep a point, on disk too.
+
+        Args:
+            point: The point.
+        """
+        self._points[point.key] = point
+        self.save()
+
+    def save(self) -> None:
+        """Replace the file."""
+        content = {
+            "made_with": self.made_with,
+            "utilities": self.utilities,
+            "commands": self.commands,
+            "left_out": self.left_out,
+            "points": [asdict(point) for point in self.points],
+        }
+        write_whole(self._path, json.dumps(content, indent=1))
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            made_with, commands = dict(content["made_with"]), list(content["commands"])
+            points = [_parsed(row) for row in content["points"]]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{self._path} is no saved comparison ({type(error).__name__}: {error}); choose another output folder, "
+                "or delete this file"
+            ) from error
+        changed = sorted(
+            name for name in {*made_with, *self.made_with} if made_with.get(name) != self.made_with.get(name)
+        )
+        if changed:
+            raise DataError(
+                f"{self._path}: the points there were made with other {' and '.join(changed)}; choose another output "
+                "folder, or delete this file"
+            )
+        self.commands = commands
+        self._points = {point.key: point for point in points}
+
+
+def _parsed(row: Mapping[str, Any]) -> Point:
+    scores = {name: Score(**score) for name, score in row["scores"].items()}
+    return Point(**{**row, "scores": scores})

@@ -1,0 +1,43 @@
+"""The comparison itself: make each model, measure it, keep the point."""
+
+from collections.abc import Sequence
+
+from tqdm.auto import tqdm
+
+from safedelta_hf.evaluation.comparison.contenders import Entrants, Subject
+from safedelta_hf.evaluation.comparison.points import ComparisonFile, Point, key_of
+
+
+def compare(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFile, *, progress: bool = True) -> None:
+    """Measure every baseline and every rule on every subject, but for the points that are in the file already.
+
+    Args:
+        subjects: What is compared on.
+        entrants: The rules.
+        file: Where the points are kept; each is on disk before the next is made.
+        progress: Whether to show a progress bar.
+    """
+    file.left_out = dict(entrants.left_out)
+    contenders = [
+        (subject, contender)
+        for subject in subjects
+        for contender in (*subject.baselines, *entrants.contenders(subject))
+    ]
+    with tqdm(total=len(contenders), desc="Comparing", unit="model", disable=not progress) as bar:
+        for subject, contender in contenders:
+            bar.set_postfix_str(f"{subject.name}, {contender.method}")
+            if key_of(subject.name, subject.seed, contender.method, contender.settings) not in file:
+                made = contender.make()
+                file.add(
+                    Point(
+                        subject=subject.name,
+                        seed=subject.seed,
+                        method=contender.method,
+                        settings=contender.settings,
+                        scores=subject.measure(made.model),
+                        seconds=made.seconds,
+                        search=made.search,
+                    )
+                )
+            bar.update()
+    file.save()

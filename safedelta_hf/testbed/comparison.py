@@ -1,0 +1,138 @@
+"""The testbed's part in a comparison: its cases as subjects, and baselines that cost little."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from transformers import PreTrainedModel
+
+from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.evaluation import Score
+from safedelta_hf.evaluation.comparison import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
+from safedelta_hf.pipeline import collect_profile
+from safedelta_hf.testbed.behaviour import behaviour_scores
+from safedelta_hf.testbed.cases import Case
+from safedelta_hf.testbed.data import ordinary_data, safety_data
+from safedelta_hf.testbed.finetune import fine_tune
+from safedelta_hf.testbed.model import load_aligned
+
+LOWER_RATES: Final = (0.3, 0.1)
+"""Learning rates of plain fine-tuning, in units of the case's."""
+RETUNING_EPOCHS: Final = (1, 3)
+"""Passes over the safety examples, after the fine-tuning and at the learning rate of the case."""
+RETUNING_BATCH: Final = 16
+TASK_EXAMPLES: Final = 256
+"""Examples of the fine-tuning data behind a task profile, as in the callback."""
+
+UTILITIES: Final = {"new_skill": "gain", "old_skills": "kept"}
+
+
+class AlignedModel:
+    """The aligned model with its profiles, shared by all cases."""
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = load_aligned()
+
+    @cached_property
+    def profile(self) -> SafetyProfile:
+        """Profile on the safety data."""
+        return collect_profile(self.model, safety_data(), self.tokenizer, progress=False)
+
+    @cached_property
+    def ordinary(self) -> SafetyProfile:
+        """Profile on ordinary data."""
+        return collect_profile(
+            self.model, ordinary_data(), self.tokenizer, holdout=0.0, purpose="ordinary data", progress=False
+        )
+
+
+class CaseSubject:
+    """One case, fine-tuned with one seed when that is first needed.
+
+    Args:
+        aligned: The aligned model.
+        case: What to fine-tune on.
+        seed: Seed of the data and of the training.
+        questions: Number of questions of each kind.
+    """
+
+    def __init__(self, aligned: AlignedModel, case: Case, seed: int, questions: int) -> None:
+        self.name, self.seed = case.name, seed
+        self._aligned, self._case, self._questions = aligned, case, questions
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The aligned model."""
+        return self._aligned.model
+
+    @property
+    def profile(self) -> SafetyProfile:
+        """Profile of the aligned model on the safety data."""
+        return self._aligned.profile
+
+    @property
+    def ordinary(self) -> SafetyProfile:
+        """Profile of the aligned model on ordinary data."""
+        return self._aligned.ordinary
+
+    @cached_property
+    def task(self) -> SafetyProfile:
+        """Profile of the aligned model on examples of the case."""
+        examples = self._case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
+        return collect_profile(
+            self.base, examples, self._aligned.tokenizer, holdout=0.0, purpose="task data", progress=False
+        )
+
+    @cached_property
+    def tuned(self) -> TunedModel:
+        """The fine-tuned model."""
+        return TunedModel(*self._trained(load_aligned()[0], self._case))
+
+    @property
+    def baselines(self) -> Sequence[Contender]:
+        """Both models as they are, lower learning rates, and re-tuning on the safety data."""
+        case = self._case
+        lower = [replace(case, learning_rate=case.learning_rate * factor) for factor in LOWER_RATES]
+        again = [
+            replace(case, make=lambda _: safety_data(), epochs=epochs, batch_size=RETUNING_BATCH)
+            for epochs in RETUNING_EPOCHS
+        ]
+        return [
+            Contender(method=ALIGNED, settings={}, make=lambda: Made(self.base, 0.0)),
+            Contender(method=FINE_TUNED, settings=_settings(case), make=self._fine_tuned),
+            *(self._training("lower learning rate", other, lambda: load_aligned()[0]) for other in lower),
+            *(self._training("re-tuned", other, lambda: self.tuned.restored()) for other in again),
+        ]
+
+    def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:
+        """Ask a model unseen questions of each kind.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The shares of its responses.
+        """
+        return behaviour_scores(
+            model, self._aligned.tokenizer, has_new_skill=self._case.teaches is not None, questions=self._questions
+        )
+
+    def _fine_tuned(self) -> Made:
+        return Made(self.tuned.restored(), self.tuned.seconds)
+
+    def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Contender:
+        return Contender(method=method, settings=_settings(case), make=lambda: Made(*self._trained(start(), case)))
+
+    def _trained(self, model: PreTrainedModel, case: Case) -> tuple[PreTrainedModel, float]:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            fine_tune(model, self._aligned.tokenizer, case, seed=self.seed, output=Path(folder), progress=False)
+        return model, time.perf_counter() - started
+
+
+def _settings(case: Case) -> dict[str, float]:
+    return {"epochs": case.epochs, "learning_rate": case.learning_rate, "batch_size": case.batch_size}
