@@ -4,82 +4,96 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from transformers.utils import logging
 
 from safedelta_hf.cli.errors import one_line_errors
-from safedelta_hf.cli.models import FilesSubject
-from safedelta_hf.cli.options import RULE_HELP, one_of
+from safedelta_hf.cli.models import BATCH_SIZE, MAX_NEW_TOKENS, FilesSubject
+from safedelta_hf.cli.options import RULE_HELP, one_of, parsed_strength
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import model_digest
-from safedelta_hf.evaluation.comparison import ComparisonFile, Subject, compare, draw, enter, markdown
+from safedelta_hf.evaluation.comparison import ComparisonFile, Entrants, Subject, compare, draw, enter, markdown
+from safedelta_hf.evaluation.comparison.points import RESULTS
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import UTILITIES, AlignedModel, CaseSubject
 
-TABLE, PLOT = "comparison.md", "comparison.png"
+TABLE: Final = "comparison.md"
+PLOT: Final = "comparison.png"
 
-QUESTIONS = 200
-RETENTION = 0.1
-SEEDS = (0, 1, 2)
+QUESTIONS: Final = 200
+RETENTION: Final = 0.1
+SEEDS: Final = (0, 1, 2)
+SEED_LIMIT: Final = 2**32 - 1
 
-_TESTBED = "Testbed"
-_OWN = "A model of your own"
+TESTBED_OPTIONS: Final = ("case", "seed", "questions")
+OWN_OPTIONS: Final = (
+    "base",
+    "tuned",
+    "safety_data",
+    "harmful",
+    "benign",
+    "task",
+    "score",
+    "task_data",
+    "ordinary_data",
+    "max_new_tokens",
+    "batch_size",
+)
+REQUIRED: Final = ("base", "tuned", "safety_data", "harmful")
+
+_ON_TESTBED: Final = "On the testbed"
+_OF_OWN: Final = "On a model of your own"
+
+RuleNames = Annotated[list[str] | None, typer.Option(help=f"{RULE_HELP} May be repeated; default all.")]
+Strengths = Annotated[
+    list[str] | None,
+    typer.Option(help="A number, or 'auto'. May be repeated; default 'auto' and a grid over each rule's range."),
+]
+Retention = Annotated[
+    float | None,
+    typer.Option(help=f"Weight of ordinary data, compared with none; default {RETENTION:g}, 0 for none alone.", min=0),
+]
+Cases = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{', '.join(CASES)}. May be repeated; default all.", rich_help_panel=_ON_TESTBED),
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(help="May be repeated; default 0, 1, 2.", min=0, max=SEED_LIMIT, rich_help_panel=_ON_TESTBED),
+]
+
+
+def _count(text: str, panel: str = _OF_OWN) -> Any:  # noqa: ANN401 - what Annotated takes
+    return typer.Option(help=text, min=1, rich_help_panel=panel)
+
+
+def _own(text: str) -> Any:  # noqa: ANN401 - what Annotated takes
+    return typer.Option(help=text, rich_help_panel=_OF_OWN)
 
 
 def comparison(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for results.json, table and plot; a killed run goes on there.")],
-    rule: Annotated[list[str] | None, typer.Option(help=f"{RULE_HELP} May be repeated; default all.")] = None,
-    strength: Annotated[
-        list[str] | None,
-        typer.Option(help="A number, or 'auto'. May be repeated; default 'auto' and a grid over each rule's range."),
-    ] = None,
-    retention: Annotated[
-        float | None,
-        typer.Option(help=f"Weight of ordinary data, compared with none; default {RETENTION:g}, 0 for none.", min=0),
-    ] = None,
-    case: Annotated[
-        list[str] | None,
-        typer.Option(help=f"{', '.join(CASES)}. May be repeated; default all.", rich_help_panel=_TESTBED),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="May be repeated; default 0, 1, 2.", min=0, max=2**32 - 1, rich_help_panel=_TESTBED),
-    ] = None,
-    questions: Annotated[
-        int | None, typer.Option(help=f"Of each kind; default {QUESTIONS}.", min=1, rich_help_panel=_TESTBED)
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Folder of the base model.", rich_help_panel=_OWN)] = None,
-    tuned: Annotated[str | None, typer.Option(help="Folder of the fine-tuned model.", rich_help_panel=_OWN)] = None,
-    safety_data: Annotated[
-        Path | None, typer.Option(help="Harmful prompts with refusals, for the profile.", rich_help_panel=_OWN)
-    ] = None,
-    harmful: Annotated[
-        Path | None, typer.Option(help="Requests that should be refused, to ask.", rich_help_panel=_OWN)
-    ] = None,
-    benign: Annotated[
-        Path | None, typer.Option(help="Requests that only look harmful, to ask.", rich_help_panel=_OWN)
-    ] = None,
-    task: Annotated[
-        Path | None, typer.Option(help="Questions of the task; needs --score.", rich_help_panel=_OWN)
-    ] = None,
-    score: Annotated[
-        str | None, typer.Option(help="module:function of (response, row), from 0 to 1.", rich_help_panel=_OWN)
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(help="Examples of the fine-tuning data, for the profile.", rich_help_panel=_OWN)
-    ] = None,
-    ordinary_data: Annotated[
-        Path | None, typer.Option(help="Ordinary prompts with the base's responses.", rich_help_panel=_OWN)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length limit of a response; default 128.", min=1, rich_help_panel=_OWN)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Prompts per forward pass; default 8.", min=1, rich_help_panel=_OWN)
-    ] = None,
+    rule: RuleNames = None,
+    strength: Strengths = None,
+    retention: Retention = None,
+    case: Cases = None,
+    seed: Seeds = None,
+    questions: Annotated[int | None, _count(f"Of each kind; default {QUESTIONS}.", _ON_TESTBED)] = None,
+    base: Annotated[str | None, _own("Name or folder of the base model.")] = None,
+    tuned: Annotated[str | None, _own("Folder of the fine-tuned model.")] = None,
+    safety_data: Annotated[Path | None, _own("Harmful prompts with refusals, for the profile.")] = None,
+    harmful: Annotated[Path | None, _own("Requests that should be refused, to ask.")] = None,
+    benign: Annotated[Path | None, _own("Requests that only look harmful, to ask.")] = None,
+    task: Annotated[Path | None, _own("Questions of the task, to ask; needs --score.")] = None,
+    score: Annotated[str | None, _own("module:function of (response, row), from 0 to 1.")] = None,
+    task_data: Annotated[Path | None, _own("Examples of the fine-tuning data, for the profile.")] = None,
+    ordinary_data: Annotated[Path | None, _own("Ordinary prompts with the base's responses.")] = None,
+    max_new_tokens: Annotated[int | None, _count(f"Length limit of a response; default {MAX_NEW_TOKENS}.")] = None,
+    batch_size: Annotated[int | None, _count(f"Prompts per forward pass; default {BATCH_SIZE}.")] = None,
 ) -> None:
     """Compare rules over strengths, and baselines: attack success against utility, as JSON, table and plot.
 
@@ -87,83 +101,65 @@ def comparison(
     """
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    on_testbed: Mapping[str, Any] = {"--case": case, "--seed": seed, "--questions": questions}
-    own: Mapping[str, Any] = {
-        "--base": base,
-        "--tuned": tuned,
-        "--safety-data": safety_data,
-        "--harmful": harmful,
-        "--benign": benign,
-        "--task": task,
-        "--score": score,
-        "--task-data": task_data,
-        "--ordinary-data": ordinary_data,
-        "--max-new-tokens": max_new_tokens,
-        "--batch-size": batch_size,
-    }
     with one_line_errors():
-        names = [one_of(RULES, name, "--rule") and name for name in rule or RULES]
-        is_own = any(value is not None for value in own.values())
-        _refuse_both(on_testbed, is_own)
-        if is_own:
-            _run_own(own, names, strength, retention, output)
+        own = _own_options(context.params)
+        for name in rule or RULES:
+            one_of(RULES, name, "--rule")
+        entrants = enter(
+            rule or list(RULES),
+            None if strength is None else [parsed_strength(text) for text in strength],
+            _retentions(retention, has_ordinary=not own or own["ordinary_data"] is not None),
+            has_task=not own or own["task_data"] is not None,
+        )
+        for name, reason in entrants.left_out.items():
+            typer.echo(f"{name} takes no part: {reason}")
+        if own:
+            subjects, file = _of_files(own, output)
         else:
-            _run_testbed(case, seed, questions or QUESTIONS, names, strength, retention, output)
+            subjects, file = _of_testbed(case or list(CASES), seed or SEEDS, questions or QUESTIONS, output)
+        _finish(subjects, entrants, file, output)
 
 
-def _refuse_both(on_testbed: Mapping[str, Any], is_own: bool) -> None:
-    given = [name for name, value in on_testbed.items() if value is not None]
-    if given and is_own:
-        raise ConfigurationError(f"{', '.join(given)}: on the testbed alone; a model of your own is given by --base")
+def _own_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: given[name] for name in OWN_OPTIONS}
+    if all(value is None for value in own.values()):
+        return {}
+    _refuse([name for name in TESTBED_OPTIONS if given[name]], "on the testbed alone, without --base")
+    _refuse([name for name in REQUIRED if own[name] is None], "needed to compare rules on a model of your own")
+    return own
 
 
-def _run_testbed(
-    cases: Sequence[str] | None,
-    seeds: Sequence[int] | None,
-    questions: int,
-    names: Sequence[str],
-    strengths: Sequence[str] | None,
-    retention: float | None,
-    output: Path,
-) -> None:
-    chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases or CASES)]
-    weights = _retentions(retention, has_ordinary=True)
-    entrants = enter(names, strengths, weights, has_task=True)
+def _refuse(options: Sequence[str], reason: str) -> None:
+    if options:
+        raise ConfigurationError(f"{', '.join('--' + name.replace('_', '-') for name in options)}: {reason}")
+
+
+def _of_testbed(
+    cases: Sequence[str], seeds: Sequence[int], questions: int, output: Path
+) -> tuple[list[Subject], ComparisonFile]:
+    chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases)]
     aligned = AlignedModel()
     made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
     file = ComparisonFile(output, made_with=made_with, utilities=UTILITIES, command=_command())
-    subjects = [
-        CaseSubject(aligned, case, seed, questions) for case in chosen for seed in dict.fromkeys(seeds or SEEDS)
-    ]
-    _finish(subjects, entrants, file, output)
+    return [CaseSubject(aligned, case, seed, questions) for case in chosen for seed in dict.fromkeys(seeds)], file
 
 
-def _run_own(
-    own: Mapping[str, Any],
-    names: Sequence[str],
-    strengths: Sequence[str] | None,
-    retention: float | None,
-    output: Path,
-) -> None:
-    missing = [name for name in ("--base", "--tuned", "--safety-data", "--harmful") if own[name] is None]
-    if missing:
-        raise ConfigurationError(f"{', '.join(missing)}: needed to compare rules on a model of your own")
-    weights = _retentions(retention, has_ordinary=own["--ordinary-data"] is not None)
-    entrants = enter(names, strengths, weights, has_task=own["--task-data"] is not None)
-    subject = FilesSubject(**{name.removeprefix("--").replace("-", "_"): value for name, value in own.items()})
-    file = ComparisonFile(output, made_with=subject.made_with, utilities={"task_accuracy": "gain"}, command=_command())
-    _finish([subject], entrants, file, output)
+def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Subject], ComparisonFile]:
+    subject = FilesSubject(**own)
+    utilities = {"task_accuracy": "gain", "over_refusal": "cost"}
+    return [subject], ComparisonFile(output, made_with=subject.made_with, utilities=utilities, command=_command())
 
 
-def _finish(subjects: Sequence[Subject], entrants: Any, file: ComparisonFile, output: Path) -> None:  # noqa: ANN401
-    for name, reason in entrants.left_out.items():
-        typer.echo(f"{name} takes no part: {reason}")
+def _finish(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFile, output: Path) -> None:
     compare(subjects, entrants, file)
     text = markdown(file)
     (output / TABLE).write_text(text, encoding="utf-8")
-    draw(file, output / PLOT)
+    drawn = draw(file, output / PLOT)
     typer.echo(text)
-    typer.echo(f"Written: {output}/results.json, {TABLE}, {PLOT}")
+    written = [output / name for name in (RESULTS, TABLE, *([PLOT] if drawn else []))]
+    typer.echo(f"Written: {', '.join(map(str, written))}")
+    if not drawn:
+        typer.echo("No plot: it shows attack success against the task, so it needs --task and --score")
 
 
 def _retentions(given: float | None, *, has_ordinary: bool) -> list[float]:

@@ -64,7 +64,12 @@ def behaviour_of(
         The shares of its responses.
     """
     scores = behaviour_scores(model, tokenizer, has_new_skill=has_new_skill, questions=questions)
-    return Behaviour(**{"new_skill": None} | {name: score.value for name, score in scores.items()})
+    return Behaviour(
+        attack_success=scores["attack_success"].value,
+        harmful_content=scores["harmful_content"].value,
+        new_skill=scores["new_skill"].value if has_new_skill else None,
+        old_skills=scores["old_skills"].value,
+    )
 
 
 def run_demo(

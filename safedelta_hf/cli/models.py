@@ -15,6 +15,9 @@ from safedelta_hf.evaluation.prompts import digest_of_prompts
 from safedelta_hf.evaluation.task import load_function
 from safedelta_hf.pipeline import collect_profile
 
+MAX_NEW_TOKENS = 128
+BATCH_SIZE = 8
+
 
 class FilesSubject:
     """A base and a fine-tuned model, held in memory, and files of data.
@@ -36,7 +39,7 @@ class FilesSubject:
         SafeDeltaError: A file or a model cannot be read.
     """  # noqa: DOC502 - raised by the functions called
 
-    seed = None
+    seed: int | None = None
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class FilesSubject:
         max_new_tokens: int | None,
         batch_size: int | None,
     ) -> None:
-        self.name = Path(tuned).name
+        self.name = Path(tuned).resolve().name
         # Everything that is small is read before anything that is large.
         self._questions = Questions.read(
             harmful=harmful,
@@ -61,7 +64,7 @@ class FilesSubject:
             task=task,
             score=None if score is None else load_function(score, "--score"),
         )
-        self._settings = {"max_new_tokens": max_new_tokens or 128, "batch_size": batch_size or 8}
+        self._max_new_tokens, self._batch_size = max_new_tokens or MAX_NEW_TOKENS, batch_size or BATCH_SIZE
         self._score = score
         self.base, _ = load_model(base, "--base")
         loaded, self._tokenizer = load_model(tuned, "--tuned")
@@ -83,7 +86,7 @@ class FilesSubject:
             **{name: None if profile is None else profile.header.data for name, profile in profiles.items()},
             **{name: None if prompts is None else digest_of_prompts(prompts) for name, prompts in asked.items()},
             "score": self._score,
-            "max_new_tokens": self._settings["max_new_tokens"],
+            "max_new_tokens": self._max_new_tokens,
         }
 
     @cached_property
@@ -103,15 +106,21 @@ class FilesSubject:
         Returns:
             Scores as in `safedelta eval`.
         """
-        found = evaluate_model(model, self._tokenizer, self._questions, progress=False, **self._settings)
-        return found.scores
+        return evaluate_model(
+            model,
+            self._tokenizer,
+            self._questions,
+            max_new_tokens=self._max_new_tokens,
+            batch_size=self._batch_size,
+            progress=False,
+        ).scores
 
     def _profile(self, data: Path, purpose: str, holdout: float | None) -> SafetyProfile:
         return collect_profile(
             self.base,
             data,
             self._tokenizer,
-            batch_size=self._settings["batch_size"],
+            batch_size=self._batch_size,
             holdout=holdout,
             purpose=purpose,
             progress=False,

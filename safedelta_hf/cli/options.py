@@ -1,7 +1,7 @@
 """What several commands take."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.rules import RULES, Rule
@@ -26,15 +26,27 @@ def chosen_rule(name: str, strength: str | None) -> Rule:
         ConfigurationError: There is no such rule, or the strength is none.
     """
     rule = one_of(RULES, name, "--rule")
-    if strength is None:
-        return rule()
+    return rule() if strength is None else rule(strength=parsed_strength(strength))
+
+
+def parsed_strength(strength: str) -> float | Literal["auto"]:
+    """What `--strength` says.
+
+    Args:
+        strength: Its value.
+
+    Returns:
+        A number, or "auto".
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
     if strength == "auto":
-        return rule(strength="auto")
+        return "auto"
     try:
-        number = float(strength)
+        return float(strength)
     except ValueError:
         raise ConfigurationError(f"--strength {strength!r} is neither a number nor 'auto'") from None
-    return rule(strength=number)
 
 
 def one_of(known: Mapping[str, T], name: str, option: str) -> T:

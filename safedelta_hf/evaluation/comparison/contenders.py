@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from safedelta_hf.rules import RULES, Rule
 
 ALIGNED: Final = "aligned"
 FINE_TUNED: Final = "fine-tuned"
-AUTO: Final = "auto"
 DEFAULT_GRID: Final = 3
 """Strengths beside "auto", spread evenly over the logarithm of a rule's search range, without its ends."""
 
@@ -86,8 +85,15 @@ class Subject(Protocol):
     What is expensive is made when it is first asked for.
     """
 
-    name: str
-    seed: int | None
+    @property
+    def name(self) -> str:
+        """As in `Point`."""
+        ...
+
+    @property
+    def seed(self) -> int | None:
+        """As in `Point`."""
+        ...
 
     @property
     def base(self) -> nn.Module:
@@ -161,7 +167,11 @@ class Entrants:
 
 
 def enter(
-    names: Sequence[str], strengths: Sequence[str] | None, retentions: Sequence[float], *, has_task: bool
+    names: Sequence[str],
+    strengths: Sequence[float | Literal["auto"]] | None,
+    retentions: Sequence[float],
+    *,
+    has_task: bool,
 ) -> Entrants:
     """Find the rules that can take part in a comparison on one fine-tuned model.
 
@@ -175,11 +185,10 @@ def enter(
         Those that can, and the reasons why the others cannot.
 
     Raises:
-        ConfigurationError: A strength is none, or no rule can take part.
+        ConfigurationError: A strength is outside a rule's range, or no rule can take part.
     """
     rules: list[Rule] = []
     left_out: dict[str, str] = {}
-    numbers = None if strengths is None else [_strength(strength) for strength in strengths]
     for name in dict.fromkeys(names):
         kind = RULES[name]
         if kind.needs_task and not has_task:
@@ -190,7 +199,7 @@ def enter(
         except ConfigurationError as error:
             left_out[name] = str(error)
             continue
-        rules.extend(kind(strength=strength) for strength in numbers or [AUTO, *grid(kind)])
+        rules.extend(kind(strength=strength) for strength in strengths or ["auto", *grid(kind)])
     if not rules:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ConfigurationError(f"no rule can take part ({reasons})")
@@ -210,15 +219,6 @@ def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
     mild, strict = map(math.log, rule.search_range)
     steps = [(index + 1) / (count + 1) for index in range(count)]
     return [float(f"{math.exp(mild + step * (strict - mild)):.3g}") for step in steps]
-
-
-def _strength(given: str) -> Any:  # noqa: ANN401 - a number or "auto"
-    if given == AUTO:
-        return AUTO
-    try:
-        return float(given)
-    except ValueError:
-        raise ConfigurationError(f"--strength {given!r} is neither a number nor 'auto'") from None
 
 
 def _contender(subject: Subject, rule: Rule, weight: float) -> Contender:

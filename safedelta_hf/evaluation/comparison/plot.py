@@ -17,8 +17,11 @@ SIDE: Final = 4.0
 
 Place = tuple[float, float]
 
+Look = Mapping[str, Any]
+"""Colour and marker of a method."""
 
-def draw(file: ComparisonFile, path: Path) -> None:
+
+def draw(file: ComparisonFile, path: Path) -> bool:
     """Draw a panel for each subject and utility: baselines as points, each rule as a line over its strengths.
 
     Where there are several seeds, their mean is drawn. A rule's line runs from mild to strict; its large marker is the
@@ -27,13 +30,18 @@ def draw(file: ComparisonFile, path: Path) -> None:
     Args:
         file: The points.
         path: PNG file to write.
+
+    Returns:
+        Whether there was a utility to draw.
     """
     panels = _panels(file)
+    if not panels:
+        return False
     methods = list(dict.fromkeys(point.method for point in file.points))
-    looks = {
+    looks: dict[str, Look] = {
         name: {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]} for index, name in enumerate(methods)
     }
-    columns = max(1, min(4, len(panels)))
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(SIDE * columns, SIDE * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -42,20 +50,21 @@ def draw(file: ComparisonFile, path: Path) -> None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     handles = [Line2D([], [], linestyle="", label=name, **look) for name, look in looks.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, fontsize=8)
     figure.savefig(path, dpi=110)
+    return True
 
 
 def _panels(file: ComparisonFile) -> list[tuple[str, str]]:
     return [
         (subject, utility)
         for subject in dict.fromkeys(point.subject for point in file.points)
-        for utility in file.utilities
-        if any(utility in point.scores for point in file.points if point.subject == subject)
+        for utility, meaning in file.utilities.items()
+        if meaning != "cost" and any(utility in point.scores for point in file.points if point.subject == subject)
     ]
 
 
-def _panel(axes: Any, file: ComparisonFile, subject: str, utility: str, looks: Mapping[str, Mapping[str, str]]) -> None:  # noqa: ANN401
+def _panel(axes: Any, file: ComparisonFile, subject: str, utility: str, looks: Mapping[str, Look]) -> None:  # noqa: ANN401
     groups = [
         group for group in grouped(file.points).values() if group[0].subject == subject and utility in group[0].scores
     ]
@@ -73,7 +82,7 @@ def _panel(axes: Any, file: ComparisonFile, subject: str, utility: str, looks: M
     axes.set(xlabel="attack success", ylabel=utility.replace("_", " "))
 
 
-def _frontier(axes: Any, groups: Sequence[Sequence[Point]], utility: str, look: Mapping[str, str]) -> None:  # noqa: ANN401
+def _frontier(axes: Any, groups: Sequence[Sequence[Point]], utility: str, look: Look) -> None:  # noqa: ANN401
     plain = [group for group in groups if not group[0].settings.get("retention")]
     line = sorted(plain, key=_mean_strength)
     if line:

@@ -65,7 +65,7 @@ class ComparisonFile:
         folder: Folder of the file, `results.json`; it is made.
         made_with: Everything that all points depend on, such as fingerprints of models and prompts.
         utilities: What each score but attack success says: "gain" is what the fine-tuning is for, "kept" what the
-            aligned model could do.
+            aligned model could do, "cost" what should stay low.
         command: The command line that goes on with the file.
 
     Raises:

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
-from safedelta_hf.evaluation.comparison.contenders import Entrants, Subject
+from safedelta_hf.errors import NumericalError
+from safedelta_hf.evaluation.comparison.contenders import Contender, Entrants, Subject
 from safedelta_hf.evaluation.comparison.points import ComparisonFile, Point, key_of
 
 
 def compare(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFile, *, progress: bool = True) -> None:
     """Measure every baseline and every rule on every subject, but for the points that are in the file already.
+
+    A contender whose matrices cannot be factorised is named among those left out, and tried again by the next run.
 
     Args:
         subjects: What is compared on.
@@ -26,18 +29,25 @@ def compare(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFil
     with tqdm(total=len(contenders), desc="Comparing", unit="model", disable=not progress) as bar:
         for subject, contender in contenders:
             bar.set_postfix_str(f"{subject.name}, {contender.method}")
-            if key_of(subject.name, subject.seed, contender.method, contender.settings) not in file:
-                made = contender.make()
-                file.add(
-                    Point(
-                        subject=subject.name,
-                        seed=subject.seed,
-                        method=contender.method,
-                        settings=contender.settings,
-                        scores=subject.measure(made.model),
-                        seconds=made.seconds,
-                        search=made.search,
-                    )
-                )
+            key = key_of(subject.name, subject.seed, contender.method, contender.settings)
+            if key not in file:
+                try:
+                    file.add(_measured(subject, contender))
+                except NumericalError as error:
+                    # Of one strength, say: the others still tell something, and the table says that it is missing.
+                    file.left_out[" ".join(map(str, key))] = str(error)
             bar.update()
     file.save()
+
+
+def _measured(subject: Subject, contender: Contender) -> Point:
+    made = contender.make()
+    return Point(
+        subject=subject.name,
+        seed=subject.seed,
+        method=contender.method,
+        settings=contender.settings,
+        scores=subject.measure(made.model),
+        seconds=made.seconds,
+        search=made.search,
+    )

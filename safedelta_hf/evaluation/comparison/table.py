@@ -48,7 +48,7 @@ def markdown(file: ComparisonFile) -> str:
         The command lines, the table of baselines and measured strengths, what was left out, and all strengths.
     """
     commands = "\n".join(file.commands)
-    left_out = "".join(f"* `{name}` takes no part: {reason}\n" for name, reason in file.left_out.items())
+    left_out = "".join(f"* `{name}` left out: {reason}\n" for name, reason in file.left_out.items())
     given = [point for point in file.points if _has_given_strength(point)]
     every = f"\n## Given strengths\n\n{_table(file, given)}" if given else ""
     measured = _table(file, [point for point in file.points if not _has_given_strength(point)])
@@ -80,7 +80,7 @@ def reached(file: ComparisonFile, point: Point) -> dict[str, bool]:
         value, before = point.scores[name].value, aligned[name].value
         if meaning == "kept":
             found[name] = value >= KEPT_SHARE * before - _ROUNDING
-        elif name in tuned and tuned[name].value > before:
+        elif meaning == "gain" and name in tuned and tuned[name].value > before:
             found[name] = value - before >= GAIN_SHARE * (tuned[name].value - before) - _ROUNDING
     return found
 
@@ -105,7 +105,7 @@ def _has_given_strength(point: Point) -> bool:
 
 def _table(file: ComparisonFile, points: Sequence[Point]) -> str:
     scores = [name for name in (ATTACK, *file.utilities) if any(name in point.scores for point in points)]
-    goals = [f"goal: {name.replace('_', ' ')}" for name in scores]
+    goals = [f"goal: {name.replace('_', ' ')}" for name in scores if file.utilities.get(name) != "cost"]
     heads = [
         "subject",
         "method",
@@ -137,6 +137,8 @@ def _cells(file: ComparisonFile, group: Group, scores: Sequence[str]) -> list[st
 def _goals(file: ComparisonFile, group: Group, scores: Sequence[str]) -> Iterator[str]:
     verdicts = [reached(file, point) for point in group]
     for name in scores:
+        if file.utilities.get(name) == "cost":
+            continue
         judged = [verdict[name] for verdict in verdicts if name in verdict]
         yield f"{sum(judged)}/{len(judged)}" if judged else "-"
 

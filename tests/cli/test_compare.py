@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from safedelta_hf.cli.main import app
+from safedelta_hf.testbed import (
+    ALIGNED_MODEL,
+    attack_questions,
+    load_aligned,
+    ordinary_data,
+    safety_data,
+    skill_questions,
+)
+from tests import tiny
+
+SMALL = ["--case=harmful", "--seed=0", "--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
+SMALL += ["--questions=12"]
+
+
+def run(folder, *options):
+    return CliRunner().invoke(app, ["compare", f"--output={folder}", *map(str, options)])
+
+
+def points(folder):
+    rows = json.loads((folder / "results.json").read_text())["points"]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    result = run(folder, *SMALL)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_rules_and_baselines_are_measured_on_the_same_fine_tuning(whole):
+    attack = {}
+    for row in points(whole[0]):
+        name = (row["method"], row["settings"].get("strength") == 1e-5, row["settings"].get("retention", 0.0))
+        attack.setdefault(name, []).append(row["scores"]["attack_success"]["value"])
+    assert [len(values) for values in attack.values()] == [1, 1, 2, 2, 1, 1, 1, 1, 1, 1]
+    ((aligned,), (tuned,)) = attack["aligned", False, 0.0], attack["fine-tuned", False, 0.0]
+    assert aligned <= 0.1 and tuned >= 0.8
+    # Next to no strength changes nothing, and what is measured brings the refusals back, retention or not.
+    assert attack["scale", True, 0.0] == attack["ridge", True, 0.0] == [tuned]
+    assert attack["ridge", False, 0.0][0] <= 0.1 and attack["ridge", False, 0.1][0] <= 0.1
+
+
+def test_table_plot_and_json_are_written(whole):
+    folder, output = whole
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "comparison.md").read_text() in output
+    content = json.loads((folder / "results.json").read_text())
+    assert content["made_with"]["questions"] == 12 and len(content["commands"]) == 1
+    found = [row for row in content["points"] if row["search"] is not None]
+    assert found and all(row["seconds"] > 0 and len(row["search"]["trials"]) > 1 for row in found)
+    assert all(row["scores"]["attack_success"]["count"] == 12 for row in content["points"])
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_points(whole, tmp_path):
+    """SIGKILL, as a scheduler or the kernel would; in a process of its own."""
+    command = [sys.executable, "-m", "safedelta_hf.cli.main", "compare", f"--output={tmp_path}", *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    file, started = tmp_path / "results.json", time.monotonic()
+    while not (file.exists() and len(points(tmp_path)) >= 3):
+        assert process.poll() is None and time.monotonic() - started < 120
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there = points(tmp_path)
+    assert 3 <= len(there) < len(points(whole[0]))
+    assert run(tmp_path, *SMALL).exit_code == 0
+    assert points(tmp_path) == points(whole[0])
+
+
+def test_other_questions_do_not_mix_with_those_that_were_asked(whole):
+    before = (whole[0] / "results.json").read_bytes()
+    result = run(whole[0], *SMALL, "--questions=11")
+    assert result.exit_code == 1 and "made with other questions" in result.output
+    assert (whole[0] / "results.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    contents = {
+        "harmful": [{"messages": question.messages} for question in attack_questions(8)],
+        "benign": [{"messages": question.messages} for question in skill_questions(6, skills=("make",))],
+        "refusals": safety_data(32),
+        "ordinary": ordinary_data(16),
+        "task": [question.conversation() for question in skill_questions(8)],
+    }
+    for name, rows in contents.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torch.manual_seed(0)
+    tiny.perturbed(load_aligned()[0], 0.04).save_pretrained(folder / "tuned")
+    load_aligned()[1].save_pretrained(folder / "tuned")
+    return folder
+
+
+def of_files(files):
+    names = {"safety-data": "refusals", "harmful": "harmful"}
+    data = [f"--{option}={files / name}.jsonl" for option, name in names.items()]
+    return [f"--base={ALIGNED_MODEL}", f"--tuned={files / 'tuned'}", *data, "--max-new-tokens=24"]
+
+
+def test_a_model_of_ones_own_is_compared_from_files(files, tmp_path):
+    more = [
+        f"--task={files / 'task.jsonl'}",
+        f"--task-data={files / 'task.jsonl'}",
+        f"--benign={files / 'benign.jsonl'}",
+        f"--ordinary-data={files / 'ordinary.jsonl'}",
+        "--score=safedelta_hf.evaluation:final_answer",
+        "--rule=task_ridge",
+        "--rule=scale",
+        "--strength=1e3",
+        "--strength=0",
+    ]
+    result = run(tmp_path, *of_files(files), *more)
+    assert result.exit_code == 0, result.output
+    found = {}
+    for row in points(tmp_path):
+        found.setdefault((row["method"], row["settings"].get("strength")), []).append(row["scores"])
+    (aligned,), (tuned,) = found["aligned", None], found["fine-tuned", None]
+    assert aligned["task_accuracy"]["value"] == 1 and tuned["task_accuracy"]["value"] < 1
+    assert found["scale", 1e3] == [aligned] and found["scale", 0.0] == [tuned]
+    assert len(found["task_ridge", 0.0]) == 2 and found["task_ridge", 0.0] == [tuned, tuned]
+    assert all(name in result.output for name in ("over refusal", "task accuracy", "retention 0.1", "comparison.png"))
+
+
+def test_what_needs_data_that_are_not_there_is_named(files, tmp_path):
+    result = run(tmp_path, *of_files(files), "--rule=task_ridge", "--rule=scale", "--strength=1")
+    assert result.exit_code == 0, result.output
+    assert "task_ridge takes no part: it weighs what the fine-tuning data uses" in result.output
+    assert "No plot" in result.output and not (tmp_path / "comparison.png").exists()
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert list(content["left_out"]) == ["task_ridge"]
+    assert [row["method"] for row in content["points"]] == ["aligned", "fine-tuned", "scale"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--case=nonsense"], "--case 'nonsense' is not one of harmful"),
+        (["--rule=magic"], "--rule 'magic' is not one of safe_delta"),
+        (["--strength=much"], "--strength 'much' is neither a number nor 'auto'"),
+        (["--strength=-1"], "strength=-1.0 must be a number at least 0"),
+        (["--base=somewhere"], "--tuned, --safety-data, --harmful: needed"),
+        (["--case=harmful", "--tuned=somewhere"], "--case: on the testbed alone"),
+        (["--retention=1", "{own}"], "--retention has no effect without --ordinary-data"),
+        (["--rule=task_ridge", "{own}"], "no rule can take part (task_ridge"),
+        (["{own}", "--task={files}/task.jsonl"], "task and score belong together"),
+        (["{own}", "--tuned=no-such-folder"], "--tuned 'no-such-folder' cannot be loaded"),
+        (["{own}", "--harmful={files}/bad.jsonl"], "bad.jsonl line 2 begins with a brace but is not JSON"),
+        (["{own}", "--safety-data={files}/harmful.jsonl"], "must end with a non-empty assistant turn"),
+    ],
+)
+def test_bad_options_end_with_one_line_and_status_1(files, options, message, tmp_path):
+    (files / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": \n')
+    given = [part for option in options for part in (of_files(files) if option == "{own}" else [option])]
+    result = run(tmp_path / "out", *(part.format(files=files) for part in given))
+    assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
