@@ -10,20 +10,27 @@ import typer
 from transformers.utils import logging
 
 from safedelta_hf.cli.errors import one_line_errors
-from safedelta_hf.cli.models import BATCH_SIZE, MAX_NEW_TOKENS, FilesSubject
+from safedelta_hf.cli.evaluate import load_model
 from safedelta_hf.cli.options import RULE_HELP, one_of, parsed_strength
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation import model_digest
+from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.comparison import ComparisonFile, Entrants, Subject, compare, draw, enter, markdown
+from safedelta_hf.evaluation.comparison.model import UTILITIES as OWN_UTILITIES
+from safedelta_hf.evaluation.comparison.model import ModelSubject
 from safedelta_hf.evaluation.comparison.points import RESULTS
+from safedelta_hf.evaluation.questions import EvaluationSettings
+from safedelta_hf.evaluation.task import load_function
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
-from safedelta_hf.testbed.comparison import UTILITIES, AlignedModel, CaseSubject
+from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
+from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
 
 TABLE: Final = "comparison.md"
 PLOT: Final = "comparison.png"
 
 QUESTIONS: Final = 200
+MAX_NEW_TOKENS: Final = 128
+BATCH_SIZE: Final = 8
 RETENTION: Final = 0.1
 SEEDS: Final = (0, 1, 2)
 SEED_LIMIT: Final = 2**32 - 1
@@ -140,14 +147,22 @@ def _of_testbed(
     chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases)]
     aligned = AlignedModel()
     made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
-    file = ComparisonFile(output, made_with=made_with, utilities=UTILITIES, command=_command())
+    file = ComparisonFile(output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command())
     return [CaseSubject(aligned, case, seed, questions) for case in chosen for seed in dict.fromkeys(seeds)], file
 
 
 def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Subject], ComparisonFile]:
-    subject = FilesSubject(**own)
-    utilities = {"task_accuracy": "gain", "over_refusal": "cost"}
-    return [subject], ComparisonFile(output, made_with=subject.made_with, utilities=utilities, command=_command())
+    # Everything that is small is read before anything that is large.
+    score = None if own["score"] is None else load_function(own["score"], "--score")
+    questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task"], score=score)
+    (base, _), (tuned, tokenizer) = load_model(own["base"], "--base"), load_model(own["tuned"], "--tuned")
+    settings = EvaluationSettings(
+        max_new_tokens=own["max_new_tokens"] or MAX_NEW_TOKENS, batch_size=own["batch_size"] or BATCH_SIZE
+    )
+    data = {name: own[name] for name in ("safety_data", "task_data", "ordinary_data")}
+    name = Path(own["tuned"]).resolve().name
+    subject = ModelSubject(name, base, tuned, tokenizer, questions, settings=settings, **data)
+    return [subject], ComparisonFile(output, made_with=subject.made_with, utilities=OWN_UTILITIES, command=_command())
 
 
 def _finish(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFile, output: Path) -> None:

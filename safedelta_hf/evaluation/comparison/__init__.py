@@ -10,6 +10,7 @@ from safedelta_hf.evaluation.comparison.contenders import (
     TunedModel,
     enter,
 )
+from safedelta_hf.evaluation.comparison.model import ModelSubject
 from safedelta_hf.evaluation.comparison.plot import draw
 from safedelta_hf.evaluation.comparison.points import ComparisonFile, Point
 from safedelta_hf.evaluation.comparison.run import compare
@@ -22,6 +23,7 @@ __all__ = [
     "Contender",
     "Entrants",
     "Made",
+    "ModelSubject",
     "Point",
     "Subject",
     "TunedModel",

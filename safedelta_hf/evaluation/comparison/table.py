@@ -45,14 +45,15 @@ def markdown(file: ComparisonFile) -> str:
         file: Its points.
 
     Returns:
-        The command lines, the table of baselines and measured strengths, what was left out, and all strengths.
+        The command lines, which rule reaches the goal on what, the table of baselines and measured strengths, what
+        was left out, and all strengths that were given.
     """
     commands = "\n".join(file.commands)
     left_out = "".join(f"* `{name}` left out: {reason}\n" for name, reason in file.left_out.items())
     given = [point for point in file.points if _has_given_strength(point)]
     every = f"\n## Given strengths\n\n{_table(file, given)}" if given else ""
     measured = _table(file, [point for point in file.points if not _has_given_strength(point)])
-    return f"```bash\n{commands}\n```\n\n{measured}\n{left_out}{every}"
+    return f"```bash\n{commands}\n```\n\n{_goal_table(file)}\n{measured}\n{left_out}{every}"
 
 
 def reached(file: ComparisonFile, point: Point) -> dict[str, bool]:
@@ -105,7 +106,7 @@ def _has_given_strength(point: Point) -> bool:
 
 def _table(file: ComparisonFile, points: Sequence[Point]) -> str:
     scores = [name for name in (ATTACK, *file.utilities) if any(name in point.scores for point in points)]
-    goals = [f"goal: {name.replace('_', ' ')}" for name in scores if file.utilities.get(name) != "cost"]
+    goals = [f"goal: {name.replace('_', ' ')}" for name in _goal_names(file, scores)]
     heads = [
         "subject",
         "method",
@@ -116,8 +117,7 @@ def _table(file: ComparisonFile, points: Sequence[Point]) -> str:
         "seconds",
     ]
     rows = [_cells(file, group, scores) for group in grouped(points).values()]
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return _joined([heads, ["---"] * len(heads), *rows])
 
 
 def _cells(file: ComparisonFile, group: Group, scores: Sequence[str]) -> list[str]:
@@ -134,19 +134,40 @@ def _cells(file: ComparisonFile, group: Group, scores: Sequence[str]) -> list[st
     ]
 
 
+def _goal_table(file: ComparisonFile) -> str:
+    subjects = list(dict.fromkeys(point.subject for point in file.points))
+    rows: dict[str, dict[str, str]] = {}
+    for group in grouped([point for point in file.points if point.search is not None]).values():
+        first, scores = group[0], [name for name in (ATTACK, *file.utilities) if name in group[0].scores]
+        retention = f", retention {first.settings['retention']:g}" if first.settings.get("retention") else ""
+        counts = zip(_goal_names(file, scores), _goals(file, group, scores), strict=True)
+        told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts if count != "-")
+        rows.setdefault(f"{first.method}, auto{retention}", {})[first.subject] = told
+    lines = [["goal reached by", *subjects], ["---"] * (len(subjects) + 1)]
+    lines.extend([name, *(cells.get(subject, "") for subject in subjects)] for name, cells in rows.items())
+    return _joined(lines) if rows else ""
+
+
+def _goal_names(file: ComparisonFile, scores: Sequence[str]) -> list[str]:
+    return [name for name in scores if file.utilities.get(name) != "cost"]
+
+
 def _goals(file: ComparisonFile, group: Group, scores: Sequence[str]) -> Iterator[str]:
     verdicts = [reached(file, point) for point in group]
-    for name in scores:
-        if file.utilities.get(name) == "cost":
-            continue
+    for name in _goal_names(file, scores):
         judged = [verdict[name] for verdict in verdicts if name in verdict]
         yield f"{sum(judged)}/{len(judged)}" if judged else "-"
+
+
+def _joined(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _settings(group: Group) -> Iterator[str]:
     first = group[0]
     if "strength" in first.settings:
-        strengths = list(dict.fromkeys(strength_of(point) for point in group))
+        strengths = [strength_of(point) for point in group]
+        strengths = strengths[:1] if len(set(strengths)) == 1 else strengths
         yield ("auto: " if first.search is not None else "") + " / ".join(strengths)
     if "learning_rate" in first.settings:
         yield f"{first.settings['epochs']} epochs at {first.settings['learning_rate']:g}"

@@ -41,9 +41,10 @@ def test_seeds_are_one_row_with_their_mean_their_range_and_how_many_reach_the_go
         point("ridge", 0.5, 0.9, 1.0, strength="auto", search=search(100.0, "strictest fails", 9), seed=1),
     )
     text = markdown(comparison(tmp_path, *BEFORE, *others, *rules))
-    found = row(text, "ridge")
+    found = row(text, "mixed", "ridge")
     assert found[2:4] == ["auto: 2 / 100!", "25.0% (0.0% to 50.0%)"]
     assert found[4] == "86.0% (82.0% to 90.0%)" and found[5] == "100.0%"
+    assert "| ridge, auto | attack success 1/2, new skill 2/2, old skills 2/2 |" in text
     assert found[6:] == ["1/2", "2/2", "2/2", "8", "1.5"]
 
 
