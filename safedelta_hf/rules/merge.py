@@ -97,6 +97,7 @@ class MergeRule(Rule):
 
     mildest: ClassVar[float] = 0.0
     prepares_for_any_strength: ClassVar[bool] = True
+    reads_moments: ClassVar[bool] = False
     storage: ClassVar[frozenset[Storage]] = frozenset({Storage.DENSE})
 
     @property
