@@ -274,7 +274,7 @@ class StrengthSearch:
     """How the strength of a rule was found.
 
     Attributes:
-        outcome: "found", "nothing needed" (the fine-tuned model is within the tolerance), or "strictest fails" (so is
+        outcome: "found", "nothing needed" (the rule at its mildest is within the tolerance), or "strictest fails" (so is
             no strength that the rule has).
         strength: The strength that was applied.
         tolerance: Allowed rise, in nats per response token.
@@ -300,7 +300,7 @@ class StrengthSearch:
         )
         told = {
             "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations: {measured}.",
-            "nothing needed": f"The model is within the tolerance with its delta kept whole: {measured}.",
+            "nothing needed": f"The rule at its mildest is within the tolerance: {measured}.",
             "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
         }
         return told[self.outcome]

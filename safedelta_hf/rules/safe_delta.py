@@ -55,7 +55,7 @@ class SafeDelta(TransformRule):
     block: int = 2048
 
     name: ClassVar[str] = "safe_delta"
-    mildest: ClassVar[float] = math.inf
+    mildest: ClassVar[float] = 1e12
     search_range: ClassVar[tuple[float, float]] = (1e5, 1e-3)
     prepares_for_any_strength: ClassVar[bool] = True
 

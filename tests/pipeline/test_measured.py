@@ -63,7 +63,7 @@ def test_a_model_that_still_refuses_keeps_its_weights_bit_for_bit(profile):
     tuned = refusing.fine_tuned(count=1)
     before = tiny.weights(tuned)
     report = adjust(tuned, profile, Ridge(strength=AutoStrength(tolerance=1e3)))
-    assert report.search.outcome == "nothing needed" and "kept whole" in report.summary()
+    assert report.search.outcome == "nothing needed" and "at its mildest" in report.summary()
     assert tiny.same(before, tiny.weights(tuned))
 
 
