@@ -274,8 +274,8 @@ class StrengthSearch:
     """How the strength of a rule was found.
 
     Attributes:
-        outcome: "found", "nothing needed" (the rule at its mildest is within the tolerance), or "strictest fails" (so is
-            no strength that the rule has).
+        outcome: "found", "nothing needed" (the rule at its mildest is within the tolerance), or "strictest fails"
+            (no strength that the rule has is).
         strength: The strength that was applied.
         tolerance: Allowed rise, in nats per response token.
         quantile: The quantile that has to stay within it besides the mean.
