@@ -291,9 +291,14 @@ class StrengthSearch:
     trials: tuple[Trial, ...]
 
     @property
+    def applied(self) -> Trial:
+        """The trial of the strength that was applied."""
+        return next(trial for trial in self.trials if trial.strength == self.strength)
+
+    @property
     def summary(self) -> str:
         """The outcome in a sentence."""
-        last = next(trial for trial in reversed(self.trials) if trial.strength == self.strength)
+        last = self.applied
         measured = (
             f"refusals are {last.mean:.3g} nats per token less likely than under the base ({last.upper:.3g} at the "
             f"{self.quantile:.0%} quantile of {self.examples} held out; allowed {self.tolerance:g})"

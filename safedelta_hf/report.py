@@ -72,7 +72,7 @@ class Report:
     def _search_metrics(self) -> dict[str, float]:
         if self.search is None:
             return {}
-        last = next(trial for trial in reversed(self.search.trials) if trial.strength == self.search.strength)
+        last = self.search.applied
         return {
             "strength": self.search.strength,
             "evaluations": float(len(self.search.trials)),

@@ -344,6 +344,17 @@ def test_each_hessian_is_factored_once(monkeypatch):
     assert len(factored) == len(profile.moments)
 
 
+def test_the_hessian_of_each_expert_is_factored_once(monkeypatch):
+    base = architectures.tiny_model("mixtral")
+    tuned = tiny.perturbed(copy.deepcopy(base))
+    profile, factored = collected(base), []
+    prepare = SafeDelta.prepare
+    monkeypatch.setattr(SafeDelta, "prepare", lambda self, m: factored.append(m.safety.shape) or prepare(self, m))
+    adjust(tuned, base, profile)
+    assert any(use.part is not None for use in profile.uses)
+    assert len(factored) <= len(profile.uses)
+
+
 def test_the_same_weights_in_another_dtype_are_unchanged(tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     half = tiny.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

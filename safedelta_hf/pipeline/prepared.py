@@ -34,7 +34,8 @@ class PreparedMoments:
         self._profile = profile
         self._rule = rule
         self._task = _checked(task, profile, rule) if rule.needs_task else None
-        self._held: dict[Key, tuple[LayerMoments, State]] = {}
+        self._held: dict[Key, LayerMoments] = {}
+        self._states: dict[Key, State] = {}
 
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
         """Hold what these uses of a parameter need, and of the rest what the memory allows.
@@ -44,13 +45,13 @@ class PreparedMoments:
             device: Where its delta is.
         """
         needed = {self._key(use) for use in uses}
-        self._held = {key: pair for key, pair in self._held.items() if pair[0].safety.device == device}
-        for key in list(self._held):
-            if key not in needed and self._held_bytes() > self._memory:
+        for key, moments in list(self._held.items()):
+            is_spare = key not in needed and self._held_bytes() > self._memory
+            if is_spare or moments.safety.device != device:
                 del self._held[key]
+                self._states.pop(key, None)
         for key in needed - set(self._held):
-            moments = self._read(key, device)
-            self._held[key] = (moments, self._rule.prepare(moments))
+            self._held[key] = self._read(key, device)
 
     def hessian(self, use: Use) -> Tensor:
         """The Hessian of a use that is held.
@@ -61,10 +62,10 @@ class PreparedMoments:
         Returns:
             `H` [in, in], or its diagonal [in], float32.
         """
-        return self._held[self._key(use)][0].safety
+        return self._held[self._key(use)].safety
 
     def state(self, use: Use) -> State:
-        """What the rule prepared for a use that is held.
+        """What the rule prepares for a use that is held, once: a Hessian may be asked for where no state is.
 
         Args:
             use: The use.
@@ -72,10 +73,13 @@ class PreparedMoments:
         Returns:
             The rule's own state.
         """
-        return self._held[self._key(use)][1]
+        key = self._key(use)
+        if key not in self._states:
+            self._states[key] = self._rule.prepare(self._held[key])
+        return self._states[key]
 
     def _held_bytes(self) -> int:
-        return sum(moments.safety.nbytes for moments, _ in self._held.values())
+        return sum(moments.safety.nbytes for moments in self._held.values())
 
     def _key(self, use: Use) -> Key:
         return use.moment, None if self._task is None else self._task.key_of(use)
