@@ -63,5 +63,9 @@ class EvaluationError(SafeDeltaError):
     """
 
 
+class RankError(SafeDeltaError):
+    """Another process of the run failed; its message is told."""
+
+
 class CoverageError(SafeDeltaError, ValueError):
     """Trained parameters lie outside what the method can adjust."""

@@ -1,0 +1,41 @@
+"""Which backend holds a model."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.sharding.fsdp2 import FullyShardedParameters
+from safedelta_hf.sharding.holding import Holding
+from safedelta_hf.sharding.whole import WholeParameters
+
+BACKENDS: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module], Holding]], ...] = (
+    (lambda model: any(isinstance(module, FSDPModule) for module in model.modules()), FullyShardedParameters),
+)
+"""How to tell a backend, and what holds its parameters; the first that fits, else they are whole."""
+
+
+def holding_of(model: nn.Module) -> Holding:
+    """How this process holds the parameters of a model.
+
+    Args:
+        model: As the Trainer passes it to callbacks.
+
+    Returns:
+        The holding.
+
+    Raises:
+        ConfigurationError: It is distributed in a way that is not covered.
+    """
+    for fits, holding in BACKENDS:
+        if fits(model):
+            return holding(model)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigurationError(
+            f"{type(model).__name__}: its weights are distributed by tensor parallelism (a tp_plan), where a rank holds "
+            "slices of inputs or outputs; this is not covered. Train without the callback, then use adjust_checkpoint "
+            "on the saved model"
+        )
+    return WholeParameters(model)

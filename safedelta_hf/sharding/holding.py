@@ -1,0 +1,157 @@
+"""What every backend answers: which part of a parameter this process holds, and how it is read and written."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from safedelta_hf.names import base_modules, canonical, join
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The part of a parameter that a process holds: some of the slices along its first dimension, or all of it.
+
+    Attributes:
+        start: The first of them.
+        stop: One past the last; equal to `start` where this process holds none.
+        size: Slices of the whole parameter; 1 for a scalar.
+        group: The processes that hold the others; None where each process holds all of it.
+    """
+
+    start: int
+    stop: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def whole(cls, shape: torch.Size) -> "Piece":
+        """All of a parameter.
+
+        Args:
+            shape: Its shape.
+
+        Returns:
+            The piece.
+        """
+        size = shape[0] if shape else 1
+        return cls(start=0, stop=size, size=size)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each process holds all of the parameter."""
+        return self.group is None
+
+
+class Watcher(Protocol):
+    """Who sees the operations of a running model."""
+
+    def follow(self, tensor: Tensor, name: str) -> None:
+        """Take a tensor for the whole parameter of that name, as long as it lives."""
+        ...
+
+    def look_away(self) -> None:
+        """See nothing until told to look again: the backend is fetching or freeing parameters."""
+        ...
+
+    def look_again(self) -> None:
+        """See all operations again."""
+        ...
+
+
+class Holding(Protocol):
+    """How this process holds the parameters of a model; they go by canonical names, those of adapters by their own.
+
+    Reading and writing may be collective: all ranks do it for the same parameters in the same order.
+    """
+
+    kind: ClassVar[str]
+    """What users call the backend."""
+
+    collective: bool
+    """Whether forward passes are collective, so that all ranks need the same number of them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameters, a tied one once."""
+        ...
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """What stands for a parameter in the model at this moment, be it sharded or empty."""
+        ...
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of the parameter."""
+        ...
+
+    def device(self, name: str) -> torch.device:
+        """Where what `read` returns is."""
+        ...
+
+    def piece(self, name: str) -> Piece:
+        """The part of a parameter that `read` returns and `write` takes."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """That part as a plain tensor, [stop - start, ...]; maybe the parameter's own memory, so not to be changed."""
+        ...
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Replace that part; the value has its shape, in any dtype, on any device."""
+        ...
+
+    def shown_to(self, watcher: Watcher) -> AbstractContextManager[None]:
+        """Tell a watcher which tensors hold the parameters while the model runs."""
+        ...
+
+
+class Places:
+    """Where each parameter stands in a model.
+
+    Args:
+        model: Any module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        seen: set[nn.Parameter] = set()
+
+        def add(prefix: str, module: nn.Module) -> None:
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter not in seen:
+                    seen.add(parameter)
+                    self._places[join(prefix, key)] = module, key
+
+        for name, module in base_modules(model):
+            add(name, module)
+        for name, module in model.named_modules():
+            add(canonical(f"{name}.").rstrip("."), module)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameters, a tied one once."""
+        return tuple(self._places)
+
+    def __getitem__(self, name: str) -> tuple[nn.Module, str]:
+        return self._places[name]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """What stands for a parameter at this moment.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The parameter.
+        """
+        module, key = self._places[name]
+        parameter = module._parameters[key]
+        assert parameter is not None, name
+        return parameter

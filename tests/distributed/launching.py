@@ -1,0 +1,32 @@
+"""Programs on two processes, started as a user would."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(module: str, *arguments: object, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a module of the tests under torchrun; the caller looks at what comes back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [*launcher, "--master_port", str(port), "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def passes(module: str, *arguments: object, processes: int = 2) -> str:
+    """Run a module, require that all ranks end well, and return what they printed."""
+    done = torchrun(module, *arguments, processes=processes)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
