@@ -34,8 +34,8 @@ def holding_of(model: nn.Module) -> Holding:
             return holding(model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ConfigurationError(
-            f"{type(model).__name__}: its weights are distributed by tensor parallelism (a tp_plan), where a rank holds "
-            "slices of inputs or outputs; this is not covered. Train without the callback, then use adjust_checkpoint "
-            "on the saved model"
+            f"{type(model).__name__}: its weights are distributed by tensor parallelism (a tp_plan), where a rank "
+            "holds slices of inputs or outputs; this is not covered. Train without the callback, then use "
+            "adjust_checkpoint on the saved model"
         )
     return WholeParameters(model)
