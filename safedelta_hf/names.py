@@ -54,6 +54,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def unwrapped_shards(model: nn.Module) -> nn.Module:
+    """What FSDP1 wraps around a whole model, taken off.
+
+    Args:
+        model: As the Trainer passes it to callbacks.
+
+    Returns:
+        The model as it was before; its parameters may be sharded all the same.
+    """
+    inner = model._modules.get("_fsdp_wrapped_module")
+    return model if inner is None else inner
+
+
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the bare model, without those of adapters on it.
 

@@ -78,7 +78,7 @@ class Ranks:
         """
         if self._control is None:
             return [value]
-        self._check_in()
+        self.check_in()
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._control)
         return found
@@ -94,10 +94,38 @@ class Ranks:
             The tensor.
         """
         if self._control is not None:
-            self._check_in()
+            self.check_in()
             with self._exchanged(tensor) as moved:
                 dist.all_reduce(moved, group=group)
         return tensor
+
+    def assembled(self, rows: Tensor, start: int, size: int, group: dist.ProcessGroup) -> Tensor:
+        """A tensor of which each rank of a group holds some slices along the first dimension.
+
+        Args:
+            rows: This rank's slices, [slices, ...], of any dtype.
+            start: Where they lie in the whole.
+            size: Slices of the whole.
+            group: The ranks that hold one slice each of them between them.
+
+        Returns:
+            The whole, on all of them, bit for bit.
+        """
+        whole = rows.new_zeros((size, *rows.shape[1:]))
+        whole[start : start + rows.shape[0]] = rows
+        self.sum_(whole.flatten().view(torch.uint8), group)
+        return whole
+
+    def all(self, truth: bool) -> bool:
+        """Whether something is so on every rank.
+
+        Args:
+            truth: Whether it is so on this one.
+
+        Returns:
+            The same on all of them.
+        """
+        return all(self.gather(truth))
 
     def sum_to_(self, tensor: Tensor, owner: int) -> None:
         """Add up the tensors of all ranks on one of them, in place; those of the others are void afterwards.
@@ -107,7 +135,7 @@ class Ranks:
             owner: The rank that gets the sum.
         """
         if self._control is not None:
-            self._check_in()
+            self.check_in()
             with self._exchanged(tensor) as moved:
                 dist.reduce(moved, dst=owner)
 
@@ -124,7 +152,7 @@ class Ranks:
         """
         if self._control is None:
             return value
-        self._check_in()
+        self.check_in()
         tensors: list[Tensor] = []
         packed: list[Any] = [None]
         if self.rank == owner:
@@ -134,7 +162,7 @@ class Ranks:
             tensors = [torch.empty(shape, dtype=dtype, device=device or kind) for shape, dtype, kind in packed[0][1]]
         tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in tensors:
-            with self._exchanged(tensor) as moved:
+            with self._exchanged(tensor.flatten().view(torch.uint8)) as moved:  # backends know few data types
                 dist.broadcast(moved, src=owner)
         return value if self.rank == owner else _unpack(packed[0][0], tensors)
 
@@ -154,9 +182,9 @@ class Ranks:
         except BaseException as error:
             if self._control is not None and not _is_told(error):
                 _mark_told(error)
-                self._check_in(error)
+                self.check_in(error)
             raise
-        self._check_in()
+        self.check_in()
 
     @contextmanager
     def within_collectives(self) -> Iterator[None]:
@@ -176,7 +204,15 @@ class Ranks:
                 error.add_note(f"on rank {self.rank}, while the others waited for it in collective operations")
             raise
 
-    def _check_in(self, error: BaseException | None = None) -> None:
+    def check_in(self, error: BaseException | None = None) -> None:
+        """Wait for the other ranks, and hear whether they are well.
+
+        Args:
+            error: Why this one is not.
+
+        Raises:
+            RankError: Another rank failed.
+        """
         if self._control is None:
             return
         unwell = torch.tensor([error is not None], dtype=torch.int32)

@@ -34,6 +34,8 @@ class Storage(StrEnum):
 
     DENSE = "dense"
     """Base and fine-tuned weight are at hand, whole, and any delta can be written."""
+    SHARDED = "sharded"
+    """Each process has some slices of both weights along their first dimension."""
     ADAPTER = "adapter"
     """Factors, an offset or some rows, held apart from the base weight; only deltas of that form can be written."""
 

@@ -12,9 +12,10 @@ from transformers import TrainerState
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import BaseWeightsError, ProfileError
-from safedelta_hf.names import parameter_names, unwrapped
+from safedelta_hf.names import unwrapped
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import BaseWeights, FilesOrMemoryBase, open_base
-from safedelta_hf.weights.fingerprint import digest, fingerprint
+from safedelta_hf.weights.fingerprint import digest_of_piece, held_digest
 
 STATE_KEY = "safedelta_base"
 """Key in the Trainer state, and so in every checkpoint; no class has this name, so no callback is restored from it."""
@@ -159,24 +160,27 @@ def _from_model(model: nn.Module, output_dir: Path) -> RunBase:
             f"the model was loaded from {name_or_path!r}, a checkpoint of a Trainer, which is fine-tuned already; pass "
             "base=<the aligned model>, or base=<this folder> if its weights are the aligned ones"
         )
-    digests = fingerprint(model)
+    held = HeldModel.of(model)
+    digests = {name: held_digest(held, name) for name in held.names}
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
     return RunBase(
-        weights=FilesOrMemoryBase(model, digests, revision=revision, avoid=output_dir), digests=digests, moved=()
+        weights=FilesOrMemoryBase(held, digests, revision=revision, avoid=output_dir), digests=digests, moved=()
     )
 
 
 def _from_source(model: nn.Module, source: nn.Module | str | Path, revision: str | None = None) -> RunBase:
     weights = open_base(source, model, revision)
+    held = HeldModel.of(model)
     digests, moved = {}, []
-    for parameter, name in parameter_names(model).items():
-        weight = weights.read(name)
-        if weight.shape != parameter.shape:
+    for name in held.names:
+        piece, shape = held.holding.piece(name), held.holding.shape(name)
+        weight = weights.read(name, piece)
+        if weight.shape != held.holding.read(name).shape:
             raise BaseWeightsError(
-                f"base: {name} is {list(weight.shape)} in {weights.source} and {list(parameter.shape)} in the model; "
+                f"base: {name} is {list(weight.shape)} in {weights.source} and {list(shape)} in the model; "
                 "pass the model that the fine-tuning started from"
             )
-        digests[name] = digest(weight.to(parameter.dtype))
-        if digests[name] != digest(parameter):
+        digests[name] = digest_of_piece(weight.to(held.holding.dtype(name)), shape, piece, held.ranks)
+        if digests[name] != held_digest(held, name):
             moved.append(name)
     return RunBase(weights=weights, digests=digests, moved=tuple(moved))

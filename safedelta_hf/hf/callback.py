@@ -17,7 +17,7 @@ from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
-from safedelta_hf.hf.coverage import entries_of_trained
+from safedelta_hf.hf.coverage import entries_of_trained, storage_of_trained
 from safedelta_hf.hf.logs import log_metrics
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
 from safedelta_hf.hf.run import (
@@ -30,7 +30,6 @@ from safedelta_hf.hf.run import (
     trained_adapter,
 )
 from safedelta_hf.hf.tuned import require_room_for_tuned, rescue_tuned, save_tuned
-from safedelta_hf.names import parameter_names
 from safedelta_hf.pipeline import (
     adjust_adapter,
     adjust_model,
@@ -39,9 +38,11 @@ from safedelta_hf.pipeline import (
     require_measurable,
     require_mergeable,
 )
-from safedelta_hf.records import Storage, Treatment
+from safedelta_hf.ranks import Ranks, is_shared
+from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.journal import standing_in
 
 logger = logging.get_logger(__name__)
@@ -183,20 +184,20 @@ class SafeDeltaCallback(TrainerCallback):
             SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
         """  # noqa: DOC502 - raised by the functions called
         model = bare(model)
-        require_supported(args, model)
-        require_room_for_tuned(self._keep_tuned, state)
-        with foreign_errors_named("reading data with the base model"):
-            if self._run is None or self._model is None or self._model() is not model:
-                train_dataset = getattr(train_dataloader, "dataset", None)
-                self._start_from(model, args, state, self._processing_class or processing_class, train_dataset)
-        run, profile = self._started()
-        require_measurable(self._rule, profile)
-        require_recorded(run, state)
-        remember(run, state)
-        entries = entries_of_trained(model, profile, self._treatment)
-        require_decisions(entries)
-        storage = Storage.DENSE if trained_adapter(model) is None else Storage.ADAPTER
-        require_mergeable(self._rule, entries, profile, storage)
+        require_supported(args)
+        with Ranks.of_run().together():
+            require_room_for_tuned(self._keep_tuned, state)
+            with foreign_errors_named("reading data with the base model"):
+                if self._run is None or self._model is None or self._model() is not model:
+                    train_dataset = getattr(train_dataloader, "dataset", None)
+                    self._start_from(model, args, state, self._processing_class or processing_class, train_dataset)
+            run, profile = self._started()
+            require_measurable(self._rule, profile)
+            require_recorded(run, state)
+            remember(run, state)
+            entries = entries_of_trained(model, profile, self._treatment)
+            require_decisions(entries)
+            require_mergeable(self._rule, entries, profile, storage_of_trained(model))
 
     def on_train_end(
         self,
@@ -228,14 +229,17 @@ class SafeDeltaCallback(TrainerCallback):
         started = time.perf_counter()
         saved = None
         try:
-            if self._keep_tuned is not None:
-                with foreign_errors_named("saving the tuned weights"):
-                    save_tuned(model, processing_class, self._keep_tuned)
-                saved = self._keep_tuned
-            with foreign_errors_named("adjusting the weights"):
-                report = self.adjust(model, workspace=output_dir(args), progress=shows_progress(args, state))
+            with Ranks.of_run().together():
+                if self._keep_tuned is not None:
+                    with foreign_errors_named("saving the tuned weights"):
+                        save_tuned(model, processing_class, self._keep_tuned)
+                    saved = self._keep_tuned
+                with foreign_errors_named("adjusting the weights"):
+                    report = self.adjust(model, workspace=output_dir(args), progress=shows_progress(args, state))
         except SafeDeltaError as error:
-            if saved is None:
+            if not is_shared(error):
+                error.add_note("The tuned weights are in the last checkpoint, if one was saved.")
+            elif saved is None:
                 error.add_note(rescue_tuned(model, processing_class, output_dir(args), state.global_step))
             else:
                 error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(saved)!r}.")
@@ -272,7 +276,7 @@ class SafeDeltaCallback(TrainerCallback):
             workspace=workspace,
             progress=progress,
         )
-        if not self.report.changed_anything:
+        if not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report
 
@@ -293,8 +297,6 @@ class SafeDeltaCallback(TrainerCallback):
         run = base_of_run(model, state, self._given_base, output_dir(args))
         if self.profile is not None:
             require_matching(self.profile, run, processing_class)
-        moved = set(run.moved)
-        parameters = {name: parameter for parameter, name in parameter_names(model).items() if name in moved}
         collector = ProfileCollector(
             model=model,
             processing_class=processing_class,
@@ -302,7 +304,7 @@ class SafeDeltaCallback(TrainerCallback):
             settings=self._settings,
             progress=shows_progress(args, state),
         )
-        with standing_in(parameters, run.weights, output_dir(args)):
+        with standing_in(HeldModel.of(model), run.moved, run.weights, output_dir(args)):
             self.profile = self.profile or collector.safety(self._data)
             self.task = collector.task(self._data, train_dataset) if self._rule.needs_task else None
         self._run, self._model = run, weakref.ref(model)

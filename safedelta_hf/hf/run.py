@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
+from safedelta_hf.ranks import Ranks
 
 
 def bare(model: nn.Module | None) -> nn.Module:
@@ -92,22 +93,20 @@ def is_pruned(state: TrainerState, control: TrainerControl) -> bool:
     return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
 
 
-def require_supported(args: TrainingArguments, model: nn.Module) -> None:
-    """Stop where the callback would do something wrong.
+def require_supported(args: TrainingArguments) -> None:
+    """Stop where the processes of a run could not find one another.
 
     Args:
         args: Of the Trainer.
-        model: The bare model.
 
     Raises:
-        ConfigurationError: Weights that this process does not hold whole.
+        ConfigurationError: They are not those of `torch.distributed`.
     """
-    sharded = args.world_size > 1 or bool(args.fsdp) or bool(args.deepspeed)
-    if sharded or any(parameter.is_meta for parameter in model.parameters()):
+    size = Ranks.of_run().size
+    if args.world_size != size:
         raise ConfigurationError(
-            f"SafeDeltaCallback: works in one process with all weights in memory; this run has {args.world_size} "
-            f"processes, fsdp={args.fsdp!r}, deepspeed={args.deepspeed!r}, or offloaded weights. Train without it, "
-            "then use adjust_model in one process"
+            f"SafeDeltaCallback: this run has {args.world_size} processes, of which torch.distributed knows {size}; "
+            "start it with torchrun or accelerate launch, or train without the callback and use adjust_checkpoint"
         )
 
 

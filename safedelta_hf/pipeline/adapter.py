@@ -10,21 +10,23 @@ from torch import nn
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import AdapterError, ProfileError
-from safedelta_hf.names import parameter_aliases, parameter_names, unwrapped
+from safedelta_hf.names import parameter_aliases, unwrapped
 from safedelta_hf.pipeline.adjust import adjust_weights
 from safedelta_hf.pipeline.loop import RunningModel
 from safedelta_hf.pipeline.plan import plan_parameters
-from safedelta_hf.quantised import is_quantised
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.adapter import AdapterStore
 from safedelta_hf.weights.adapter_config import initialised_from_base, require_low_rank
 from safedelta_hf.weights.adapter_parts import AdapterPart, DensePart
 from safedelta_hf.weights.base import BaseWeights, open_base, verified
-from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.weights.fingerprint import held_digest
+from safedelta_hf.weights.gathered import WholeTensors, WritesThrough
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.peft_layers import adapter_config, adapter_parts
+from safedelta_hf.weights.state import assembled
 
 
 def adjust_adapter(
@@ -46,7 +48,8 @@ def adjust_adapter(
     read but to make sure that it is the profile's.
 
     Args:
-        model: The model with the adapter on it, unmerged, held whole by this process.
+        model: The model with the adapter on it, unmerged. Where it is sharded, or the run has several processes, all
+            of them call this; the adapter's own tensors are brought together, those of the base are not.
         profile: Profile of its base.
         rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
@@ -69,20 +72,22 @@ def adjust_adapter(
     rule = rule or default_rule(task)
     if rule.auto is not None:
         _require_active(model, adapter_name, new_adapter_name)
-    trained_in_place = _trained_in_place(model, config, profile.header, base)
-    require_base(model, profile.header, but={part.parameter for part in trained_in_place})
+    held = HeldModel.of(model)
+    tensors = WholeTensors(held)
+    trained_in_place = _trained_in_place(held, tensors, config, profile.header, base)
+    require_base(held, profile.header, but={part.parameter for part in trained_in_place})
     if new_adapter_name is not None:
         _require_room(model, config, new_adapter_name)
     try:
         if new_adapter_name is not None:
             _copy_adapter(model, config, adapter_name, new_adapter_name)
-        parts = adapter_parts(model, new_adapter_name or adapter_name) + trained_in_place
-        journal = Journal(workspace)
+        parts = adapter_parts(model, new_adapter_name or adapter_name, tensors) + trained_in_place
+        journal = Journal(workspace, held.ranks)
         store = AdapterStore(
             parts,
             architecture=type(unwrapped(model)).__name__,
             source="the frozen base below the adapter",
-            writer=journal,
+            writer=WritesThrough(journal, tensors),
         )
         plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
         running = RunningModel(model=model, restore=journal.restore)
@@ -112,8 +117,8 @@ def plan_adapter(model: nn.Module, profile: SafetyProfile, treatment: Treatment,
     config = require_adjustable(model, adapter_name)
     shapes = {part.parameter: part.shape for part in adapter_parts(model, adapter_name)}
     if config.bias != "none":
-        trained = [(name, weight) for weight, name in parameter_names(model).items() if weight.requires_grad]
-        shapes |= {name: tuple(weight.shape) for name, weight in trained}
+        held = HeldModel.of(model)
+        shapes |= {name: shape for name, shape in held.shapes.items() if held.holding.parameter(name).requires_grad}
     return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
 
 
@@ -141,28 +146,25 @@ def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN
     return config
 
 
-def require_base(model: nn.Module, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
+def require_base(held: HeldModel, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
     """Make sure that the frozen weights below an adapter are those that a profile was made of.
 
     Args:
-        model: The model that has the adapter.
+        held: The model that has the adapter.
         header: What the profile was made from.
         but: Names of parameters that were trained in place.
 
     Raises:
         ProfileError: It was made of others.
     """
-    names = parameter_names(model)
-    strangers = sorted(set(names.values()) ^ set(header.base))
+    strangers = sorted(set(held.names) ^ set(header.base))
     if strangers:
         raise ProfileError(
             f"profile: made for another base ({header.architecture}); it differs from this "
-            f"{type(unwrapped(model)).__name__} in {', '.join(strangers[:3])}"
+            f"{type(unwrapped(held.model)).__name__} in {', '.join(strangers[:3])}"
         )
-    for parameter, name in names.items():
-        dtype = getattr(torch, header.dtypes[name])
-        weight = parameter if parameter.dtype is dtype or is_quantised(parameter) else parameter.to(dtype)
-        if name not in but and digest(weight) != header.base[name]:
+    for name in held.names:
+        if name not in but and held_digest(held, name, getattr(torch, header.dtypes[name])) != header.base[name]:
             raise ProfileError(
                 f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
                 "the same precision"
@@ -170,7 +172,8 @@ def require_base(model: nn.Module, header: ProfileHeader, *, but: Set[str] = fro
 
 
 def _trained_in_place(
-    model: nn.Module,
+    held: HeldModel,
+    tensors: WholeTensors,
     config: Any,  # noqa: ANN401
     header: ProfileHeader,
     base: nn.Module | str | Path | BaseWeights | None,
@@ -179,17 +182,18 @@ def _trained_in_place(
     if config.bias == "none":
         return []
     parts: list[AdapterPart] = []
-    reader = open_base(base, unwrapped(model)) if isinstance(base, nn.Module | str | Path) else base
-    for parameter, name in parameter_names(model).items():
-        if not name.endswith("bias") or header.base.get(name) in (None, digest(parameter)):
+    reader = open_base(base, unwrapped(held.model)) if isinstance(base, nn.Module | str | Path) else base
+    for name in held.names:
+        if not name.endswith("bias") or header.base.get(name) in (None, held_digest(held, name)):
             continue
         if reader is None:
             raise AdapterError(
                 f"{name}: the adapter (bias={config.bias!r}) trained it in place, so its base value is not in the "
                 "model; pass base=<the model or folder that the fine-tuning started from>"
             )
-        weight = verified(reader, name, header.dtypes[name], header.base[name])
-        parts.append(DensePart(parameter=name, tuned=parameter, base=weight))
+        weight = verified(reader, name, header.dtypes[name], header.base[name], held)
+        weight = assembled(held, name, weight)
+        parts.append(DensePart(parameter=name, tuned=tensors.of(held.holding.parameter(name)), base=weight))
     return parts
 
 

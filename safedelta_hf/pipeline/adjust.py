@@ -7,6 +7,7 @@ from torch import nn
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.pipeline.loop import Adjustment, RunningModel
 from safedelta_hf.pipeline.plan import plan_model
+from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Plan, RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
@@ -29,7 +30,8 @@ def adjust_model(
     """Adjust a fine-tuned model in place: all of it, or, if anything fails, nothing of it.
 
     Args:
-        model: The fine-tuned model, held whole by this process.
+        model: The fine-tuned model. Where it is sharded, or the run has several processes, all of them call this; each
+            adjusts what it holds.
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
         profile: Profile of that base.
         rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
@@ -80,8 +82,10 @@ def adjust_weights(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
-    loop = Adjustment(store, plan, profile, rule, task, progress=progress)
-    with store:
+    ranks = Ranks.of_run()
+    with ranks.together():
+        loop = Adjustment(store, plan, profile, rule, task, ranks=ranks, progress=progress)
+    with store, ranks.together():  # on a failure all ranks leave the store's block, and put back what they hold
         if rule.auto is None:
             search, records = None, loop.at(rule)
         else:

@@ -16,6 +16,7 @@ from safedelta_hf.pipeline.merging import Merging, require_storage
 from safedelta_hf.pipeline.plan import check_moments, require_decisions
 from safedelta_hf.pipeline.prepared import PreparedMoments
 from safedelta_hf.pipeline.search import search_strength
+from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, StrengthSearch, Use
 from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
 from safedelta_hf.weights.delta import Delta
@@ -47,6 +48,7 @@ class Adjustment:
         profile: Profile of their base.
         rule: Which part of each delta will be kept, at whatever strength.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        ranks: The processes of the run, each of which goes through this with its part of the weights.
         progress: Whether to show progress bars.
 
     Raises:
@@ -61,14 +63,15 @@ class Adjustment:
         rule: Rule,
         task: SafetyProfile | None,
         *,
+        ranks: Ranks,
         progress: bool,
     ) -> None:
         self._store, self._plan, self._profile, self._task = store, plan, profile, task
-        self._progress = progress
+        self._ranks, self._progress = ranks, progress and ranks.is_main
         self._merging = Merging(rule, plan.entries, profile) if isinstance(rule, MergeRule) else None
         tuned = [
             entry
-            for entry in tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not progress)
+            for entry in tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not self._progress)
             if store.is_tuned(entry.parameter)
         ]
         for entry in tuned:
@@ -92,7 +95,7 @@ class Adjustment:
         Raises:
             SafeDeltaError: Named by parameter.
         """
-        prepared = prepared or PreparedMoments(self._profile, rule, self._task)
+        prepared = prepared or self._prepared_for(rule)
         adjuster = _Adjuster(self._store, rule, prepared, self._merging)
         records = []
         description = f"Adjusting ({rule.name})"
@@ -120,9 +123,7 @@ class Adjustment:
             How the strength was found, and what was done to each parameter.
         """
         running, held_out = _measurable(rule, running, self._profile)
-        prepared = None
-        if rule.prepares_for_any_strength:
-            prepared = PreparedMoments(self._profile, rule, self._task, memory=REUSED_BYTES)
+        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.prepares_for_any_strength else None
         records: dict[float, tuple[ParameterRecord, ...]] = {}
 
         def apply(strength: float) -> None:
@@ -135,11 +136,15 @@ class Adjustment:
             return held_out.drift(running.model, quantile=auto.quantile)
 
         search = search_strength(rule, auto, measure, len(held_out.sequences))
-        if search.outcome == "strictest fails":
+        if search.outcome == "strictest fails" and self._ranks.is_main:
             warnings.warn(f"{rule.name}: {search.summary}", stacklevel=4)
         if search.strength not in records:
             apply(search.strength)
         return search, records[search.strength]
+
+    def _prepared_for(self, rule: Rule, memory: int = 0) -> PreparedMoments:
+        uses = (use for entry in self._plan.entries if entry.parameter in self._tuned for use in entry.uses)
+        return PreparedMoments(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
 
 
 def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
@@ -210,10 +215,9 @@ class _Adjuster:
         rule, remarks = cast(TransformRule, self._rule), tuple[str, ...]()
         for use in entry.uses:
             self._hold(entry, use, delta)
-            state = self._prepared.state(use)
-            transform = rule.transform(state, delta.matrix(use))
+            transform, notes = self._prepared.transform(rule, use, delta.matrix(use))
             delta = delta.transformed(use, transform)
-            remarks += state.notes + transform.notes
+            remarks += notes + transform.notes
         return delta, remarks
 
     def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401

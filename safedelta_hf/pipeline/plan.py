@@ -9,9 +9,10 @@ from torch import nn
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CoverageError, ProfileError
-from safedelta_hf.names import parameter_aliases, parameter_names
+from safedelta_hf.names import parameter_aliases
 from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.delta import MatrixDelta, unreached
 
 
@@ -29,7 +30,7 @@ def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -
     Raises:
         ProfileError: The profile was made for another architecture.
     """
-    shapes = {name: tuple(parameter.shape) for parameter, name in parameter_names(model).items()}
+    shapes = HeldModel.of(model).shapes
     if set(shapes) != set(profile.header.base):
         strangers = sorted(set(shapes) ^ set(profile.header.base))
         raise ProfileError(

@@ -13,6 +13,7 @@ from safedelta_hf.pipeline.plan import plan_parameters
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.adapter import AdapterStore
 from safedelta_hf.weights.adapter_config import require_weight_delta
 from safedelta_hf.weights.peft_layers import adapter_config
@@ -68,7 +69,7 @@ def refactor_adapter(
             "hold; merge it and use adjust_model"
         )
     parts = merged_parts(model, adapter_name, rank)
-    require_base(model, profile.header)
+    require_base(HeldModel.of(model), profile.header)
     fields = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
     settings = {field: getattr(config, field, None) for field in fields}
     store = AdapterStore(

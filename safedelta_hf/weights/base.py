@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +12,10 @@ from transformers.utils.hub import cached_file
 
 from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.names import parameter_aliases, parameter_names
-from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.sharding.detect import holding_of
+from safedelta_hf.sharding.held import HeldModel
+from safedelta_hf.sharding.holding import Piece
+from safedelta_hf.weights.fingerprint import digest, digest_of_piece
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -31,8 +34,8 @@ class BaseWeights(Protocol):
         """Name or path, and revision, of files that hold all of the weights; None if there are none."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """The base weight of a canonical name, in the dtype of its file or model."""
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """The base weight of a canonical name, in the dtype of its file or model; a piece of it if one is named."""
         ...
 
 
@@ -47,23 +50,33 @@ class ModelBase:
     reopen = None
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = {name: parameter for parameter, name in parameter_names(model).items()}
+        self._holding = holding_of(model)
+        self._names = frozenset(parameter_names(model).values())
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
 
         Args:
             name: Canonical parameter name.
+            piece: The slices that are wanted; None for all.
 
         Returns:
             The parameter's own storage; not to be written to.
 
         Raises:
-            BaseWeightsError: The base model has no such parameter.
+            BaseWeightsError: The base model has no such parameter, or this process does not hold what is wanted of it.
         """
-        if name not in self._parameters:
+        if name not in self._names:
             raise BaseWeightsError(f"{name}: the base model has no such parameter; pass the model that was fine-tuned")
-        return self._parameters[name].detach()
+        weight, own = self._holding.read(name), self._holding.piece(name)
+        wanted = own if piece is None or piece.is_whole else piece
+        if (own.start, own.stop) == (wanted.start, wanted.stop):
+            return weight
+        if not own.is_whole:
+            raise BaseWeightsError(
+                f"{name}: the base model is sharded in another way than the tuned one; pass the folder of its files"
+            )
+        return weight[wanted.start : wanted.stop]
 
 
 class CheckpointBase:
@@ -89,11 +102,12 @@ class CheckpointBase:
     def __contains__(self, name: str) -> bool:
         return any(candidate in self._files for candidate in self._candidates(name))
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
 
         Args:
             name: Canonical parameter name.
+            piece: The slices that are wanted, and read; None for all.
 
         Returns:
             A new tensor in host memory, in the dtype of the file.
@@ -105,8 +119,7 @@ class CheckpointBase:
             if candidate in self._files:
                 try:
                     with safe_open(self._files[candidate], framework="pt") as file:
-                        tensor: Tensor = file.get_tensor(candidate)
-                        return tensor
+                        return _read_piece(file, candidate, piece)
                 except (OSError, SafetensorError) as error:
                     raise BaseWeightsError(f"{name}: cannot read {self._files[candidate]} ({error})") from error
         raise BaseWeightsError(
@@ -122,20 +135,22 @@ class FilesOrMemoryBase:
     """Base weights that stand in files where they can be read again, and copies of the others.
 
     Args:
-        model: The base model as it is now.
+        held: The base model as it is now; of each parameter, this process copies the piece that it holds.
         digests: Digest of each of its parameters.
         revision: Revision in the Hub cache.
         avoid: Folder whose files may be overwritten by the training, and so are not relied on.
     """
 
     def __init__(
-        self, model: nn.Module, digests: Mapping[str, str], *, revision: str | None, avoid: Path | None
+        self, held: HeldModel, digests: Mapping[str, str], *, revision: str | None, avoid: Path | None
     ) -> None:
-        self._files = _usable_files(model, revision, avoid)
+        files = _usable_files(held.model, revision, avoid)
+        self._files = files if held.ranks.all(files is not None) else None
         self._memory: dict[str, Tensor] = {}
-        for parameter, name in parameter_names(model).items():
-            if parameter.requires_grad and not self._in_files(name, parameter.dtype, digests[name]):
-                self._memory[name] = parameter.detach().to("cpu", copy=True)
+        for name in held.names:
+            trained = held.holding.parameter(name).requires_grad
+            if trained and not (self._files and self._is_in(self._files, held, name, digests[name])):
+                self._memory[name] = held.holding.read(name).to("cpu", copy=True)
 
     @property
     def copied(self) -> tuple[str, ...]:
@@ -155,11 +170,12 @@ class FilesOrMemoryBase:
             return copies
         return f"{self._files.source}, {copies}" if self._memory else self._files.source
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
 
         Args:
             name: Canonical parameter name.
+            piece: The slices that are wanted, as the model was held when training started; None for all.
 
         Returns:
             The weight in host memory; not to be written to.
@@ -173,13 +189,17 @@ class FilesOrMemoryBase:
             raise BaseWeightsError(
                 f"{name}: was frozen at train start, so no copy was kept; pass base=<the base model>"
             )
-        return self._files.read(name)
+        return self._files.read(name, piece)
 
-    def _in_files(self, name: str, dtype: torch.dtype, expected: str) -> bool:
-        return self._files is not None and name in self._files and digest(self._files.read(name).to(dtype)) == expected
+    def _is_in(self, files: "CheckpointBase", held: HeldModel, name: str, expected: str) -> bool:
+        if not held.ranks.all(name in files):
+            return False
+        piece = held.holding.piece(name)
+        rows = files.read(name, piece).to(held.holding.dtype(name))
+        return digest_of_piece(rows, held.holding.shape(name), piece, held.ranks) == expected
 
 
-def verified(base: BaseWeights, name: str, dtype: str, expected: str) -> Tensor:
+def verified(base: BaseWeights, name: str, dtype: str, expected: str, held: HeldModel | None = None) -> Tensor:
     """Read a base weight and make sure that it is the one that was meant.
 
     Args:
@@ -187,15 +207,22 @@ def verified(base: BaseWeights, name: str, dtype: str, expected: str) -> Tensor:
         name: Canonical parameter name.
         dtype: Data type in which the digest was taken, such as "bfloat16".
         expected: Digest of the weight in that data type.
+        held: The fine-tuned model, if only the piece of it that this process holds is wanted.
 
     Returns:
-        The weight in that data type.
+        The weight, or that piece of it, in that data type.
 
     Raises:
         BaseWeightsError: It is another weight.
     """
-    weight = base.read(name).to(getattr(torch, dtype))
-    if digest(weight) != expected:
+    if held is None:
+        weight = base.read(name).to(getattr(torch, dtype))
+        found = digest(weight)
+    else:
+        piece = held.holding.piece(name)
+        weight = base.read(name, piece).to(getattr(torch, dtype))
+        found = digest_of_piece(weight, held.holding.shape(name), piece, held.ranks)
+    if found != expected:
         raise BaseWeightsError(
             f"{name}: the weight in {base.source} is not that of the base model whose safety profile is used; "
             "were the files changed since? Pass base=<the model that the profile was made of>"
@@ -225,6 +252,14 @@ def open_base(base: nn.Module | str | Path, model: nn.Module, revision: str | No
             "that the model was loaded from"
         )
     return ModelBase(base)
+
+
+def _read_piece(file: Any, name: str, piece: Piece | None) -> Tensor:  # noqa: ANN401 - an open file of safetensors
+    if piece is None or piece.is_whole:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+    rows: Tensor = file.get_slice(name)[piece.start : piece.stop]
+    return rows
 
 
 def _usable_files(model: nn.Module, revision: str | None, avoid: Path | None) -> CheckpointBase | None:

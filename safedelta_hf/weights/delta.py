@@ -149,7 +149,18 @@ class DenseDelta:
         Returns:
             A new delta of the same weights.
         """
-        return DenseDelta(self._tuned, self._base, torch.zeros_like(self._adjusted))
+        return self.keeping(torch.zeros_like(self._adjusted))
+
+    def keeping(self, values: Tensor) -> "DenseDelta":
+        """The delta with something else kept of it.
+
+        Args:
+            values: What is kept, float32, in the shape of the parameter, contiguous.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        return DenseDelta(self._tuned, self._base, values)
 
     def adjusted_to(self, values: Tensor, uses: Sequence[Use]) -> "DenseDelta":
         """The delta with something else kept of it, where it is used.

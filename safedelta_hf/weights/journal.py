@@ -2,51 +2,75 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safedelta_hf.ranks import Ranks, is_shared
+from safedelta_hf.sharding.held import HeldModel, LooseTensor
+from safedelta_hf.sharding.holding import Piece
 from safedelta_hf.weights.base import BaseWeights
+
+
+class Replaceable(Protocol):
+    """What can be read and replaced: this process's part of a parameter, or a tensor."""
+
+    @property
+    def piece(self) -> Piece:
+        """Which part that is."""
+        ...
+
+    def read(self) -> Tensor:
+        """The part; maybe its own memory."""
+        ...
+
+    def write(self, value: Tensor) -> None:
+        """Replace the part."""
+        ...
 
 
 class Journal:
     """Replaces parameters in place and puts all of them back if the block fails.
 
-    The originals are kept on disk, one file each, so that undoing costs no memory. Their folder is removed at the end,
-    unless putting them back failed: then it is kept, and the error names it.
+    The originals are kept on disk, one file each, so that undoing costs no memory; of a parameter that every process
+    holds whole, the main process alone keeps it. Their folder is removed at the end, unless putting them back failed:
+    then it is kept, and the error names it.
 
     Args:
         folder: Where to make the temporary folder; None for the system's default.
+        ranks: The processes that replace their parts of the same parameters, in the same order.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:
         self._parent = folder
+        self._ranks = ranks or Ranks()
         self._folder: Path | None = None
-        self._saved: dict[str, tuple[Tensor, Path]] = {}
-        self._replaced: list[str] = []
+        self._saved: dict[str, tuple[Replaceable, Path | None]] = {}
+        self._replaced: set[str] = set()
 
     def __enter__(self) -> "Journal":
         if self._parent is not None:
             self._parent.mkdir(parents=True, exist_ok=True)
-        self._saved, self._replaced = {}, []
+        self._saved, self._replaced = {}, set()
         self._folder = Path(tempfile.mkdtemp(prefix=".safedelta-", dir=self._parent))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        # A rank that failed where the others cannot know it has nobody to put parameters back with.
+        if error is not None and is_shared(error):
             self.restore()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def replace(self, name: str, parameter: Tensor, value: Tensor) -> None:
-        """Write a new value into a parameter, once its original is safe.
+    def replace(self, name: str, parameter: Tensor | Replaceable, value: Tensor) -> None:
+        """Write a new value into a parameter, once its original is safe on all ranks.
 
         Args:
             name: Canonical name, under which the original is kept.
@@ -59,44 +83,62 @@ class Journal:
         if self._folder is None:
             raise RuntimeError("a Journal is used as a context manager")
         if name not in self._saved:
-            path = self._folder / f"{len(self._saved):05d}.safetensors"
-            save_file({name: parameter.detach().contiguous()}, path)
-            self._saved[name] = (parameter, path)
-        self._replaced.append(name)
-        with torch.no_grad():
-            parameter.copy_(value)
+            place = LooseTensor(parameter) if isinstance(parameter, Tensor) else parameter
+            self._saved[name] = place, self._save(name, place, self._folder)
+        self._ranks.check_in()
+        self._replaced.add(name)
+        self._saved[name][0].write(value)
 
     def restore(self) -> None:
         """Put back every parameter that was replaced, bit for bit; they may be replaced again."""
+        replaced = set().union(*self._ranks.gather(self._replaced))
+        left = [name for name in self._saved if name in replaced]
         try:
-            while self._replaced:
-                parameter, path = self._saved[self._replaced[-1]]
-                (original,) = load_file(path).values()
-                with torch.no_grad():
-                    parameter.copy_(original)
-                self._replaced.pop()
+            while left:
+                place, path = self._saved[left[-1]]
+                place.write(self._original(place, path))
+                left.pop()
         except BaseException as error:
             error.add_note(
-                f"{len(self._replaced)} weights were not put back; their originals are safetensors files, by parameter "
+                f"{len(left)} weights were not put back; their originals are safetensors files, by parameter "
                 f"name, in {str(self._folder)!r}"
             )
             raise
+        self._replaced.clear()
+
+    def _save(self, name: str, place: Replaceable, folder: Path) -> Path | None:
+        value = place.read()  # on all ranks: reading may be collective
+        if place.piece.is_whole and not self._ranks.is_main:
+            return None
+        path = folder / f"{len(self._saved):05d}.safetensors"
+        save_file({name: value.contiguous()}, path)
+        return path
+
+    def _original(self, place: Replaceable, path: Path | None) -> Tensor:
+        original = None
+        if path is not None:
+            (original,) = load_file(path).values()
+        if place.piece.is_whole:
+            original = self._ranks.broadcast(original, owner=0)
+        assert original is not None, "a rank without a file is given the original"
+        return original
 
 
 @contextmanager
-def standing_in(parameters: Mapping[str, Tensor], base: BaseWeights, folder: Path | None) -> Iterator[None]:
+def standing_in(held: HeldModel, names: Iterable[str], base: BaseWeights, folder: Path | None) -> Iterator[None]:
     """Let the base weights stand in for the tuned ones, and put those back bit for bit however the block ends.
 
     Args:
-        parameters: Parameters to replace, by canonical name.
+        held: The tuned model.
+        names: Canonical names of the parameters to replace.
         base: Where the base weights are read.
         folder: Where to make the temporary folder that holds the tuned weights meanwhile.
 
     Yields:
         Nothing.
     """
-    with Journal(folder) as journal:
-        for name, parameter in parameters.items():
-            journal.replace(name, parameter, base.read(name))
+    with Journal(folder, held.ranks) as journal:
+        for name in names:
+            journal.replace(name, held.parameter(name), base.read(name, held.holding.piece(name)))
         yield
         journal.restore()

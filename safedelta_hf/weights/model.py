@@ -1,4 +1,4 @@
-"""A fine-tuned model that this process holds whole."""
+"""A fine-tuned model in memory, held by this process or by many."""
 
 from pathlib import Path
 from types import TracebackType
@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.errors import BaseWeightsError, NumericalError
-from safedelta_hf.names import parameter_names
+from safedelta_hf.names import unwrapped
 from safedelta_hf.parametrised import parametrised_weights
 from safedelta_hf.records import ProfileHeader, Storage
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import BaseWeights, verified
 from safedelta_hf.weights.delta import Delta, DenseDelta
-from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.weights.fingerprint import held_digest
 from safedelta_hf.weights.journal import Journal
+from safedelta_hf.weights.sharded import ShardedDelta
 
 
 class ModelStore:
@@ -29,15 +31,15 @@ class ModelStore:
     def __init__(
         self, model: nn.Module, base: BaseWeights, header: ProfileHeader, workspace: Path | None = None
     ) -> None:
-        self.architecture = type(model).__name__
+        self.architecture = type(unwrapped(model)).__name__
         self.source = base.source
-        self._parameters = {name: parameter for parameter, name in parameter_names(model).items()}
+        self._held = HeldModel.of(model)
         computed = parametrised_weights(model) if header.parametrised else {}
         self._computed = {name: computed[name] for name in header.parametrised}
         self._moved: dict[str, tuple[str, ...]] = {}
         self._base = base
         self._header = header
-        self._journal = Journal(workspace)
+        self._journal = Journal(workspace, self._held.ranks)
 
     def __enter__(self) -> "ModelStore":
         self._journal.__enter__()
@@ -79,11 +81,12 @@ class ModelStore:
             name: Canonical parameter name.
 
         Returns:
-            Always the same: a model has both weights.
+            Whether this process has all of both weights.
         """
-        return Storage.DENSE
+        is_whole = name in self._computed or self._held.holding.piece(name).is_whole
+        return Storage.DENSE if is_whole else Storage.SHARDED
 
-    def delta(self, name: str) -> DenseDelta:
+    def delta(self, name: str) -> DenseDelta | ShardedDelta:
         """The delta of a parameter, or of a weight that is computed from parameters.
 
         Args:
@@ -94,7 +97,11 @@ class ModelStore:
         """
         weight = self._computed.get(name)
         if weight is None:
-            return DenseDelta(self._parameters[name], self._base_weight(name))
+            own, piece = self._held.parameter(name), self._held.holding.piece(name)
+            delta = DenseDelta(own.read(), self._base_weight(name))
+            if piece.is_whole:
+                return delta
+            return ShardedDelta(delta, self._held.holding.shape(name), piece, self._held.ranks)
         return DenseDelta(weight.computed(), weight.computed(self._base_originals(name)))
 
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
@@ -110,39 +117,42 @@ class ModelStore:
         Raises:
             CoverageError: They cannot be set so that the weight comes out as it should; nothing of it was written.
         """  # noqa: DOC502 - raised by the function called
-        assert isinstance(delta, DenseDelta), "a model's deltas are dense"
         weight = self._computed.get(name)
         if weight is None:
-            self._journal.replace(name, self._parameters[name], delta.weight())
+            assert isinstance(delta, DenseDelta | ShardedDelta), "a model's deltas are dense"
+            self._journal.replace(name, self._held.parameter(name), delta.weight())
             return ()
+        assert isinstance(delta, DenseDelta), "a computed weight is whole"
         if delta.is_whole:
             return ("its originals are as tuned",)
         originals = self._base_originals(name) if delta.is_dropped else weight.inverted(delta.weight())
         for original, value in originals.items():
-            self._journal.replace(original, self._parameters[original], value)
+            self._journal.replace(original, self._held.parameter(original), value)
         remark = "are those of the base" if delta.is_dropped else f"were set by {weight.kind}"
         return (f"its originals {remark}",)
 
     def _base_weight(self, name: str) -> Tensor:
-        return self._base.read(name).to(getattr(torch, self._header.dtypes[name]))
+        weight = self._base.read(name, self._held.holding.piece(name))
+        return weight.to(getattr(torch, self._header.dtypes[name]))
 
     def _base_originals(self, name: str) -> dict[str, Tensor]:
         # The others hold the base's already, and may be frozen, so that no copy of them was kept.
         return {original: self._base_weight(original) for original in self._moved[name]}
 
     def _is_moved(self, name: str) -> bool:
-        parameter, expected = self._parameters[name], self._header.base[name]
-        if digest(parameter) == expected:
+        expected = self._header.base[name]
+        if held_digest(self._held, name) == expected:
             return False
-        weight = verified(self._base, name, self._header.dtypes[name], expected)
-        if torch.equal(parameter.cpu(), weight.to("cpu", parameter.dtype)):
+        weight = verified(self._base, name, self._header.dtypes[name], expected, self._held)
+        own = self._held.holding.read(name)
+        if self._held.ranks.all(torch.equal(own.cpu(), weight.to("cpu", own.dtype))):
             return False  # the same weight, in another dtype than when the profile was made
-        if weight.shape != parameter.shape:
+        if weight.shape != own.shape:
             raise BaseWeightsError(
-                f"{name}: {list(parameter.shape)} in the model, {list(weight.shape)} in the base; was the vocabulary "
+                f"{name}: {list(own.shape)} in the model, {list(weight.shape)} in the base; was the vocabulary "
                 "resized after the profile was made?"
             )
-        require_finite(name, parameter)
+        require_finite(name, own)
         return True
 
 

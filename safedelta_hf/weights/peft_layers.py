@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.names import parameter_names
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.adapter_parts import (
     AdapterPart,
     DensePart,
     OffsetPart,
     TokenRowsPart,
 )
+from safedelta_hf.weights.gathered import Whole, WholeTensors, as_it_is
 from safedelta_hf.weights.low_rank_parts import ExpertsPart, LowRankPart
 
 NO_BIAS = (
@@ -59,21 +61,23 @@ def require_unmerged(model: nn.Module) -> None:
         )
 
 
-def adapter_parts(model: nn.Module, adapter_name: str) -> list[AdapterPart]:
+def adapter_parts(model: nn.Module, adapter_name: str, tensors: WholeTensors | None = None) -> list[AdapterPart]:
     """List what a LoRA adapter does to each parameter.
 
     Args:
-        model: The model that has the adapter, held whole by this process.
+        model: The model that has the adapter.
         adapter_name: Its name.
+        tensors: Brings tensors together that are sharded; not needed where this process holds them whole.
 
     Returns:
         One part for each tuned parameter, in module order.
     """
     names = parameter_names(model)
+    tensors = tensors or WholeTensors(HeldModel.of(model))
     parts: list[AdapterPart] = []
     seen: set[int] = set()
     for module in model.modules():
-        for part in _parts(module, adapter_name, names):
+        for part in _parts(module, adapter_name, names, tensors):
             # Tied layers may hold one and the same tensor.
             places = {tensor.data_ptr() for tensor in part.tensors().values() if tensor.numel()}
             if not places or not places <= seen:
@@ -82,67 +86,84 @@ def adapter_parts(model: nn.Module, adapter_name: str) -> list[AdapterPart]:
     return parts
 
 
-def _parts(module: nn.Module, adapter: str, names: dict[nn.Parameter, str]) -> Iterator[AdapterPart]:
+def _parts(
+    module: nn.Module, adapter: str, names: dict[nn.Parameter, str], tensors: WholeTensors
+) -> Iterator[AdapterPart]:
     from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import ModulesToSaveWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
         if adapter in module.modules_to_save:
-            yield from whole_parts(module.modules_to_save[adapter], module.original_module, names)
+            yield from whole_parts(module.modules_to_save[adapter], module.original_module, names, tensors.of)
     elif isinstance(module, TrainableTokensLayer):
         if adapter in module.trainable_tokens_delta:
-            yield _token_rows(module, adapter, names)
+            yield _token_rows(module, adapter, names, tensors.of)
     elif isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
         if isinstance(module, MultiheadAttention):
             raise AdapterError("adapter: LoRA on MultiheadAttention is not covered; merge it and use adjust_model")
         if isinstance(module, ParamWrapper):
-            yield _named_parameter(module, adapter, names)
+            yield _named_parameter(module, adapter, names, tensors)
         else:
-            yield from _low_rank(module, adapter, names)
+            yield from _low_rank(module, adapter, names, tensors.of)
 
 
-def whole_parts(tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str]) -> Iterator[DensePart]:
+def whole_parts(
+    tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str], whole: Whole = as_it_is
+) -> Iterator[DensePart]:
     """The parameters of a module that an adapter carries whole (`modules_to_save`).
 
     Args:
         tuned: The adapter's copy of the module.
         original: The module of the base.
         names: Canonical names of the base parameters.
+        whole: Gives all of a parameter.
 
     Yields:
         One part for each parameter.
     """
     base = dict(original.named_parameters())
     for key, parameter in tuned.named_parameters():
-        yield DensePart(parameter=names[base[key]], tuned=parameter, base=base[key])
+        yield DensePart(parameter=names[base[key]], tuned=whole(parameter), base=whole(base[key]))
 
 
-def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> TokenRowsPart:  # noqa: ANN401
+def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str], whole: Whole) -> TokenRowsPart:  # noqa: ANN401
     weight = layer.get_base_layer().weight
+    base = whole(weight)
     return TokenRowsPart(
         parameter=names[weight],
-        rows=layer.trainable_tokens_delta[adapter],
-        indices=torch.tensor(layer.token_indices[adapter], device=weight.device),
-        base=weight,
+        rows=whole(layer.trainable_tokens_delta[adapter]),
+        indices=torch.tensor(layer.token_indices[adapter], device=base.device),
+        base=base,
     )
 
 
-def _named_parameter(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> LowRankPart | ExpertsPart:  # noqa: ANN401
+def _named_parameter(
+    layer: Any,  # noqa: ANN401
+    adapter: str,
+    names: dict[nn.Parameter, str],
+    tensors: WholeTensors,
+) -> LowRankPart | ExpertsPart:
     weight = layer.get_param()
-    make = LowRankPart if weight.ndim == 2 else ExpertsPart
+    shape = tensors.shape(weight)
+    make = LowRankPart if len(shape) == 2 else ExpertsPart
     return make(
         parameter=names[weight],
-        shape=tuple(weight.shape),
-        down=layer.lora_A[adapter].weight,
-        up=layer.lora_B[adapter].weight,
+        shape=shape,
+        down=tensors.of(layer.lora_A[adapter].weight),
+        up=tensors.of(layer.lora_B[adapter].weight),
         scaling=float(layer.scaling[adapter]),
         # PEFT takes the first dimension of a matrix for its inputs, unless it swapped them.
-        transposed=weight.ndim == 3 and not layer._did_swap_in_out_features,
+        transposed=len(shape) == 3 and not layer._did_swap_in_out_features,
     )
 
 
-def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Iterator[AdapterPart]:  # noqa: ANN401
+def _low_rank(
+    layer: Any,  # noqa: ANN401
+    adapter: str,
+    names: dict[nn.Parameter, str],
+    whole: Whole,
+) -> Iterator[AdapterPart]:
     base = layer.get_base_layer()
     if getattr(base, "weight", None) not in names:
         raise AdapterError(
@@ -156,6 +177,7 @@ def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Itera
     else:
         _require_same_reach(name, base)
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    down, up = whole(down), whole(up)
     scaling = float(layer.scaling[adapter])
     transposed = is_embedding or bool(getattr(layer, "fan_in_fan_out", False))
     yield LowRankPart(
@@ -170,7 +192,7 @@ def _low_rank(layer: Any, adapter: str, names: dict[nn.Parameter, str]) -> Itera
         bias = getattr(base, "bias", None)
         if bias is None:
             raise AdapterError(f"{name}: {NO_BIAS}")
-        yield OffsetPart(parameter=names[bias], offset=layer.lora_B[adapter].bias, scaling=scaling)
+        yield OffsetPart(parameter=names[bias], offset=whole(layer.lora_B[adapter].bias), scaling=scaling)
 
 
 def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, ...]:

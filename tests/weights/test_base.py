@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from safedelta_hf.errors import BaseWeightsError
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import CheckpointBase, FilesOrMemoryBase, ModelBase, open_base, verified
 from safedelta_hf.weights.fingerprint import digest, fingerprint
 from tests import tiny
@@ -32,7 +33,7 @@ def test_a_tied_weight_is_found_under_its_other_name(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_stand_in_files_are_not_copied(folder, dtype):
     model = loaded(folder, dtype=dtype)
-    base = FilesOrMemoryBase(model, fingerprint(model), revision=None, avoid=None)
+    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=None)
     assert base.copied == () and base.source == str(folder)
 
 
@@ -40,7 +41,7 @@ def test_weights_that_differ_from_the_files_are_copied(folder):
     model = loaded(folder)
     with torch.no_grad():
         model.model.norm.weight.add_(1)
-    base = FilesOrMemoryBase(model, fingerprint(model), revision=None, avoid=None)
+    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=None)
     expected = model.model.norm.weight.detach().clone()
     with torch.no_grad():
         model.model.norm.weight.add_(1)
@@ -51,7 +52,7 @@ def test_weights_that_differ_from_the_files_are_copied(folder):
 def test_frozen_weights_are_never_copied():
     model = tiny.llama()
     model.model.embed_tokens.weight.requires_grad_(False)
-    base = FilesOrMemoryBase(model, fingerprint(model), revision=None, avoid=None)
+    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=None)
     assert "model.embed_tokens.weight" not in base.copied and len(base.copied) == len(list(model.parameters())) - 1
     with pytest.raises(BaseWeightsError, match="frozen"):
         base.read("model.embed_tokens.weight")
@@ -59,14 +60,14 @@ def test_frozen_weights_are_never_copied():
 
 def test_files_in_the_output_folder_are_not_relied_on(folder):
     model = loaded(folder)
-    base = FilesOrMemoryBase(model, fingerprint(model), revision=None, avoid=folder)
+    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=folder)
     assert len(base.copied) == len(list(model.parameters()))
 
 
 def test_files_that_changed_meanwhile_are_noticed(folder):
     model = loaded(folder)
     digests = fingerprint(model)
-    base = FilesOrMemoryBase(model, digests, revision=None, avoid=None)
+    base = FilesOrMemoryBase(HeldModel.of(model), digests, revision=None, avoid=None)
     tiny.perturbed(loaded(folder)).save_pretrained(folder)
     with pytest.raises(BaseWeightsError, match="were the files changed"):
         verified(base, "model.norm.weight", "float32", digests["model.norm.weight"])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import ModelBase
 from safedelta_hf.weights.journal import Journal, standing_in
 from tests import tiny
@@ -47,7 +48,7 @@ def test_the_base_stands_in_and_the_tuned_weights_come_back(tmp_path, fails):
     base, model = tiny.llama(), tiny.perturbed(tiny.llama())
     tuned, parameters = tiny.weights(model), dict(model.named_parameters())
     try:
-        with standing_in(parameters, ModelBase(base), tmp_path):
+        with standing_in(HeldModel.of(model), parameters, ModelBase(base), tmp_path):
             assert tiny.same(tiny.weights(base), tiny.weights(model))
             if fails:
                 raise RuntimeError
