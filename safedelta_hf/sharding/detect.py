@@ -38,4 +38,9 @@ def holding_of(model: nn.Module) -> Holding:
             "holds slices of inputs or outputs; this is not covered. Train without the callback, then use "
             "adjust_checkpoint on the saved model"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigurationError(
+            f"{type(model).__name__}: some of its weights are on the meta device, and nothing that is known keeps their "
+            "values; load it with values"
+        )
     return WholeParameters(model)

@@ -462,9 +462,3 @@ def test_processes_that_torch_does_not_know_are_refused():
 
     with pytest.raises(ConfigurationError, match="8 processes, of which torch.distributed knows 1"):
         require_supported(SimpleNamespace(world_size=8))
-    args = SimpleNamespace(world_size=2, fsdp="", deepspeed=None)
-    with pytest.raises(ConfigurationError, match="2 processes"):
-        require_supported(args, tiny.llama())
-    args = SimpleNamespace(world_size=1, fsdp="", deepspeed=None)
-    with pytest.raises(ConfigurationError, match="offloaded"):
-        require_supported(args, tiny.llama().to("meta"))
