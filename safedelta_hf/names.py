@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -41,7 +43,7 @@ def join(module: str, attribute: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What the wrappers of PEFT wrap: the model that has an adapter, the layer below it.
+    """What the wrappers of PEFT, FSDP and data parallelism wrap: the model that has an adapter, the layer below it.
 
     Args:
         module: Any module.
@@ -128,6 +130,9 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, FullyShardedDataParallel | DistributedDataParallel):
+        inside: nn.Module = module.module
+        return inside
     inner_model = getattr(module, "get_base_model", None)
     if callable(inner_model):
         model: nn.Module = inner_model()

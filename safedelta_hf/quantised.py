@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -15,6 +16,8 @@ def is_quantised(weight: Tensor) -> bool:
     Returns:
         Whether its entries cannot be read from it directly.
     """
+    if isinstance(weight, DTensor):
+        return is_quantised(weight.to_local())  # itself a tensor subclass, as packed ones are
     return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
 
 

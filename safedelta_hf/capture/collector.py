@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.origins import Origin
+from safedelta_hf.capture.findings import Findings, UseOf, free_key
+from safedelta_hf.capture.origin import Origin
 from safedelta_hf.capture.sharing import SharedInputs
 from safedelta_hf.capture.storage import MomentStorage
-from safedelta_hf.core.moment import InputMoment, add_outer_
+from safedelta_hf.core.moment import add_outer_
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.records import Part, Role, Use
+from safedelta_hf.records import Part, Role
 
 
 class MomentCollector:
@@ -43,7 +44,7 @@ class MomentCollector:
         self._storage = storage
         self._totals: dict[str, Tensor] = {}
         self._tokens: Counter[str] = Counter()
-        self._uses: dict[tuple[str, Role, Part | None], str] = {}
+        self._uses: dict[UseOf, str] = {}
         self._batch, self._length = 1, 0
         self.shared = SharedInputs() if share else None
 
@@ -164,56 +165,47 @@ class MomentCollector:
         shape = tuple(self._parameters[weight.parameter].shape)
         return len(shape) == 2 and weight.shape == shape and weight.start == 0 and weight.strides[-1] in (0, 1)
 
-    def moments(self, sequences: int) -> dict[str, InputMoment]:
-        """The finished moments.
+    def findings(self, unread: Mapping[str, str]) -> Findings:
+        """What was found, but for the sums.
 
         Args:
-            sequences: Number of sequences that were read.
+            unread: Why parameters that were used were not read, by name.
 
         Returns:
-            Moments by key, in the order in which the weights were first used; in host memory, mapped or not.
+            Plain data.
 
         Raises:
-            UnsharedError: A product read its leader's inputs a different number of times; a `CaptureError`.
             NumericalError: The inputs of a weight held NaN or Inf.
-        """  # noqa: DOC502 - raised by the function called
-        if self.shared is not None:
-            self.shared.require_lasting()
+        """
         for key, total in self._totals.items():
             if not torch.isfinite(total).all():
                 raise NumericalError(
                     f"{key}: NaN or Inf in the inputs of this layer while the safety data was read; "
                     "check the base model, or load it in float32 or bfloat16"
                 )
-        wanted = {use.moment for use in self.uses()}
-        return {
-            key: InputMoment(total=total.cpu(), sequences=sequences, tokens=self._tokens[key])
-            for key, total in self._totals.items()
-            if key in wanted
-        }
+        shared = self.shared
+        leaders = {} if shared is None else dict(shared.leaders)
+        of_parts = {leaders.get(key, key) for (_, _, part), key in self._uses.items() if part is not None}
+        return Findings(
+            keys=dict(self._uses),
+            leaders=leaders,
+            read={} if shared is None else dict(shared.sizes),
+            tokens=dict(self._tokens),
+            shapes={key: tuple(total.shape) for key, total in self._totals.items()},
+            blank=frozenset(key for key in of_parts & self._totals.keys() if not self._totals[key].any()),
+            left=frozenset(self._left),
+            unread=dict(unread),
+            unshared=None if shared is None else shared.obstacle,
+        )
 
-    @property
-    def untargeted(self) -> set[str]:
-        """Names of what is multiplied as a matrix but was not chosen, and of the biases that go with it."""
-        modules = {name.rpartition(".")[0] for name in self._left}
-        biases = {name for name, role, _ in self._uses if role is Role.BIAS and name.rpartition(".")[0] in modules}
-        return self._left | {name for name in biases if name not in self._chosen}
-
-    def uses(self) -> list[Use]:
-        """How each parameter was used.
+    def take(self) -> dict[UseOf, Tensor]:
+        """Hand over the sums.
 
         Returns:
-            The uses, in the order of the parameters. A part of which nothing but zeros was asked, as an expert is
-            that no token was routed to, has none.
+            The moment of each use that has one of its own; the collector keeps none.
         """
-        order = {name: number for number, name in enumerate(self._parameters)}
-        found, untargeted = [], self.untargeted
-        for (name, role, part), key in self._uses.items():
-            moment = self.shared.leader_of(key) if self.shared is not None else key
-            is_left = role is Role.BIAS and name in untargeted
-            if not is_left and (part is None or self._totals[moment].any()):
-                found.append(Use(parameter=name, role=role, moment=moment, part=part))
-        return sorted(found, key=lambda use: (order[use.parameter], -1 if use.part is None else use.part.start))
+        totals, self._totals = self._totals, {}
+        return {use: totals[key] for use, key in self._uses.items() if key in totals}
 
     def _is_whole(self, name: str, part: Part, role: Role | None) -> bool:
         shape = self._parameters[name].shape
@@ -231,8 +223,7 @@ class MomentCollector:
             key = name if part is None else f"{name}[{_number(part, self._parameters[name].numel())}]"
             if role not in (Role.LINEAR, Role.CONV1D, Role.HEAD, Role.CONVOLUTION):
                 key = f"{key}:{role}"
-            taken = set(self._uses.values())
-            self._uses[use] = f"{key}:{role}" if key in taken else key
+            self._uses[use] = free_key(key, role, set(self._uses.values()))
         return self._uses[use]
 
     def _add_inputs(self, key: str, inputs: Tensor, *, may_follow: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.origins import Origin
+from safedelta_hf.capture.origin import Origin
 from safedelta_hf.capture.readings import Arguments, Handler, Readings
 
 aten = torch.ops.aten

@@ -54,6 +54,35 @@ def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> di
     return arguments
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The device of its first parameter that is in memory; those that are not are brought to their inputs.
+    """
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def arguments_of(model: nn.Module, batch: Sequence[SafetySequence]) -> dict[str, Any]:
+    """What to call a model with, for it to read a batch.
+
+    Args:
+        model: Any model.
+        batch: Sequences of one length.
+
+    Returns:
+        Keyword arguments.
+    """
+    device = input_device(model)
+    input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
+    labels = torch.tensor([sequence.labels for sequence in batch], device=device)
+    return forward_arguments(model, input_ids, labels)
+
+
 def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str) -> None:
     """Stop before a model is given tokens that it has no positions or embeddings for.
 

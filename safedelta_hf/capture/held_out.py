@@ -12,6 +12,8 @@ from torch import nn
 from safedelta_hf.capture.likelihood import response_losses
 from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
 from safedelta_hf.capture.undisturbed import without_adapters
+from safedelta_hf.ranks import Ranks
+from safedelta_hf.sharding.holding import Holding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +42,29 @@ class HeldOut:
     losses: tuple[float, ...]
 
     @classmethod
-    def measured(cls, model: nn.Module, sequences: Sequence[SafetySequence], batch_size: int) -> "HeldOut":
+    def measured(
+        cls,
+        model: nn.Module,
+        sequences: Sequence[SafetySequence],
+        batch_size: int,
+        *,
+        ranks: Ranks | None = None,
+        holding: Holding | None = None,
+    ) -> "HeldOut":
         """Let the base model read the examples.
 
         Args:
             model: The base model; adapters on it are disabled meanwhile.
             sequences: Tokenised examples.
             batch_size: Sequences per forward pass, at most.
+            ranks: Ranks that share the work; None for this process alone.
+            holding: How they hold the model's parameters; None where each holds all of them.
 
         Returns:
-            The examples with their likelihood.
+            The examples with their likelihood; the same on all ranks.
         """
         with without_adapters(model):
-            losses = response_losses(model, sequences, batch_size=batch_size)
+            losses = response_losses(model, sequences, batch_size=batch_size, ranks=ranks, holding=holding)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
     @classmethod
@@ -71,19 +83,30 @@ class HeldOut:
         )
         return cls(sequences=tuple(sequences), losses=tuple(map(float, content["losses"])))
 
-    def drift(self, model: nn.Module, *, quantile: float, batch_size: int = 8) -> Drift:
+    def drift(
+        self,
+        model: nn.Module,
+        *,
+        quantile: float,
+        batch_size: int = 8,
+        ranks: Ranks | None = None,
+        holding: Holding | None = None,
+    ) -> Drift:
         """How far a model has come from the base model's refusals.
 
         Args:
             model: A fine-tune of the base model.
             quantile: Which upper quantile over examples to give.
             batch_size: Sequences per forward pass, at most.
+            ranks: Ranks that share the work; None for this process alone.
+            holding: How they hold the model's parameters; None where each holds all of them.
 
         Returns:
-            The rise of the negative log-likelihood.
+            The rise of the negative log-likelihood; the same on all ranks.
         """
-        losses = map(fmean, response_losses(model, self.sequences, batch_size=batch_size))
-        rises = torch.tensor([now - before for now, before in zip(losses, self.losses, strict=True)]).double()
+        losses = response_losses(model, self.sequences, batch_size=batch_size, ranks=ranks, holding=holding)
+        pairs = zip(map(fmean, losses), self.losses, strict=True)
+        rises = torch.tensor([now - before for now, before in pairs]).double()
         return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
 
 

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from safedelta_hf.capture.forward import batches_of_equal_length, forward_arguments, require_fit
+from safedelta_hf.capture.forward import arguments_of, input_device, require_fit
 from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
+from safedelta_hf.capture.shares import forward_guard, share_of
 from safedelta_hf.capture.undisturbed import undisturbed
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
+from safedelta_hf.ranks import Ranks
+from safedelta_hf.sharding.holding import Holding
+from safedelta_hf.sharding.whole import WholeParameters
 
 
 def response_losses(
@@ -22,6 +26,8 @@ def response_losses(
     batch_size: int = 8,
     progress: bool = False,
     desc: str = "Likelihood",
+    ranks: Ranks | None = None,
+    holding: Holding | None = None,
 ) -> list[tuple[float, ...]]:
     """Negative log-likelihood of every response token, given all tokens before it.
 
@@ -31,6 +37,8 @@ def response_losses(
         batch_size: Sequences per forward pass, at most.
         progress: Whether to show a progress bar.
         desc: What the progress bar says.
+        ranks: Ranks that share the work and all get the result; None for this process alone.
+        holding: How they hold the model's parameters; None where each holds all of them.
 
     Returns:
         For each sequence, in their order, the losses of its response tokens in nats. The first token of a sequence
@@ -41,19 +49,32 @@ def response_losses(
         DataError: A sequence is longer than the model takes, or no response token of it has one before it.
         CaptureError: The model returns no logits.
         NumericalError: A loss is NaN or Inf.
-    """
-    if batch_size < 1:
-        raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
-    for number, sequence in enumerate(sequences):
-        if all(label == IGNORED for label in sequence.labels[1:]):
-            raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
-    require_fit(model, [sequence.input_ids for sequence in sequences], "sequences")
-    # Equal sequences have equal losses, and are computed once.
-    found: dict[SafetySequence, tuple[float, ...]] = {}
-    batches = list(batches_of_equal_length(list(dict.fromkeys(sequences)), batch_size))
-    with undisturbed(model):
-        for batch in tqdm(batches, desc=desc, unit="batch", disable=not progress):
-            found.update(zip(batch, _batch_losses(model, batch), strict=True))
+        RankError: Another rank failed.
+    """  # noqa: DOC502 - raised by the functions called
+    ranks, holding = ranks or Ranks(), holding or WholeParameters(model)
+    with ranks.together():
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
+        for number, sequence in enumerate(sequences):
+            if all(label == IGNORED for label in sequence.labels[1:]):
+                raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
+        require_fit(model, [sequence.input_ids for sequence in sequences], "sequences")
+        # Equal sequences have equal losses, and are computed once.
+        share = share_of(list(dict.fromkeys(sequences)), batch_size, ranks, collective=holding.collective)
+        found: dict[SafetySequence, tuple[float, ...]] = {}
+        with undisturbed(model):
+            for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
+                with forward_guard(ranks, holding):
+                    losses = _batch_losses(model, batch)
+                if counts:
+                    found.update(zip(batch, losses, strict=True))
+        everyone = {sequence: tokens for part in ranks.gather(found) for sequence, tokens in part.items()}
+    return _in_order(sequences, everyone)
+
+
+def _in_order(
+    sequences: Sequence[SafetySequence], found: Mapping[SafetySequence, tuple[float, ...]]
+) -> list[tuple[float, ...]]:
     losses = [found[sequence] for sequence in sequences]
     for number, tokens in enumerate(losses):
         if not all(map(_finite, tokens)):
@@ -66,12 +87,9 @@ def _finite(value: float) -> bool:
 
 
 def _batch_losses(model: nn.Module, batch: Sequence[SafetySequence]) -> list[tuple[float, ...]]:
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
-    labels = torch.tensor([sequence.labels for sequence in batch], device=device)
-    labels_bt = labels[:, 1:]
+    labels_bt = torch.tensor([sequence.labels[1:] for sequence in batch], device=input_device(model))
     counts = labels_bt != IGNORED
-    output = model(**forward_arguments(model, input_ids, labels))
+    output = model(**arguments_of(model, batch))
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise CaptureError(f"{type(model).__name__} returns no logits to tell likelihoods by")

@@ -1,126 +1,12 @@
 """Which parameter a tensor is a view or a copy of, and which of its entries it shows."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 
-from safedelta_hf.capture.identity import storage_key, weak_storage
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """The entries of one parameter that a tensor shows, as strides over the flattened parameter.
-
-    Attributes:
-        parameter: Canonical name.
-        start: Index in the flattened parameter of the tensor's first entry.
-        shape: Shape of the tensor.
-        strides: Steps in the flattened parameter along each dimension; 0 where an entry is repeated.
-        factor: Slope of the elementwise map from the parameter to the tensor, where it is the same for all entries.
-        slopes: A further factor for each entry of the flattened parameter, or None.
-    """
-
-    parameter: str
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    factor: float = 1.0
-    slopes: Tensor | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the entries lie in order, without gaps."""
-        wanted = zip(self.shape, self.strides, contiguous(self.shape), strict=True)
-        return all(size == 1 or stride == step for size, stride, step in wanted)
-
-    @property
-    def count(self) -> int:
-        """Number of different entries, at least 1."""
-        own, _ = self.split()
-        return max(1, torch.Size(self.shape[n] for n in own).numel())
-
-    def select(self, dimension: int, index: int) -> "Origin":
-        """One slice along a dimension, as `torch.select`.
-
-        Args:
-            dimension: The dimension, which disappears.
-            index: Position along it.
-
-        Returns:
-            The origin of the slice.
-        """
-        rest = [number for number in range(len(self.shape)) if number != dimension % len(self.shape)]
-        return replace(
-            self,
-            start=self.start + index * self.strides[dimension],
-            shape=tuple(self.shape[number] for number in rest),
-            strides=tuple(self.strides[number] for number in rest),
-        )
-
-    def entries(self, values: Tensor) -> Tensor:
-        """What belongs to these entries.
-
-        Args:
-            values: One value for each entry of the flattened parameter.
-
-        Returns:
-            A view of it, with one dimension for each along which the entries differ.
-        """
-        own, _ = self.split()
-        return values.as_strided([self.shape[n] for n in own], [self.strides[n] for n in own], self.start)
-
-    def broadcast(self, shape: Sequence[int]) -> "Origin":
-        """The same entries repeated to a larger shape, as `torch.broadcast_to`.
-
-        Args:
-            shape: A shape that this one broadcasts to.
-
-        Returns:
-            The origin of the broadcast tensor.
-        """
-        missing = len(shape) - len(self.shape)
-        own = zip(self.shape, self.strides, shape[missing:], strict=True)
-        strides = (0,) * missing + tuple(stride if size == wanted else 0 for size, stride, wanted in own)
-        return replace(self, shape=tuple(shape), strides=strides)
-
-    def split(self) -> tuple[list[int], list[int]]:
-        """Dimensions along which the entries differ, and those along which they are repeated.
-
-        Returns:
-            Both, as indices.
-        """
-        own = [n for n, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True)) if stride and size > 1]
-        return own, [number for number in range(len(self.shape)) if number not in own]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """How the memory of one tensor maps to entries of a parameter."""
-
-    storage: StorageWeakRef
-    memory_start: int
-    memory_strides: tuple[int, ...]
-    origin: Origin
-
-    @property
-    def is_alive(self) -> bool:
-        return not self.storage.expired()  # type: ignore[no-untyped-call]
-
-    def holds(self, memory: int) -> bool:
-        span = sum((n - 1) * step for n, step in zip(self.origin.shape, self.memory_strides, strict=True))
-        return self.memory_start <= memory <= self.memory_start + span
-
-    def entry(self, memory: int) -> int:
-        rest, entry = memory - self.memory_start, self.origin.start
-        dimensions = zip(self.memory_strides, self.origin.shape, self.origin.strides, strict=True)
-        for step, size, stride in sorted(dimensions, reverse=True):
-            if size > 1 and step:
-                position, rest = divmod(rest, step)
-                entry += position * stride
-        return entry
+from safedelta_hf.capture.identity import storage_key
+from safedelta_hf.capture.origin import Layout, Origin, contiguous, seen_through
 
 
 class Origins:
@@ -128,32 +14,37 @@ class Origins:
 
     Views are recognised by the memory they share; copies are remembered as long as they live.
 
-    Args:
-        names: Canonical names by parameter.
-
     Attributes:
         scattered: Names of parameters of which an unevenly spaced view was met.
     """
 
-    def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
-        self._parameters = list(names)  # their memory must not be given to others
-        self._own = {storage_key(parameter) for parameter in names}
+    def __init__(self) -> None:
+        self._own: set[int] = set()
         self._sizes: dict[str, int] = {}
-        self._layouts: dict[int, list[_Layout]] = {}
+        self._layouts: dict[int, list[Layout]] = {}
         self.scattered: set[str] = set()
-        for parameter, name in names.items():
-            self.follow(parameter, name)
 
-    def follow(self, tensor: Tensor, name: str) -> None:
+    def follow(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
         """Take a tensor for a whole weight, as long as it lives.
+
+        It may be in memory that held another before: backends free parameters and fetch others into their place. Of two
+        that are in the same memory at once, the first counts.
 
         Args:
             tensor: A parameter, or what is computed in place of one.
             name: Canonical name.
+            is_computed: Whether it is computed, so that the model may change it without changing a parameter.
         """
-        shape = tuple(tensor.shape)
+        shape, key = tuple(tensor.shape), storage_key(tensor)
+        origin = Origin(parameter=name, start=0, shape=shape, strides=contiguous(shape))
+        layout = Layout.of(tensor, origin, is_copy=False)
+        met = self._layouts.get(key, ())
+        if any(known.overlaps(layout) and known.is_valid and known.origin.parameter != name for known in met):
+            return
         self._sizes[name] = tensor.numel()
-        self._remember(tensor, Origin(parameter=name, start=0, shape=shape, strides=contiguous(shape)))
+        if not is_computed:
+            self._own.add(key)
+        self._layouts[key] = [known for known in met if not known.overlaps(layout)] + [layout]
 
     def of(self, tensor: object) -> Origin | None:
         """Where a tensor comes from.
@@ -167,7 +58,7 @@ class Origins:
         if not isinstance(tensor, Tensor):
             return None
         layout = self._layout(tensor)
-        origin = None if layout is None else _seen_through(layout, tensor)
+        origin = None if layout is None else seen_through(layout, tensor)
         if layout is not None and origin is None:
             self.scattered.add(layout.origin.parameter)
         return origin
@@ -217,7 +108,7 @@ class Origins:
         origin = replace(layout.origin, start=first, shape=tuple(tensor.shape), strides=tuple(steps))
         return origin, orders
 
-    def _layout(self, tensor: Tensor) -> "_Layout | None":
+    def _layout(self, tensor: Tensor) -> "Layout | None":
         start = int(tensor.storage_offset())
         layouts = self._layouts.get(storage_key(tensor), ())
         return next((layout for layout in layouts if layout.holds(start)), None)
@@ -261,40 +152,7 @@ class Origins:
             for key, layouts in self._layouts.items()
             if (alive := [layout for layout in layouts if layout.is_alive])
         }
+        self._own &= self._layouts.keys()
 
     def _remember(self, tensor: Tensor, origin: Origin) -> None:
-        layout = _Layout(
-            storage=weak_storage(tensor),
-            memory_start=int(tensor.storage_offset()),
-            memory_strides=tensor.stride(),
-            origin=origin,
-        )
-        self._layouts.setdefault(storage_key(tensor), []).append(layout)
-
-
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor.
-
-    Args:
-        shape: Its shape.
-
-    Returns:
-        Steps in its memory along each dimension.
-    """
-    return torch.empty(tuple(shape), device="meta").stride()
-
-
-def _seen_through(layout: _Layout, tensor: Tensor) -> Origin | None:
-    memory = int(tensor.storage_offset())
-    start = layout.entry(memory)
-    steps = [
-        layout.entry(memory + int(step)) - start if size > 1 else 0
-        for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    last = memory + sum((size - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    # Dimensions that were merged out of order have no even spacing; then the far corner is elsewhere.
-    if tensor.numel() and layout.entry(last) != start + sum(
-        (size - 1) * step for size, step in zip(tensor.shape, steps, strict=True)
-    ):
-        return None
-    return replace(layout.origin, start=start, shape=tuple(tensor.shape), strides=tuple(steps))
+        self._layouts.setdefault(storage_key(tensor), []).append(Layout.of(tensor, origin, is_copy=True))

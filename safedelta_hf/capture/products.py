@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.capture.elementwise import added
-from safedelta_hf.capture.origins import Origin
+from safedelta_hf.capture.origin import Origin
 from safedelta_hf.capture.patches import patches
 from safedelta_hf.capture.readings import Arguments, Handler, Readings
 from safedelta_hf.records import Role

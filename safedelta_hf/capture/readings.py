@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from safedelta_hf.capture.origins import Origin
+from safedelta_hf.capture.origin import Origin
 from safedelta_hf.records import Role
 
 Arguments = Mapping[str, Any]

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safedelta_hf.capture.identity import storage_key, weak_storage
-from safedelta_hf.errors import CaptureError
 
 
 @dataclass
@@ -24,11 +23,16 @@ class SharedInputs:
 
     Inputs are the same if they are the same view of the same unchanged memory, or of copies of it. The first to read
     them leads; others follow it for good, and have no moment of their own.
+
+    Attributes:
+        leaders: Key of the leader, by key of its followers.
+        sizes: Inputs that each product has read so far, by key.
     """
 
     def __init__(self) -> None:
-        self._leaders: dict[str, str] = {}
-        self._sizes: Counter[str] = Counter()
+        self.leaders: dict[str, str] = {}
+        self.sizes: Counter[str] = Counter()
+        self._obstacle: str | None = None
         self._readings: dict[Hashable, _Reading] = {}
         self._copies: dict[int, tuple[int, Hashable]] = {}
         self._held: dict[int, StorageWeakRef] = {}
@@ -50,17 +54,6 @@ class SharedInputs:
         self._hold(copy)
         self._copies[storage_key(copy)] = (copy._version, identity)
 
-    def leader_of(self, key: str) -> str:
-        """Whose moment serves a product.
-
-        Args:
-            key: Key of the product.
-
-        Returns:
-            Key of its leader, or its own.
-        """
-        return self._leaders.get(key, key)
-
     def follows(self, key: str, inputs: Tensor) -> bool:
         """Whether a product reads what its leader has read, and becomes its follower if it is new.
 
@@ -69,34 +62,38 @@ class SharedInputs:
             inputs: What it reads, [tokens, columns].
 
         Returns:
-            Whether these inputs are in the leader's moment already.
-
-        Raises:
-            UnsharedError: It followed another so far, and now reads something else.
+            Whether these inputs are in the leader's moment already. Once a follower has read something else than its
+            leader, all moments are void, and nothing more is added to them.
         """
+        if self._obstacle is not None:
+            return True
         reading = self._readings.setdefault(self._identity(inputs), _Reading(leader=key))
         reading.calls[key] += 1
         leader, size = reading.leader, len(inputs)
-        is_follower = self._leaders.get(key) == leader and reading.calls[key] <= reading.calls[leader]
-        is_new = leader != key and key not in self._sizes and self._sizes[leader] == size
-        if key in self._leaders and not is_follower:
-            if not inputs.any():
-                return True  # zeros, as stand in for a token before the first, add nothing to any moment
-            raise UnsharedError(key, self._leaders[key])
-        self._sizes[key] += size
+        is_follower = self.leaders.get(key) == leader and reading.calls[key] <= reading.calls[leader]
+        is_new = leader != key and key not in self.sizes and self.sizes[leader] == size
+        if key in self.leaders and not is_follower:
+            if inputs.any():  # zeros, as stand in for a token before the first, add nothing to any moment
+                self._obstacle = _parted(key, self.leaders[key])
+            return True
+        self.sizes[key] += size
         if is_new:
-            self._leaders[key] = leader
+            self.leaders[key] = leader
         return is_follower or is_new
 
-    def require_lasting(self) -> None:
-        """Make sure that every follower read all that its leader read.
+    @property
+    def is_void(self) -> bool:
+        """Whether a follower has read something else than its leader."""
+        return self._obstacle is not None
 
-        Raises:
-            UnsharedError: One of them read less.
-        """
-        for follower, leader in self._leaders.items():
-            if self._sizes[follower] != self._sizes[leader]:
-                raise UnsharedError(follower, leader)
+    @property
+    def obstacle(self) -> str | None:
+        """Which follower has not read just what its leader has read by the end; None if all have."""
+        if self._obstacle is None:
+            for follower, leader in self.leaders.items():
+                if self.sizes[follower] != self.sizes[leader]:
+                    return _parted(follower, leader)
+        return self._obstacle
 
     def _identity(self, tensor: Tensor) -> Hashable:
         self._hold(tensor)
@@ -110,17 +107,5 @@ class SharedInputs:
         self._held.setdefault(storage_key(tensor), weak_storage(tensor))
 
 
-class UnsharedError(CaptureError):
-    """Products that shared their inputs at first later did not.
-
-    Args:
-        follower: Which one.
-        leader: What it followed.
-    """
-
-    def __init__(self, follower: str, leader: str = "") -> None:
-        super().__init__(
-            f"{follower}: it read the same tensor as {leader} at first, and later did not; pass share_moments=False"
-            if leader
-            else follower
-        )
+def _parted(follower: str, leader: str) -> str:
+    return f"{follower}: it read the same tensor as {leader} at first, and later did not"

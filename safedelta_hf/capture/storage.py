@@ -23,12 +23,21 @@ class MomentStorage:
     """
 
     def __init__(self, budget: int | None = None, offload_folder: str | Path | None = None) -> None:
+        self._settings = budget, offload_folder
         self._left = math.inf if budget is None else float(budget)
         self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if offload_folder is not None:
             Path(offload_folder).mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix="moments-", dir=offload_folder)
+
+    def anew(self) -> "MomentStorage":
+        """Another storage with the same settings, of which nothing is used.
+
+        Returns:
+            The storage.
+        """
+        return MomentStorage(*self._settings)
 
     def allocate(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Zeros for one moment.

@@ -1,6 +1,6 @@
 """Run a model for inspection and leave no trace of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -42,13 +42,18 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     adapted = [module for module in model.modules() if getattr(module, "disable_adapters", None) is False]
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        for module in adapted:
-            module.enable_adapters(False)  # type: ignore[operator]
+        _enable(adapted, False)
         yield
     finally:
-        for module in adapted:
-            module.enable_adapters(True)  # type: ignore[operator]
+        _enable(adapted, True)
+
+
+def _enable(layers: Sequence[nn.Module], enabled: bool) -> None:
+    for layer in layers:
+        trained = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+        layer.enable_adapters(enabled)  # type: ignore[operator]
+        # PEFT sets it along with the adapters. A sharded parameter may have a gathered one in its place later, which
+        # takes it over.
         for parameter, flag in trained.items():
-            parameter.requires_grad = flag  # PEFT sets it along with the adapters
+            parameter.requires_grad = flag

@@ -10,12 +10,21 @@ from transformers import PreTrainedModel
 from safedelta_hf.capture.collect import capture_moments
 from safedelta_hf.capture.held_out import HeldOut, split
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.capture.safety_data import (
+    ProcessingClass,
+    SafetySequence,
+    digest_of,
+    read_safety_data,
+    tokenizer_digest,
+)
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.errors import DataError
 from safedelta_hf.names import unwrapped
+from safedelta_hf.ranks import Ranks
+from safedelta_hf.sharding.detect import holding_of
+from safedelta_hf.sharding.holding import Holding
 from safedelta_hf.weights.fingerprint import data_types, fingerprint
 
 DEFAULT_HOLDOUT = 0.25
@@ -38,8 +47,13 @@ def collect_profile(
     layers_pattern: str | Sequence[str] | None = None,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
+    ranks: Ranks | None = None,
+    holding: Holding | None = None,
 ) -> SafetyProfile:
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
+
+    In a run of several processes all of them call this together, with the same data: each reads its part, and each
+    moment ends on one of them. `SafetyProfile.save`, also called by all, writes them to one folder.
 
     Args:
         model: The base (aligned) model; it is left as it was. Adapters on it are disabled meanwhile.
@@ -60,7 +74,9 @@ def collect_profile(
         layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
         layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on the main process.
+        ranks: The processes that share the work; None for those of the run.
+        holding: How they hold the model's parameters; None to find out.
 
     Returns:
         The profile, with its moments in host memory or mapped from the offload folder.
@@ -70,6 +86,7 @@ def collect_profile(
         DataError: The safety data is empty, has no responses, or does not fit the model.
         CaptureError: The model has no linear layer.
         NumericalError: Weights or activations hold NaN or Inf.
+        RankError: Another process failed.
     """  # noqa: DOC502 - raised by the rooms below
     chosen = CaptureSettings(
         batch_size=batch_size,
@@ -82,38 +99,57 @@ def collect_profile(
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
     )
-    model = unwrapped(model)
-    sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
-    sequences, aside = split(sequences, _share_held_out(model, chosen.holdout, len(sequences)))
-    if chosen.holdout and not aside:
-        raise DataError(
-            f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or holdout=0"
+    ranks = ranks or Ranks.of_run()
+    with ranks.together():
+        holding = holding or holding_of(model)
+        # Where forward passes are collective, the outermost module has a part in them.
+        model = model if holding.collective else unwrapped(model)
+        sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
+        sequences, aside = split(sequences, _share_held_out(model, chosen.holdout, len(sequences)))
+        if chosen.holdout and not aside:
+            raise DataError(
+                f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or "
+                "holdout=0"
+            )
+        _require_same(sequences + aside, ranks, purpose)
+        capture = capture_moments(
+            model,
+            sequences,
+            storage=MomentStorage(chosen.budget, chosen.offload_folder),
+            batch_size=chosen.batch_size,
+            share_moments=chosen.share_moments,
+            purpose=purpose,
+            targets=chosen.chosen,
+            progress=progress,
+            ranks=ranks,
+            holding=holding,
         )
-    capture = capture_moments(
-        model,
-        sequences,
-        storage=MomentStorage(chosen.budget, chosen.offload_folder),
-        batch_size=chosen.batch_size,
-        share_moments=chosen.share_moments,
-        purpose=purpose,
-        targets=chosen.chosen,
-        progress=progress,
-    )
-    return SafetyProfile.of(
-        capture,
-        HeldOut.measured(model, aside, chosen.batch_size) if aside else None,
-        architecture=type(model).__name__,
-        base=dict(digests) if digests is not None else fingerprint(model),
-        dtypes=data_types(model),
-        tokenizer=tokenizer_digest(processing_class),
-        data=digest_of(sequences),
-        sequences=len(sequences),
-        tokens=sum(len(sequence.input_ids) for sequence in sequences),
-    )
+        held_out = None
+        if aside:
+            held_out = HeldOut.measured(model, aside, chosen.batch_size, ranks=ranks, holding=holding)
+        return SafetyProfile.of(
+            capture,
+            held_out,
+            architecture=type(unwrapped(model)).__name__,
+            base=dict(digests) if digests is not None else fingerprint(model),
+            dtypes=data_types(model),
+            tokenizer=tokenizer_digest(processing_class),
+            data=digest_of(sequences),
+            sequences=len(sequences),
+            tokens=sum(len(sequence.input_ids) for sequence in sequences),
+        )
+
+
+def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: str) -> None:
+    if len(set(ranks.gather(digest_of(sequences)))) > 1:
+        raise DataError(
+            f"{purpose}: the processes of this run were given different examples; give all of them the whole data, in "
+            "the same order, and each will read a part of it"
+        )
 
 
 def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:
     if asked is not None:
         return asked
     # Fewer say little about an upper quantile, and a module of another kind may return no logits.
-    return DEFAULT_HOLDOUT if isinstance(model, PreTrainedModel) and examples >= 16 else 0.0
+    return DEFAULT_HOLDOUT if isinstance(unwrapped(model), PreTrainedModel) and examples >= 16 else 0.0

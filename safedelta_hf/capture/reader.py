@@ -1,0 +1,153 @@
+"""Tells the collector what single operations do with the weights of a running model."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from safedelta_hf.capture.collector import MomentCollector
+from safedelta_hf.capture.descendants import Descendants
+from safedelta_hf.capture.origin import Origin
+from safedelta_hf.capture.origins import Origins
+from safedelta_hf.records import Role
+
+
+class Reader:
+    """What is known about the tensors of a running model, and who is told of what happens to its weights.
+
+    Args:
+        collector: Who is told.
+
+    Attributes:
+        origins: Which tensors are weights.
+        data: Which depend on what the model was given.
+        mixtures: Which depend on parameters alone and are none.
+        refused: Why parameters that were used were not read, by name.
+    """
+
+    def __init__(self, collector: MomentCollector) -> None:
+        self.origins = Origins()
+        self.data = Descendants()
+        self.mixtures = Descendants()
+        self.refused: dict[str, str] = {}
+        self._collector = collector
+
+    def start_batch(self, given: Sequence[Tensor]) -> None:
+        """Begin another forward pass.
+
+        Args:
+            given: What the model is given.
+        """
+        self.origins.forget_the_dead()
+        self.data.start(given)
+        self.mixtures.start([])
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Remember that a parameter was used in a way that is not read.
+
+        Args:
+            name: The parameter.
+            reason: Why it is not; the first counts.
+        """
+        self.refused.setdefault(name, reason)
+
+    def origin(self, value: object) -> Origin | None:
+        """Which weight a value is.
+
+        Args:
+            value: Any argument of an operation.
+
+        Returns:
+            Its origin, or None.
+        """
+        return self.origins.of(value)
+
+    def sorted_origin(self, value: Tensor) -> tuple[Origin, list[list[int]]] | None:
+        """Which weight a value is once its indices are sorted.
+
+        Args:
+            value: A tensor.
+
+        Returns:
+            Its origin, and the indices that sort each dimension; or None.
+        """
+        return self.origins.sorted_of(value)
+
+    def is_data(self, value: object) -> bool:
+        """Whether a value depends on what the model was given.
+
+        Args:
+            value: Any argument of an operation.
+
+        Returns:
+            Whether it does.
+        """
+        return value in self.data
+
+    def is_constant(self, value: object) -> bool:
+        """Whether a value is a tensor that depends neither on what the model was given nor on a parameter.
+
+        Args:
+            value: Any argument of an operation.
+
+        Returns:
+            Whether it is, as a buffer is.
+        """
+        is_made = value in self.data or value in self.mixtures
+        return isinstance(value, Tensor) and not is_made and self.origins.name_of(value) is None
+
+    def derive(self, result: Tensor, source: Origin, slope: float | Tensor) -> None:
+        """Follow a weight through an elementwise map.
+
+        Args:
+            result: The new tensor.
+            source: The weight.
+            slope: Derivative of the map.
+        """
+        self.origins.derive(result, source, slope)
+
+    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
+        """Tell of a linear map.
+
+        Args:
+            weight: [rows, columns].
+            inputs: [tokens, columns]; patches for a convolution.
+            role: What to call it, if not linear or the head.
+        """
+        if any(stride == 0 and size > 1 for stride, size in zip(weight.strides, weight.shape, strict=True)):
+            self.refuse(weight.parameter, "its entries are repeated inside a product")
+        elif weight.slopes is not None:
+            reason = "a product uses a function of it with a slope of its own for each entry"
+            self.refuse(weight.parameter, reason)
+        else:
+            self._collector.product(weight, inputs, role)
+
+    def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
+        """Tell of an elementwise product.
+
+        Args:
+            weight: Any entries.
+            squares: What they are multiplied with, squared and summed.
+            repetitions: How often each is used.
+        """
+        self._collector.scale(weight, squares, repetitions)
+
+    def offset(self, weight: Origin, repetitions: int) -> None:
+        """Tell of a sum.
+
+        Args:
+            weight: Any entries.
+            repetitions: How often each is added.
+        """
+        self._collector.offset(weight, repetitions)
+
+    def lookup(self, weight: Origin, rows: Tensor) -> None:
+        """Tell of a lookup.
+
+        Args:
+            weight: A table [rows, features].
+            rows: Which rows.
+        """
+        if self._collector.is_table(weight):
+            self._collector.lookup(weight, rows)
+        else:
+            self.refuse(weight.parameter, "a part of it is looked up by row")

@@ -1,0 +1,132 @@
+"""Moments of all ranks put together after a capture, each on one of them, and moved between them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safedelta_hf.capture.findings import Findings, UseOf, common_keys, merged
+from safedelta_hf.capture.moments import HeldMoments, Moments
+from safedelta_hf.capture.owned import OwnedMoment, OwnedMoments, owner_of
+from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.ranks import Ranks
+
+
+def findings_of_all(own: Findings, ranks: Ranks) -> Findings:
+    """What the ranks found together, each in its part of the data.
+
+    Args:
+        own: Of this rank.
+        ranks: All of them.
+
+    Returns:
+        The same on all ranks: as if one of them had read all of the data.
+    """
+    everyone = ranks.gather(own)
+    names = common_keys(everyone)
+    return merged([found.renamed(names) for found in everyone])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """Adds up the moments of all ranks.
+
+    Attributes:
+        ranks: The ranks.
+        storage: Where this rank holds its moments.
+        device: Where moments are exchanged: a device of the same type on all ranks.
+        places: Number of each parameter with two dimensions or more, in the model's order, by name.
+        sequences: Number of sequences that were read, over all ranks.
+    """
+
+    ranks: Ranks
+    storage: MomentStorage
+    device: torch.device
+    places: Mapping[str, int]
+    sequences: int
+
+    def moments(self, sums: dict[UseOf, Tensor], findings: Findings, wanted: frozenset[str]) -> Moments:
+        """Bring each moment to its owner.
+
+        Args:
+            sums: The moments of this rank; each is taken out when it is exchanged.
+            findings: Those of all ranks.
+            wanted: Keys of the moments that are needed.
+
+        Returns:
+            The moments in host memory, mapped or not; of a single process all of them.
+        """
+        entries: dict[str, OwnedMoment] = {}
+        held: dict[str, InputMoment] = {}
+        for use, key in findings.keys.items():
+            own = sums.pop(use, None)
+            if key not in wanted:
+                continue
+            owner = owner_of(use[0], use[2], self.places, self.ranks.size)
+            shape, tokens = findings.shapes[key], findings.tokens[key]
+            entries[key] = OwnedMoment(shape=shape, owner=owner, sequences=self.sequences, tokens=tokens)
+            total = self._summed(own, shape, owner)
+            if total is not None:
+                held[key] = InputMoment(total=total, sequences=self.sequences, tokens=tokens)
+        return HeldMoments(held) if self.ranks.size == 1 else OwnedMoments(entries, held, self.ranks)
+
+    def _summed(self, own: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor | None:
+        is_owner = owner == self.ranks.rank
+        if own is None and is_owner:
+            own = self.storage.allocate(shape, self.device)
+        # Another rank may have it in host memory, where this one has it on its device.
+        moved = torch.zeros(shape, device=self.device) if own is None else own
+        if self.ranks.size > 1:
+            moved = moved.to(self.device)
+            self.ranks.sum_to_(moved, owner)
+        if own is None or not is_owner:
+            return None
+        if moved is not own:
+            own.copy_(moved)
+        return own.cpu()
+
+
+def moved_to(moments: OwnedMoments, owners: Mapping[str, int]) -> OwnedMoments:
+    """Give moments other owners; all ranks do it together.
+
+    Args:
+        moments: Moments by key.
+        owners: The rank that is to hold each, by key.
+
+    Returns:
+        The moments that have a new owner named, on those.
+    """
+    entries: dict[str, OwnedMoment] = {}
+    held: dict[str, InputMoment] = {}
+    ranks = moments.ranks
+    for key, owner in owners.items():
+        known = moments.entries[key]
+        entries[key] = OwnedMoment(shape=known.shape, owner=owner, sequences=known.sequences, tokens=known.tokens)
+        moment = moments[key] if known.owner == ranks.rank else None
+        if known.owner != owner:
+            moment = ranks.broadcast(moment, known.owner)
+        if owner == ranks.rank:
+            assert moment is not None, key
+            held[key] = moment
+    return OwnedMoments(entries, held, ranks)
+
+
+def brought_to_main(moments: OwnedMoments) -> Iterator[tuple[str, InputMoment]]:
+    """All moments, one after the other, on the main rank; all ranks go through them together.
+
+    Args:
+        moments: Moments by key.
+
+    Yields:
+        On the main rank each key with its moment, which is there no longer than the caller holds it; on others nothing.
+    """
+    ranks = moments.ranks
+    for key in moments:
+        owner = moments.owner(key)
+        moment = moments[key] if owner == ranks.rank else None
+        if owner != 0:
+            moment = ranks.broadcast(moment, owner)
+        if ranks.is_main and moment is not None:
+            yield key, moment
