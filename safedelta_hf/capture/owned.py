@@ -17,14 +17,10 @@ class OwnedMoment:
     Attributes:
         shape: `(in, in)` or `(in,)`.
         owner: The rank that holds it.
-        sequences: Number of sequences read, over all ranks.
-        tokens: Number of input vectors summed, over all ranks.
     """
 
     shape: tuple[int, ...]
     owner: int
-    sequences: int
-    tokens: int
 
 
 class OwnedMoments(MomentsByKey):

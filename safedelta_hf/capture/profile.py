@@ -1,6 +1,8 @@
 """The safety profile: the moments of one base model on one set of safety data, in memory and on disk."""
 
 import json
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor
 from safedelta_hf.capture.collect import Capture
 from safedelta_hf.capture.held_out import HeldOut
 from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
+from safedelta_hf.capture.owned import OwnedMoments
+from safedelta_hf.capture.reduction import brought_to_main
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
@@ -81,18 +85,32 @@ class SafetyProfile:
     def save(self, folder: str | Path) -> None:
         """Write a folder of `profile.json` and one safetensors file per moment; complete or not there at all.
 
+        Where the moments are in the memory of several processes, all of them call this, and the main one writes.
+
         Args:
             folder: A folder that does not exist yet.
 
         Raises:
             ProfileError: The folder exists.
-        """
-        folder = Path(folder)
+            RankError: Another process failed.
+        """  # noqa: DOC502 - raised by the functions called
+        if not isinstance(self.moments, OwnedMoments):
+            self._write(Path(folder), self.moments.items())
+            return
+        ranks = self.moments.ranks
+        with ranks.together():
+            brought = brought_to_main(self.moments)
+            if ranks.is_main:
+                self._write(Path(folder), brought)
+            else:
+                deque(brought, maxlen=0)  # takes part in the exchange
+
+    def _write(self, folder: Path, moments: Iterable[tuple[str, InputMoment]]) -> None:
         if folder.exists():
             raise ProfileError(f"profile: {str(folder)!r} exists already; remove it or choose another name")
         with complete_or_absent(folder) as unfinished:
             described = []
-            for number, (key, moment) in enumerate(self.moments.items()):
+            for number, (key, moment) in enumerate(moments):
                 file = f"moment-{number:05d}.safetensors"
                 save_file({"total": moment.total.contiguous()}, unfinished / file)
                 described.append({"key": key, "file": file, "sequences": moment.sequences, "tokens": moment.tokens})

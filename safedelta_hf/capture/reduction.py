@@ -65,11 +65,10 @@ class Reduction:
             if key not in wanted:
                 continue
             owner = owner_of(use[0], use[2], self.places, self.ranks.size)
-            shape, tokens = findings.shapes[key], findings.tokens[key]
-            entries[key] = OwnedMoment(shape=shape, owner=owner, sequences=self.sequences, tokens=tokens)
-            total = self._summed(own, shape, owner)
+            entries[key] = OwnedMoment(shape=findings.shapes[key], owner=owner)
+            total = self._summed(own, findings.shapes[key], owner)
             if total is not None:
-                held[key] = InputMoment(total=total, sequences=self.sequences, tokens=tokens)
+                held[key] = InputMoment(total=total, sequences=self.sequences, tokens=findings.tokens[key])
         return HeldMoments(held) if self.ranks.size == 1 else OwnedMoments(entries, held, self.ranks)
 
     def _summed(self, own: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor | None:
@@ -88,29 +87,22 @@ class Reduction:
         return own.cpu()
 
 
-def moved_to(moments: OwnedMoments, owners: Mapping[str, int]) -> OwnedMoments:
-    """Give moments other owners; all ranks do it together.
+def moved(moments: OwnedMoments, wanted: Mapping[str, tuple[str, int]]) -> dict[str, InputMoment]:
+    """Bring moments to other ranks; all ranks do it together.
 
     Args:
         moments: Moments by key.
-        owners: The rank that is to hold each, by key.
+        wanted: For each that is wanted, under a key of the caller's, its own key and the rank that is to have it.
 
     Returns:
-        The moments that have a new owner named, on those.
+        Those that this rank is to have, by the caller's keys.
     """
-    entries: dict[str, OwnedMoment] = {}
-    held: dict[str, InputMoment] = {}
-    ranks = moments.ranks
-    for key, owner in owners.items():
-        known = moments.entries[key]
-        entries[key] = OwnedMoment(shape=known.shape, owner=owner, sequences=known.sequences, tokens=known.tokens)
-        moment = moments[key] if known.owner == ranks.rank else None
-        if known.owner != owner:
-            moment = ranks.broadcast(moment, known.owner)
-        if owner == ranks.rank:
-            assert moment is not None, key
-            held[key] = moment
-    return OwnedMoments(entries, held, ranks)
+    ranks, held = moments.ranks, {}
+    for name, (key, receiver) in wanted.items():
+        moment = _brought(moments, key, receiver)
+        if moment is not None and receiver == ranks.rank:
+            held[name] = moment
+    return held
 
 
 def brought_to_main(moments: OwnedMoments) -> Iterator[tuple[str, InputMoment]]:
@@ -122,11 +114,13 @@ def brought_to_main(moments: OwnedMoments) -> Iterator[tuple[str, InputMoment]]:
     Yields:
         On the main rank each key with its moment, which is there no longer than the caller holds it; on others nothing.
     """
-    ranks = moments.ranks
     for key in moments:
-        owner = moments.owner(key)
-        moment = moments[key] if owner == ranks.rank else None
-        if owner != 0:
-            moment = ranks.broadcast(moment, owner)
-        if ranks.is_main and moment is not None:
+        moment = _brought(moments, key, 0)
+        if moments.ranks.is_main and moment is not None:
             yield key, moment
+
+
+def _brought(moments: OwnedMoments, key: str, receiver: int) -> InputMoment | None:
+    owner, ranks = moments.owner(key), moments.ranks
+    moment = moments[key] if owner == ranks.rank else None
+    return moment if owner == receiver else ranks.broadcast(moment, owner)

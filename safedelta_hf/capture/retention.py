@@ -1,9 +1,12 @@
 """Behaviour to protect beside the refusals: moments of ordinary data, added to those of the safety data."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from safedelta_hf.capture.moments import MomentsByKey
+from safedelta_hf.capture.moments import Moments, MomentsByKey
+from safedelta_hf.capture.owned import OwnedMoment, OwnedMoments
 from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.reduction import moved
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.records import Retention
@@ -11,6 +14,8 @@ from safedelta_hf.records import Retention
 
 def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> SafetyProfile:
     """A profile that protects ordinary behaviour together with the refusals: its Hessians are `H + weight * R`.
+
+    Where the moments are in the memory of several processes, all of them call this.
 
     Args:
         profile: Profile on the safety data.
@@ -33,26 +38,59 @@ def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: floa
     seen = ordinary.header
     retention = Retention(data=seen.data, sequences=seen.sequences, tokens=seen.tokens, weight=weight)
     return replace(
-        profile,
-        header=replace(profile.header, retention=retention),
-        moments=_Summed(profile, ordinary, weight),
+        profile, header=replace(profile.header, retention=retention), moments=_summed(profile, ordinary, weight)
     )
 
 
+def _summed(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> Moments:
+    pairs = ((use.moment, ordinary.key_of(use)) for use in profile.uses)
+    twins = {key: twin for key, twin in pairs if twin is not None}
+    own, other = profile.moments, ordinary.moments
+    if not isinstance(other, OwnedMoments):
+        added: Mapping[str, InputMoment] = _Renamed(other, twins)
+        if not isinstance(own, OwnedMoments):
+            return _Summed(own, added, weight)
+        return OwnedMoments(own.entries, _Summed(own, added, weight), own.ranks)
+    if isinstance(own, OwnedMoments):
+        entries = own.entries
+    else:  # every rank can read these, and sums up those of which it has the other half
+        owners = {key: other.owner(twin) for key, twin in twins.items()}
+        entries = {key: OwnedMoment(shape=own.shape(key), owner=owners.get(key, 0)) for key in own}
+    added = moved(other, {key: (twin, entries[key].owner) for key, twin in twins.items()})
+    return OwnedMoments(entries, _Summed(own, added, weight), other.ranks)
+
+
+class _Renamed(Mapping[str, InputMoment]):
+    """Moments under the keys of another profile."""
+
+    def __init__(self, moments: Moments, keys: Mapping[str, str]) -> None:
+        self._moments, self._keys = moments, keys
+
+    def __getitem__(self, key: str) -> InputMoment:
+        return self._moments[self._keys[key]]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys  # the inherited way would read the moment
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 class _Summed(MomentsByKey):
-    def __init__(self, profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> None:
-        super().__init__(profile.moments)
-        self._moments = profile.moments
-        self._ordinary = ordinary
-        self._weight = weight
-        twins = ((use.moment, ordinary.key_of(use)) for use in profile.uses)
-        self._twins = {key: twin for key, twin in twins if twin is not None}
+    """Sums of moments, and of others of the same keys where there are any."""
+
+    def __init__(self, moments: Moments, added: Mapping[str, InputMoment], weight: float) -> None:
+        super().__init__(moments)
+        self._moments, self._added, self._weight = moments, added, weight
 
     def __getitem__(self, key: str) -> InputMoment:
         moment = self._moments[key]
-        if key not in self._twins:
+        if key not in self._added:
             return moment  # ordinary data never reaches what reads it
-        other = self._ordinary.moments[self._twins[key]]
+        other = self._added[key]
         # In units of the safety data's number of sequences, since `H = (2/N) total`.
         share = self._weight * moment.sequences / other.sequences
         total = moment.total + share * other.total.to(moment.total.device)

@@ -1,7 +1,7 @@
 """Backends whose own hooks fetch parameters just before a module runs, and free them after it."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,24 +11,26 @@ from safedelta_hf.sharding.holding import Places, Watcher
 
 
 @contextmanager
-def fetched_by_hooks(model: nn.Module, places: Places, watcher: Watcher) -> Iterator[None]:
-    """Show a watcher each parameter as its module is about to run, and none of the work of the backend's hooks.
+def fetched_by_hooks(
+    model: nn.Module, places: Places, watcher: Watcher, is_fetched: Callable[[str, Tensor], bool]
+) -> Iterator[None]:
+    """Show a watcher each parameter once it is fetched, and none of the work of the backend's hooks.
 
     Hooks of ours stand before and behind all others of each module: those in front make the watcher look away, those
-    behind let it look again.
+    behind let it look again. When a module is about to run, all that was fetched of it and of the modules inside it is
+    shown, because a module may use the weights of another without calling it.
 
     Args:
         model: The model.
         places: Where its parameters stand.
         watcher: Who is told.
+        is_fetched: Whether what stands in place of a parameter, by its name, is all of it.
 
     Yields:
         Nothing.
     """
-    owned: dict[nn.Module, list[tuple[str, str]]] = defaultdict(list)
-    for name in places.names:
-        module, key = places[name]
-        owned[module].append((name, key))
+    own = _attributes(model, places)
+    inside = {module: [place for part in module.modules() for place in own[part]] for module in model.modules()}
 
     def away(*_: Any) -> None:  # noqa: ANN401
         watcher.look_away()
@@ -38,9 +40,9 @@ def fetched_by_hooks(model: nn.Module, places: Places, watcher: Watcher) -> Iter
 
     def show(module: nn.Module, *_: Any) -> None:  # noqa: ANN401
         watcher.look_again()
-        for name, key in owned[module]:
-            tensor: Tensor | None = module._parameters[key]
-            if tensor is not None:
+        for part, key, name in inside[module]:
+            tensor = part._parameters.get(key)
+            if tensor is not None and is_fetched(name, tensor):
                 watcher.follow(tensor, name)
 
     with ExitStack() as stack:
@@ -50,6 +52,17 @@ def fetched_by_hooks(model: nn.Module, places: Places, watcher: Watcher) -> Iter
             stack.enter_context(_removed(module.register_forward_hook(away, prepend=True)))
             stack.enter_context(_removed(module.register_forward_hook(again)))
         yield
+
+
+def _attributes(model: nn.Module, places: Places) -> dict[nn.Module, list[tuple[nn.Module, str, str]]]:
+    # A tied parameter stands in several places.
+    names = {places.parameter(name): name for name in places.names}
+    found: dict[nn.Module, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter in names:
+                found[module].append((module, key, names[parameter]))
+    return found
 
 
 @contextmanager
