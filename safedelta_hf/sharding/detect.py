@@ -40,7 +40,7 @@ def holding_of(model: nn.Module) -> Holding:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigurationError(
-            f"{type(model).__name__}: some of its weights are on the meta device, and nothing that is known keeps their "
-            "values; load it with values"
+            f"{type(model).__name__}: some of its weights are on the meta device, and nothing that is known "
+            "keeps their values; load it with values"
         )
     return WholeParameters(model)

@@ -1,6 +1,6 @@
 """A fine-tuning with the callback, as a user's script has it; run under torchrun or accelerate launch.
 
-python -m tests.distributed.training BACKEND FOLDER [SETTING ...]
+python -m tests.distributed.training BACKEND FOLDER CASE ...
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from safedelta_hf import Ridge, SafeDelta, SafeDeltaCallback, TaskRidge, Treatment
-from tests import tiny
+from tests import architectures, tiny
 from tests.distributed import shim
 
 ROWS = tiny.rows(23, seed=1)
@@ -23,13 +23,31 @@ RULES = {
     "task_ridge": lambda: TaskRidge(strength=2.0),
     "auto": lambda: Ridge(strength="auto"),
 }
-MODELS = {"llama": tiny.llama, "tied": lambda: tiny.llama(tied=True), "gpt2": tiny.gpt2}
+MODELS = {
+    "llama": tiny.llama,
+    "tied": lambda: tiny.llama(tied=True),
+    "gpt2": tiny.gpt2,
+    "mixtral": lambda: architectures.tiny_model("mixtral"),
+}
 BACKENDS = {
     "single": {"use_cpu": True},
     "ddp": {"use_cpu": True},
     "fsdp2": {"use_cpu": False, "fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}},
 }
-LAYERS = {"llama": "LlamaDecoderLayer", "tied": "LlamaDecoderLayer", "gpt2": "GPT2Block"}
+LAYERS = {
+    "llama": "LlamaDecoderLayer",
+    "tied": "LlamaDecoderLayer",
+    "gpt2": "GPT2Block",
+    "mixtral": "MixtralDecoderLayer",
+}
+
+
+def without_dropout(model):
+    """Ranks draw their own masks, so with it a run on several is another run."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def adapted(model):
@@ -45,18 +63,38 @@ def adapted(model):
     return adapter
 
 
-def trainer(backend, folder, *, name="llama", rule="ridge", lora=False, safety=ROWS, world=1, **changes):
-    model = MODELS[name]()
+CASES = {
+    "full": {},
+    "selected": {"rule": "safe_delta"},
+    "task": {"rule": "task_ridge"},
+    "measured": {"rule": "auto"},
+    "conv1d": {"name": "gpt2", "rule": "safe_delta"},
+    "tied": {"name": "tied"},
+    "experts": {"name": "mixtral"},
+    "one_example": {"safety": 1},
+    "lora": {"lora": True, "rule": "safe_delta"},
+    "lora_measured": {"lora": True, "rule": "auto"},
+}
+
+
+def trainer(backend, folder, *, name="llama", rule="ridge", lora=False, safety=23, world=1, **changes):
+    model = without_dropout(MODELS[name]())
     model = adapted(model) if lora else model
-    settings = {**BACKENDS[backend]}
+    settings = dict(BACKENDS[backend])
     if "fsdp_config" in settings:
-        settings["fsdp_config"] = {**settings["fsdp_config"], "transformer_layer_cls_to_wrap": LAYERS[name]}
+        layer = LAYERS.get(name, "LlamaDecoderLayer")
+        settings["fsdp_config"] = settings["fsdp_config"] | {"transformer_layer_cls_to_wrap": layer}
     # With SGD, what the order of summation does to a gradient is not blown up, as Adam does with small ones.
-    training = {"optim": "sgd", "learning_rate": 0.3, "per_device_train_batch_size": 8 // world, "save_only_model": True}
-    callback = SafeDeltaCallback(safety, RULES[rule](), treatment=Treatment(uncovered="keep"))
+    training = {
+        "optim": "sgd",
+        "learning_rate": 0.3,
+        "per_device_train_batch_size": 8 // world,
+        "save_only_model": True,
+    }
+    callback = SafeDeltaCallback(ROWS[:safety], RULES[rule](), treatment=Treatment(uncovered="keep"))
     return callback, Trainer(
         model=model,
-        args=tiny.arguments(folder, **{**training, **settings, **changes}),
+        args=tiny.arguments(folder, **training | settings | changes),
         train_dataset=tiny.rows(16, seed=2, length=10),
         eval_dataset=tiny.rows(8, seed=3, length=10),
         callbacks=[callback],
@@ -64,29 +102,32 @@ def trainer(backend, folder, *, name="llama", rule="ridge", lora=False, safety=R
 
 
 def whole_weights(model):
-    """What all ranks hold together, by the means of the backend itself."""
+    """What all ranks hold together, by the means of the backend itself; of a LoRA, what was trained."""
     found = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        found[name] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        found[name] = value.cpu().clone().contiguous()
     return found
 
 
-def main(backend, folder, *flags):
-    settings = dict(flag.split("=") for flag in flags)
+def train(backend, folder, case, world):
+    callback, run = trainer(backend, folder / "run", world=world, **CASES[case])
+    run.train()
+    found = whole_weights(run.model)
+    if run.is_world_process_zero():
+        save_file(found, folder / f"{case}.safetensors")
+        callback.report.save(folder / f"{case}.json")
+
+
+def main(backend, folder, *cases):
     if backend not in ("single", "ddp"):
         shim.install()
     from accelerate import PartialState
 
     state = PartialState(cpu=backend in ("single", "ddp"))
-    safety = ROWS[: int(settings.pop("safety", len(ROWS)))]
-    settings["lora"] = settings.get("lora") == "yes"
-    callback, run = trainer(backend, Path(folder) / "run", world=state.num_processes, safety=safety, **settings)
-    run.train()
-    found = whole_weights(run.model)
-    if state.is_main_process:
-        save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / "weights.safetensors")
-        callback.report.save(Path(folder) / "report.json")
+    for case in cases:
+        train(backend, Path(folder), case, state.num_processes)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
