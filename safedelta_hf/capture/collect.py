@@ -22,7 +22,7 @@ from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import Targets
 from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
-from safedelta_hf.names import base_modules, parameter_names, unwrapped
+from safedelta_hf.names import base_modules, class_name, parameter_names, unwrapped
 from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.quantised import is_quantised
 from safedelta_hf.ranks import Ranks
@@ -235,7 +235,7 @@ class _Reading:
 def _check_model(model: nn.Module, holding: Holding) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise CaptureError(
-            f"{type(unwrapped(model)).__name__} is an encoder-decoder model; only models that read prompt and response "
+            f"{class_name(model)} is an encoder-decoder model; only models that read prompt and response "
             "as one sequence are covered"
         )
     # All are read before anything is said of one: other processes may have to take part in the reading.
@@ -262,7 +262,7 @@ def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | Non
 
 
 def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
-    kind = type(unwrapped(model)).__name__
+    kind = class_name(model)
     if not uses:
         raise CaptureError(f"{kind}: the safety data reached no weight; is forward() the right entry?")
     if untargeted and all(use.role in DIAGONAL for use in uses):
