@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -54,6 +54,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (inner := _wrapped(module)) is not None:
         module = inner
     return module
+
+
+def class_name(model: nn.Module) -> str:
+    """Name of a model's class, whatever wraps the model.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The name that the class has in its library; FSDP2 gives a sharded model a class of its own.
+    """
+    bare = (kind for kind in type(unwrapped(model)).__mro__ if not issubclass(kind, FSDPModule))
+    return next(bare).__name__
 
 
 def unwrapped_shards(model: nn.Module) -> nn.Module:

@@ -1,35 +1,32 @@
 """One pass of the base model over the safety data."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from safedelta_hf.capture.collector import MomentCollector
-from safedelta_hf.capture.findings import Findings
+from safedelta_hf.capture.findings import Findings, UseOf
 from safedelta_hf.capture.forward import arguments_of, input_device, require_fit
 from safedelta_hf.capture.moments import Moments
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.packed import packed_products
-from safedelta_hf.capture.parametrised import ParametrisedWeights, computed_weights
+from safedelta_hf.capture.parametrised import computed_weights
 from safedelta_hf.capture.reduction import Reduction, findings_of_all
 from safedelta_hf.capture.safety_data import SafetySequence
 from safedelta_hf.capture.shares import Share, forward_guard, share_of
 from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.capture.subject import Subject
 from safedelta_hf.capture.targets import Targets
 from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
-from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
-from safedelta_hf.names import base_modules, parameter_names, unwrapped
-from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
-from safedelta_hf.quantised import is_quantised
+from safedelta_hf.errors import CaptureError, ConfigurationError
+from safedelta_hf.names import class_name
 from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Role, Use
 from safedelta_hf.sharding.detect import holding_of
 from safedelta_hf.sharding.holding import Holding
-from safedelta_hf.sharding.whole import WholeParameters
 
 DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
 """Roles whose inputs do not mix."""
@@ -99,86 +96,30 @@ def capture_moments(
     ranks = ranks or Ranks.of_run()
     with ranks.together():
         holding = holding or holding_of(model)
-        _check_model(model, holding)
+        subject = Subject.of(model, holding, targets or Targets())
         require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
-        subject = _Subject.of(model, holding, targets or Targets())
         share = share_of(sequences, batch_size, ranks, collective=holding.collective)
         reading = _Reading(subject, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
-        findings, collector = reading.read(storage, share_moments=share_moments)
-        if findings.unshared and ranks.size > 1:
+        read = reading.read(storage, share_moments=share_moments)
+        if read.findings.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
-            storage = storage.anew()
-            findings, collector = reading.read(storage, share_moments=False)
-        if findings.unshared:
-            raise CaptureError(f"{findings.unshared}; pass share_moments=False")
-        uses = findings.uses(tuple(subject.matrices), subject.chosen)
-        untargeted = findings.untargeted(subject.chosen)
-        _require_products(model, uses, untargeted, subject.targets)
-        reduction = Reduction(
-            ranks=ranks,
-            storage=storage,
-            device=input_device(model),
-            places=subject.places,
-            sequences=len(sequences),
-        )
-        moments = reduction.moments(collector.take(), findings, frozenset(use.moment for use in uses))
-    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
-    used, weights = {use.parameter for use in uses}, subject.weights
-    return Capture(
-        uses=tuple(uses),
-        moments=moments,
-        skipped=_reasons(model, used, {**findings.unread, **unchosen}, weights),
-        parametrised={name: weight.originals for name, weight in weights.followed.items() if name in used},
-        storage=storage,
-    )
+            read = reading.read(storage.anew(), share_moments=False)
+        return _put_together(read, subject, ranks, len(sequences))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """A model whose weights are watched.
+@dataclass(frozen=True)
+class _Read:
+    """What was read.
 
     Attributes:
-        model: The model.
-        holding: How this process holds its parameters.
-        targets: Which linear weights are read.
-        weights: Its weights that are computed from parameters.
-        matrices: Something of the shape and device of each weight that is watched, by canonical name.
+        findings: What all ranks found.
+        sums: Moments of this rank's share.
+        storage: What holds them.
     """
 
-    model: nn.Module
-    holding: Holding
-    targets: Targets
-    weights: ParametrisedWeights
-    matrices: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module, holding: Holding, targets: Targets) -> "_Subject":
-        names = parameter_names(model).values()
-        if holding.kind != WholeParameters.kind and (computed := parametrised_weights(model)):
-            raise ConfigurationError(
-                f"{next(iter(computed))}: is computed from other parameters, which is not covered in a model under "
-                f"{holding.kind}. Train without the callback, then use adjust_model on the saved model"
-            )
-        with undisturbed(model):
-            weights = ParametrisedWeights.of(model)
-        matrices = {
-            name: torch.empty((), device=holding.device(name)).expand(holding.shape(name))
-            for name in names
-            if name not in weights.originals
-        }
-        computed_shapes = {name: weight.shaped() for name, weight in weights.followed.items()}
-        return cls(model=model, holding=holding, targets=targets, weights=weights, matrices=matrices | computed_shapes)
-
-    @property
-    def chosen(self) -> frozenset[str]:
-        """Names of the weights whose products are read."""
-        return frozenset(filter(self.targets.include, self.matrices))
-
-    @property
-    def places(self) -> dict[str, int]:
-        """Number of each weight with two dimensions or more, by name."""
-        names = (name for name, weight in self.matrices.items() if weight.ndim >= 2)
-        return {name: number for number, name in enumerate(names)}
+    findings: Findings
+    sums: dict[UseOf, Tensor]
+    storage: MomentStorage
 
 
 @dataclass(frozen=True)
@@ -192,17 +133,17 @@ class _Reading:
         title: What the progress bar says; None for none.
     """
 
-    subject: _Subject
+    subject: Subject
     share: Share
     ranks: Ranks
     title: str | None
 
-    def read(self, storage: MomentStorage, *, share_moments: bool) -> tuple[Findings, MomentCollector]:
+    def read(self, storage: MomentStorage, *, share_moments: bool) -> _Read:
         subject = self.subject
         collector = MomentCollector(
             subject.matrices,
             storage,
-            head=_head(subject.model, subject.weights.followed.values()),
+            head=subject.head,
             chosen=subject.chosen,
             share=share_moments,
         )
@@ -217,7 +158,8 @@ class _Reading:
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        return findings_of_all(collector.findings(observer.unread), self.ranks), collector
+        findings = findings_of_all(collector.findings(observer.unread), self.ranks)
+        return _Read(findings, collector.take(), storage)
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
         model, collective = self.subject.model, self.subject.holding.collective
@@ -232,37 +174,28 @@ class _Reading:
                 return
 
 
-def _check_model(model: nn.Module, holding: Holding) -> None:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise CaptureError(
-            f"{type(unwrapped(model)).__name__} is an encoder-decoder model; only models that read prompt and response "
-            "as one sequence are covered"
-        )
-    # All are read before anything is said of one: other processes may have to take part in the reading.
-    is_finite = {name: _is_finite(holding, name) for name in holding.names}
-    for name, finite in is_finite.items():
-        if not finite:
-            raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
-
-
-def _is_finite(holding: Holding, name: str) -> bool:
-    return is_quantised(holding.parameter(name)) or bool(torch.isfinite(holding.read(name)).all())
-
-
-def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Module):
-        return None
-    layer = unwrapped(head)
-    own = dict(layer.named_parameters(recurse=False))  # its attribute may be computed, and that is not asked for here
-    if "weight" in own:
-        return parameter_names(model).get(own["weight"])
-    return next((weight.name for weight in computed if weight.owner is layer and weight.key == "weight"), None)
+def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -> Capture:
+    findings = read.findings
+    if findings.unshared:
+        raise CaptureError(f"{findings.unshared}; pass share_moments=False")
+    uses = findings.uses(tuple(subject.matrices), subject.chosen)
+    untargeted = findings.untargeted(subject.chosen)
+    _require_products(subject.model, uses, untargeted, subject.targets)
+    device = input_device(subject.model)
+    reduction = Reduction(ranks=ranks, storage=read.storage, device=device, places=subject.places, sequences=sequences)
+    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
+    used = {use.parameter for use in uses}
+    return Capture(
+        uses=tuple(uses),
+        moments=reduction.moments(read.sums, findings, frozenset(use.moment for use in uses)),
+        skipped=subject.reasons(used, {**findings.unread, **unchosen}),
+        parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
+        storage=read.storage,
+    )
 
 
 def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
-    kind = type(unwrapped(model)).__name__
+    kind = class_name(model)
     if not uses:
         raise CaptureError(f"{kind}: the safety data reached no weight; is forward() the right entry?")
     if untargeted and all(use.role in DIAGONAL for use in uses):
@@ -272,17 +205,3 @@ def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collect
         )
     if all(use.role in DIAGONAL for use in uses):
         raise CaptureError(f"{kind} has no linear layer that the safety data reaches, so nothing to adjust")
-
-
-def _reasons(
-    model: nn.Module, used: Collection[str], unread: Mapping[str, str], weights: ParametrisedWeights
-) -> dict[str, str]:
-    owners = {parameter: module for _, module in base_modules(model) for parameter in module.parameters(recurse=False)}
-    reasons = {}
-    for parameter, name in parameter_names(model).items():
-        weight = weights.originals.get(name, name)
-        if weight not in used:
-            kind = type(owners[parameter]).__name__
-            unreached = f"the safety data never reached it, unless inside a fused kernel, in {kind}"
-            reasons[name] = weights.reasons.get(name) or unread.get(weight, unreached)
-    return reasons

@@ -21,7 +21,7 @@ from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.errors import DataError
-from safedelta_hf.names import unwrapped
+from safedelta_hf.names import class_name, unwrapped
 from safedelta_hf.ranks import Ranks
 from safedelta_hf.sharding.detect import holding_of
 from safedelta_hf.sharding.holding import Holding
@@ -130,7 +130,7 @@ def collect_profile(
         return SafetyProfile.of(
             capture,
             held_out,
-            architecture=type(unwrapped(model)).__name__,
+            architecture=class_name(model),
             base=dict(digests) if digests is not None else fingerprint(model),
             dtypes=data_types(model),
             tokenizer=tokenizer_digest(processing_class),

@@ -98,7 +98,7 @@ class FullyShardedParameters(WholeParameters):
         Yields:
             Nothing.
         """
-        with fetched_by_hooks(self._model, self._places, watcher, lambda _, tensor: not isinstance(tensor, DTensor)):
+        with fetched_by_hooks(self._model, self._places, watcher):
             yield
         self._reshard()
 

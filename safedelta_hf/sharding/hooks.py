@@ -1,19 +1,18 @@
 """Backends whose own hooks fetch parameters just before a module runs, and free them after it."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from safedelta_hf.sharding.holding import Places, Watcher
 
 
 @contextmanager
-def fetched_by_hooks(
-    model: nn.Module, places: Places, watcher: Watcher, is_fetched: Callable[[str, Tensor], bool]
-) -> Iterator[None]:
+def fetched_by_hooks(model: nn.Module, places: Places, watcher: Watcher) -> Iterator[None]:
     """Show a watcher each parameter once it is fetched, and none of the work of the backend's hooks.
 
     Hooks of ours stand before and behind all others of each module: those in front make the watcher look away, those
@@ -24,7 +23,6 @@ def fetched_by_hooks(
         model: The model.
         places: Where its parameters stand.
         watcher: Who is told.
-        is_fetched: Whether what stands in place of a parameter, by its name, is all of it.
 
     Yields:
         Nothing.
@@ -42,7 +40,7 @@ def fetched_by_hooks(
         watcher.look_again()
         for part, key, name in inside[module]:
             tensor = part._parameters.get(key)
-            if tensor is not None and is_fetched(name, tensor):
+            if tensor is not None and _is_fetched(tensor):
                 watcher.follow(tensor, name)
 
     with ExitStack() as stack:
@@ -63,6 +61,10 @@ def _attributes(model: nn.Module, places: Places) -> dict[nn.Module, list[tuple[
             if parameter in names:
                 found[module].append((module, key, names[parameter]))
     return found
+
+
+def _is_fetched(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor) and tensor.untyped_storage().size() > 0
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""A model whose weights are watched while it reads data."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safedelta_hf.capture.parametrised import ParametrisedWeights
+from safedelta_hf.capture.targets import Targets
+from safedelta_hf.capture.undisturbed import undisturbed
+from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
+from safedelta_hf.names import base_modules, class_name, parameter_names, unwrapped
+from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
+from safedelta_hf.quantised import is_quantised
+from safedelta_hf.sharding.holding import Holding
+from safedelta_hf.sharding.whole import WholeParameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model whose weights are watched.
+
+    Attributes:
+        model: The model.
+        holding: How this process holds its parameters.
+        targets: Which linear weights are read.
+        weights: Its weights that are computed from parameters.
+        matrices: Something of the shape and device of each weight that is watched, by canonical name.
+    """
+
+    model: nn.Module
+    holding: Holding
+    targets: Targets
+    weights: ParametrisedWeights
+    matrices: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, holding: Holding, targets: Targets) -> "Subject":
+        """Look at a model, and make sure that it can be read with.
+
+        Args:
+            model: The base model.
+            holding: How this process holds its parameters.
+            targets: Which linear weights are read.
+
+        Returns:
+            The subject.
+
+        Raises:
+            CaptureError: It is an encoder-decoder model.
+            NumericalError: A weight holds NaN or Inf.
+            ConfigurationError: It is sharded, and has weights that are computed from parameters.
+        """  # noqa: DOC502 - raised by the functions called
+        _check_model(model, holding)
+        names = parameter_names(model).values()
+        if holding.kind != WholeParameters.kind and (computed := parametrised_weights(model)):
+            raise ConfigurationError(
+                f"{next(iter(computed))}: is computed from other parameters, which is not covered in a model under "
+                f"{holding.kind}. Train without the callback, then use adjust_model on the saved model"
+            )
+        with undisturbed(model):
+            weights = ParametrisedWeights.of(model)
+        matrices = {
+            name: torch.empty((), device=holding.device(name)).expand(holding.shape(name))
+            for name in names
+            if name not in weights.originals
+        }
+        computed_shapes = {name: weight.shaped() for name, weight in weights.followed.items()}
+        return cls(model=model, holding=holding, targets=targets, weights=weights, matrices=matrices | computed_shapes)
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """Names of the weights whose products are read."""
+        return frozenset(filter(self.targets.include, self.matrices))
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Number of each weight with two dimensions or more, by name."""
+        names = (name for name, weight in self.matrices.items() if weight.ndim >= 2)
+        return {name: number for number, name in enumerate(names)}
+
+    @property
+    def head(self) -> str | None:
+        """Name of the output projection's weight, if the model has one."""
+        return _head(self.model, self.weights.followed.values())
+
+    def reasons(self, used: Collection[str], unread: Mapping[str, str]) -> dict[str, str]:
+        """Why parameters are not covered.
+
+        Args:
+            used: Names of the weights that are.
+            unread: Why weights that were used were not read, by name.
+
+        Returns:
+            Reasons by name.
+        """
+        modules = base_modules(self.model)
+        owners = {own: module for _, module in modules for own in module.parameters(recurse=False)}
+        reasons = {}
+        for parameter, name in parameter_names(self.model).items():
+            weight = self.weights.originals.get(name, name)
+            if weight not in used:
+                kind = type(owners[parameter]).__name__
+                unreached = f"the safety data never reached it, unless inside a fused kernel, in {kind}"
+                reasons[name] = self.weights.reasons.get(name) or unread.get(weight, unreached)
+        return reasons
+
+
+def _check_model(model: nn.Module, holding: Holding) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{class_name(model)} is an encoder-decoder model; only models that read prompt and response "
+            "as one sequence are covered"
+        )
+    # All are read before anything is said of one: other processes may have to take part in the reading.
+    is_finite = {name: _is_finite(holding, name) for name in holding.names}
+    for name, finite in is_finite.items():
+        if not finite:
+            raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
+
+
+def _is_finite(holding: Holding, name: str) -> bool:
+    return is_quantised(holding.parameter(name)) or bool(torch.isfinite(holding.read(name)).all())
+
+
+def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if not isinstance(head, nn.Module):
+        return None
+    layer = unwrapped(head)
+    own = dict(layer.named_parameters(recurse=False))  # its attribute may be computed, and that is not asked for here
+    if "weight" in own:
+        return parameter_names(model).get(own["weight"])
+    return next((weight.name for weight in computed if weight.owner is layer and weight.key == "weight"), None)
