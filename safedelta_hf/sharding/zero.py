@@ -81,7 +81,7 @@ class PartitionedParameters(WholeParameters):
         Returns:
             A copy of it.
         """
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         parameter = self.parameter(name)
         with GatheredParameters([parameter]):
@@ -94,7 +94,7 @@ class PartitionedParameters(WholeParameters):
             name: Its name.
             value: Of its shape, the same on all ranks.
         """
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         parameter = self.parameter(name)
         with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():

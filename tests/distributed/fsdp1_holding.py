@@ -1,7 +1,5 @@
 """FSDP1 on two processes against one."""
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,7 +8,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.sharding.detect import holding_of
-from tests.distributed.tower import RATE, TOKENS, Block, Checks, Tower, loss_of
+from tests.distributed.tower import TOKENS, Block, Checks, Tower, holds, stepping
 
 CPU = torch.device("cpu")
 
@@ -20,47 +18,28 @@ def sharded(model, **settings):
     return FullyShardedDataParallel(model, device_id=CPU, **settings)
 
 
-def stepping(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-
-    def step(tokens) -> None:
-        loss_of(model(tokens)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def said(what: str, name: str) -> None:
-    if dist.get_rank() == 0:
-        print(f"held {what}.{name}", flush=True)
-
-
 def flat_parameters_are_refused() -> None:
     try:
         holding_of(sharded(Tower(), use_orig_params=False))
     except ConfigurationError as error:
         assert "use_orig_params" in str(error), error
-        said("use_orig_params", "refused")
+        holds("use_orig_params", "refused")
 
 
 def half_precision() -> None:
-    """What is written in float32 is what the next forward pass computes with, rounded to its precision."""
-    model = sharded(Tower(), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
-    twin = Tower()
-    checks = Checks("FSDP1", model, twin, model, stepping(model), partial(said, "bfloat16"), tolerance=0.05)
-    checks.read("read")
+    """What is written in float32 is kept, and what the next forward pass computes with is that, rounded."""
+    settings = {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}
+    model, twin = sharded(Tower(), **settings), Tower()
+    checks = Checks("FSDP1", "bfloat16", model, twin, stepping(model))
     for seed in (1, 2):
         checks.write(seed)
-        checks.agree("forward")
-        checks.read("read_after_forward")
+        with torch.no_grad():
+            model(TOKENS)
+    checks.read("read_after_forward")
     with torch.no_grad():
-        assert torch.equal(model(TOKENS).float(), sharded_again(twin)(TOKENS).float())
-    said("bfloat16", "as_if_trained_from_there")
-
-
-def sharded_again(twin):
-    return sharded(twin, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
+        ours, theirs = model(TOKENS), sharded(twin, **settings)(TOKENS)
+    assert torch.equal(ours, theirs)
+    holds("bfloat16", "forward")
 
 
 def main() -> None:
@@ -77,7 +56,7 @@ def main() -> None:
     }
     for name, settings in layouts.items():
         model = sharded(Tower(), **settings)
-        Checks("FSDP1", model, Tower(), model, stepping(model), partial(said, name)).all()
+        Checks("FSDP1", name, model, Tower(), stepping(model)).all()
     half_precision()
     flat_parameters_are_refused()
     dist.barrier()

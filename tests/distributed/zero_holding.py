@@ -1,18 +1,18 @@
 """DeepSpeed's ZeRO on two processes against one."""
 
-import os
-
-os.environ["DS_ACCELERATOR"] = "cpu"
-
 import sys
-from functools import partial
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
-from safedelta_hf.sharding.detect import holding_of
-from tests.distributed.tower import RATE, Checks, Tower, loss_of
+from tests.distributed import shim
+
+shim.deepspeed_on_cpu()
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+
+from tests.distributed.tower import RATE, Checks, Tower, loss_of  # noqa: E402
 
 
 def engine_of(model, stage: int, **settings):
@@ -36,14 +36,7 @@ def stepping(engine):
     return step
 
 
-def said(what: str, name: str) -> None:
-    if dist.get_rank() == 0:
-        print(f"held {what}.{name}", flush=True)
-
-
 def masters_agree(checks: Checks, name: str) -> None:
-    from deepspeed.utils import safe_get_full_fp32_param
-
     for key in checks.holding.names:
         master = safe_get_full_fp32_param(checks.holding.parameter(key))
         assert torch.equal(master.to(checks.holding.dtype(key)), checks.holding.read(key)), key
@@ -51,9 +44,10 @@ def masters_agree(checks: Checks, name: str) -> None:
 
 
 def half_precision(stage: int, kind: str) -> None:
+    """The optimizer's master copy agrees with what the 16 bits of the parameter hold of it."""
     model, twin = Tower().bfloat16(), Tower().bfloat16()
     engine = engine_of(model, stage, bf16={"enabled": True})
-    checks = Checks(kind, model, twin, model, stepping(engine), partial(said, f"{stage}-bfloat16"), tolerance=0.05)
+    checks = Checks(kind, f"{stage}-bfloat16", model, twin, stepping(engine), tolerance=0.05)
     checks.read("read")
     checks.write(1)
     checks.read("read_after_write")
@@ -69,7 +63,7 @@ def frozen(stage: int, kind: str) -> None:
     for each in (model, twin):
         each.blocks.requires_grad_(False)
     engine = engine_of(model, stage)
-    checks = Checks(kind, model, twin, model, stepping(engine), partial(said, f"{stage}-frozen"))
+    checks = Checks(kind, f"{stage}-frozen", model, twin, stepping(engine))
     checks.write(1)
     checks.agree("write")
     checks.train()
@@ -87,7 +81,7 @@ def main() -> None:
         for name, zero in layouts.items():
             model, twin = Tower(), Tower()
             engine = engine_of(model, stage, zero=zero)
-            checks = Checks(kind, model, twin, model, stepping(engine), partial(said, f"{stage}-{name}"))
+            checks = Checks(kind, f"{stage}-{name}", model, twin, stepping(engine))
             checks.all()
             masters_agree(checks, "master")
         half_precision(stage, kind)
