@@ -3,16 +3,21 @@
 from collections.abc import Callable
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.sharding.fsdp1 import FlatShardedParameters
 from safedelta_hf.sharding.fsdp2 import FullyShardedParameters
 from safedelta_hf.sharding.holding import Holding
 from safedelta_hf.sharding.whole import WholeParameters
+from safedelta_hf.sharding.zero import MirroredParameters, PartitionedParameters
 
 BACKENDS: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module], Holding]], ...] = (
     (lambda model: any(isinstance(module, FSDPModule) for module in model.modules()), FullyShardedParameters),
+    (lambda model: any(isinstance(m, FullyShardedDataParallel) for m in model.modules()), FlatShardedParameters),
+    (lambda model: any(hasattr(parameter, "ds_id") for parameter in model.parameters()), PartitionedParameters),
+    (lambda model: any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()), MirroredParameters),
 )
 """How to tell a backend, and what holds its parameters; the first that fits, else they are whole."""
 

@@ -1,5 +1,7 @@
 """Lets accelerate take CPU processes for GPUs, so that its FSDP and DeepSpeed paths run where there is none."""
 
+import os
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -16,3 +18,11 @@ def install() -> None:
 
     PartialState._prepare_backend = backend
     PartialState.set_device = device
+
+
+def deepspeed_on_cpu() -> None:
+    """Call before anything imports DeepSpeed. It would compile an operator of its own for collectives otherwise."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False

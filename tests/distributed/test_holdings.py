@@ -1,0 +1,70 @@
+"""Parameters are read and written alike however they are shared out; one launch of two processes for each backend."""
+
+import importlib.util
+
+import pytest
+
+from tests import tiny
+from tests.distributed.launching import torchrun
+from tests.distributed.tower import Checks
+
+
+def every(*layouts: str) -> list[str]:
+    return [f"{layout}.{name}" for layout in layouts for name in Checks.NAMES]
+
+
+def require(done, check: str) -> None:
+    assert f"held {check}\n" in done.stdout, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+
+@pytest.fixture(scope="module")
+def fsdp1():
+    return torchrun("tests.distributed.fsdp1_holding")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        *every("full", "one_unit", "gradients", "none", "hybrid"),
+        "bfloat16.read_after_forward",
+        "bfloat16.forward",
+        "use_orig_params.refused",
+    ],
+)
+def test_fsdp1_holds_what_one_process_holds(fsdp1, check):
+    require(fsdp1, check)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.llama(tied=True).save_pretrained(folder)
+    return torchrun("tests.distributed.fsdp2_holding", folder)
+
+
+@pytest.mark.parametrize(
+    "check", [*every("two", "replicated", "replicated_once", "by_transformers"), "tensor_parallelism.refused"]
+)
+def test_fsdp2_holds_what_one_process_holds(fsdp2, check):
+    require(fsdp2, check)
+
+
+@pytest.fixture(scope="module")
+def zero():
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    return torchrun("tests.distributed.zero_holding", 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        *every("1-plain", "2-plain", "3-plain", "3-always_freed"),
+        *(f"{layout}.master" for layout in ("1-plain", "2-plain", "3-plain", "3-always_freed")),
+        *(f"{stage}-bfloat16.{name}" for stage in (1, 2, 3) for name in ("read", "read_after_write", "master")),
+        *(f"{stage}-bfloat16.the_next_step_starts_from_what_was_written" for stage in (1, 2, 3)),
+        *(f"{stage}-frozen.{name}" for stage in (1, 2, 3) for name in ("write", "training")),
+    ],
+)
+def test_zero_holds_what_one_process_holds(zero, check):
+    require(zero, check)
