@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
+from safedelta_hf.capture.moments import HeldMoments
 from safedelta_hf.errors import (
     BaseWeightsError,
     ConfigurationError,
@@ -301,7 +302,7 @@ def test_a_profile_with_a_moment_of_the_wrong_size_is_an_error():
     key = "model.layers.0.mlp.down_proj.weight"
     wrong = dict(profile.moments) | {key: profile.moments["lm_head.weight"]}
     with pytest.raises(ProfileError, match=rf"{key}: has 24 inputs"):
-        adjust(tuned, base, dataclasses.replace(profile, moments=wrong))
+        adjust(tuned, base, dataclasses.replace(profile, moments=HeldMoments(wrong)))
 
 
 class Trap:

@@ -1,7 +1,6 @@
 """The safety profile: the moments of one base model on one set of safety data, in memory and on disk."""
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from safedelta_hf.capture.collect import Capture
 from safedelta_hf.capture.held_out import HeldOut
+from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
@@ -32,14 +32,14 @@ class SafetyProfile:
     Attributes:
         header: What the profile was made from.
         uses: How each covered parameter is used, and the key of its moment.
-        moments: `InputMoment` by key; read from disk one at a time after `load`.
+        moments: `InputMoment` by key, and the shape of each; read from disk one at a time after `load`.
         held_out: Safety data that is in no moment, to measure refusals by; None if nothing was held out.
         storage: What holds the moments of a profile made in this process; offloaded files live as long.
     """
 
     header: ProfileHeader
     uses: tuple[Use, ...]
-    moments: Mapping[str, InputMoment]
+    moments: Moments
     held_out: HeldOut | None = None
     storage: MomentStorage | None = field(default=None, repr=False, compare=False)
 
@@ -58,7 +58,7 @@ class SafetyProfile:
         return cls(
             header=ProfileHeader(skipped=dict(capture.skipped), parametrised=dict(capture.parametrised), **header),
             uses=capture.uses,
-            moments=capture.moments,
+            moments=capture.moments if isinstance(capture.moments, Moments) else HeldMoments(capture.moments),
             held_out=held_out,
             storage=capture.storage,
         )
@@ -155,10 +155,11 @@ def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
     )
 
 
-class _MomentFiles(Mapping[str, InputMoment]):
+class _MomentFiles(MomentsByKey):
     """Moments on disk, read one at a time."""
 
     def __init__(self, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+        super().__init__(entries)
         self._folder = folder
         self._entries = entries
         for key, entry in entries.items():
@@ -171,11 +172,8 @@ class _MomentFiles(Mapping[str, InputMoment]):
             total=self._read(self._folder / entry["file"]), sequences=entry["sequences"], tokens=entry["tokens"]
         )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self[key].total.shape)
 
     @staticmethod
     def _read(path: Path) -> Tensor:

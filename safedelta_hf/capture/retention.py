@@ -1,8 +1,8 @@
 """Behaviour to protect beside the refusals: moments of ordinary data, added to those of the safety data."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from safedelta_hf.capture.moments import MomentsByKey
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ConfigurationError, ProfileError
@@ -39,8 +39,9 @@ def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: floa
     )
 
 
-class _Summed(Mapping[str, InputMoment]):
+class _Summed(MomentsByKey):
     def __init__(self, profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> None:
+        super().__init__(profile.moments)
         self._moments = profile.moments
         self._ordinary = ordinary
         self._weight = weight
@@ -57,8 +58,5 @@ class _Summed(Mapping[str, InputMoment]):
         total = moment.total + share * other.total.to(moment.total.device)
         return replace(moment, total=total)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._moments)
-
-    def __len__(self) -> int:
-        return len(self._moments)
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._moments.shape(key)

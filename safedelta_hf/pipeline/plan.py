@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from safedelta_hf.capture.moments import Moments
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CoverageError, ProfileError
 from safedelta_hf.names import parameter_aliases, parameter_names
 from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
@@ -141,7 +141,7 @@ def require_decisions(entries: Sequence[PlanEntry]) -> None:
         )
 
 
-def check_moments(entry: PlanEntry, moments: Mapping[str, InputMoment]) -> None:
+def check_moments(entry: PlanEntry, moments: Moments) -> None:
     """Make sure that the moments of a parameter have its number of inputs.
 
     Args:
@@ -153,7 +153,7 @@ def check_moments(entry: PlanEntry, moments: Mapping[str, InputMoment]) -> None:
     """
     for use in entry.uses:
         columns = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role, use.part).columns
-        found = tuple(moments[use.moment].total.shape)
+        found = moments.shape(use.moment)
         if found[-1:] != (columns,):
             raise ProfileError(
                 f"{entry.parameter}: has {columns} inputs, its moment in the profile has the shape {list(found)}; "

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
+from safedelta_hf.capture.moments import HeldMoments
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import Part, ProfileHeader, Role, Use
@@ -40,7 +41,7 @@ def profile_by_hand(model, uses):
     )
     sizes = {use.moment: columns for use, columns in uses}
     moments = {key: moment(size, seed) for seed, (key, size) in enumerate(sizes.items())}
-    return SafetyProfile(header=header, uses=tuple(use for use, _ in uses), moments=moments)
+    return SafetyProfile(header=header, uses=tuple(use for use, _ in uses), moments=HeldMoments(moments))
 
 
 def expected(matrix, hessian):
