@@ -109,7 +109,7 @@ class Eigenbasis(Encoding):
         Returns:
             [in, in], float32.
         """
-        scaled = stored["vectors"] * stored["values"].clamp_min(0).sqrt()
+        scaled = stored["vectors"] * stored["values"].sqrt()
         total = scaled @ scaled.T
         total.diagonal().add_(stored["rest"])
         return total

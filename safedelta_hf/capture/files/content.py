@@ -13,6 +13,7 @@ from safedelta_hf.capture.collect import DIAGONAL
 from safedelta_hf.capture.encodings import Encoding, Float32, encoding_of
 from safedelta_hf.capture.files.plain import record
 from safedelta_hf.capture.held_out import HeldOut
+from safedelta_hf.capture.safety_data import IGNORED
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.records import ProfileHeader, Use
 
@@ -86,6 +87,7 @@ class Content:
 
     def __post_init__(self) -> None:
         # Mutual consistency is no matter of how it was read.
+        _require_counts(self.header)
         _require_files(self.files, self.moments)
         for moment in self.moments:
             _require_plausible(moment, self.header.sequences)
@@ -142,6 +144,14 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _require_counts(header: ProfileHeader) -> None:
+    seen: list[float] = [header.sequences, header.tokens]
+    if header.retention is not None:
+        seen += [header.retention.sequences, header.retention.tokens, header.retention.weight]
+    if min(seen) <= 0:
+        raise ValueError("its header counts no sequences or no tokens, or weighs ordinary data by nothing")
+
+
 def _require_files(files: Mapping[str, StoredFile], moments: Iterable[StoredMoment]) -> None:
     for name, file in files.items():
         if not _SHARD_NAME.fullmatch(name):
@@ -159,7 +169,7 @@ def _require_plausible(moment: StoredMoment, sequences: int) -> None:
     shape = moment.shape
     if len(shape) not in (1, 2) or shape[0] != shape[-1] or not all(0 < side < _LARGEST_SIDE for side in shape):
         raise ValueError(f"moment {moment.key!r} has the shape {list(shape)[:5]}; expected [in, in] or [in]")
-    if moment.sequences != sequences or sequences < 1 or moment.tokens < 0:
+    if moment.sequences != sequences or moment.tokens < 0:
         raise ValueError(
             f"moment {moment.key!r} counts {moment.sequences} sequences and {moment.tokens} tokens, the profile "
             f"{sequences} sequences"
@@ -203,5 +213,6 @@ def _require_held_out(held_out: HeldOut | None) -> None:
     if not all(map(math.isfinite, held_out.losses)):
         raise ValueError("held_out has a loss that is no number")
     for sequence in held_out.sequences:
-        if len(sequence.input_ids) != len(sequence.labels) or min(sequence.input_ids, default=-1) < 0:
+        labels = [label for label in sequence.labels if label != IGNORED]
+        if len(sequence.input_ids) != len(sequence.labels) or min([*sequence.input_ids, *labels], default=-1) < 0:
             raise ValueError("held_out has a sequence without tokens, with negative ones, or with other labels")

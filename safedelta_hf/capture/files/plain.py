@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_LARGEST: Final = 2**63
 
 
 def record(kind: type[T], value: Any, place: str) -> T:  # noqa: ANN401 - JSON
@@ -49,6 +51,9 @@ def _typed(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401 - whatever
         return kind(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if kind in (int, str) and type(value) is kind:
+    if kind is int and type(value) is int and abs(value) < _LARGEST:
+        return value
+    if kind is str and type(value) is str:
+        value.encode()  # half a surrogate pair could not be printed
         return value
     raise ValueError(f"{place} is {str(value)[:50]!r}, which is no {getattr(origin or kind, '__name__', kind)}")

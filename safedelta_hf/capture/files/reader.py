@@ -1,5 +1,6 @@
 """Reading a profile: the header at once, each moment when it is asked for."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def in_folder(folder: Path, content: Content) -> Callable[[str], Path]:
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parent.parent / HUB_BLOBS)
     for name in content.files:
-        path = (folder / name).resolve()
+        path = Path(os.path.realpath(folder / name))
         if path.parent not in allowed or not path.is_file():
             raise ProfileError(f"profile: {name} in {str(folder)!r} is no file of that folder, but {str(path)!r}")
     return folder.joinpath
