@@ -40,6 +40,10 @@ class ProfileError(SafeDeltaError, ValueError):
     """A safety profile is malformed or was made for something else."""
 
 
+class OutputError(SafeDeltaError, OSError):
+    """A folder cannot be written: it is there already, or another process is writing it."""
+
+
 class AdapterError(SafeDeltaError, ValueError):
     """An adapter has no delta that can be adjusted, or is not as it has to be."""
 

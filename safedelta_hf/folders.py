@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from safedelta_hf.errors import OutputError
+
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
@@ -22,12 +26,99 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield unfinished
-        # Temporary folders, and safetensors files, are made for their owner alone.
-        unfinished.chmod(0o755)
-        for path in unfinished.iterdir():
-            if path.is_file():
-                path.chmod(0o644)
-        os.replace(unfinished, folder)
+        finish(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[Path]:
+    """Write a folder under a hidden name beside it, go on where an interrupted run stopped, and rename it at the end.
+
+    What stands in the unfinished folder is what an earlier run left, possibly for something else: the block checks it,
+    reuses what it can, and removes what does not belong there.
+
+    Args:
+        folder: A folder that does not exist, or is empty; its parents are made.
+
+    Yields:
+        The folder to write into: `.NAME.unfinished`. It stays if the block fails.
+
+    Raises:
+        OutputError: Another process is writing the same folder, or the folder is there already.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.unfinished"
+    # Beside the folder, not in it, so that renaming the folder does not take the lock along.
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"{str(folder)!r}: another process is writing it; wait, or choose another name") from error
+    try:
+        require_absent(folder)
+        unfinished.mkdir(exist_ok=True)
+        yield unfinished
+        finish(unfinished, folder)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def require_absent(folder: Path) -> None:
+    """Stop where something would be overwritten.
+
+    Args:
+        folder: A folder to write.
+
+    Raises:
+        OutputError: It is there already and not empty, or is no folder.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
+        raise OutputError(f"{str(folder)!r} exists already; remove it or choose another name")
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name beside it, and rename it once its bytes are on the disk.
+
+    Args:
+        path: The file; one that is there is replaced.
+
+    Yields:
+        The file to write; it is removed if the block fails.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        _flush(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def finish(unfinished: Path, folder: Path) -> None:
+    """Give a folder that holds all it should its own name.
+
+    Args:
+        unfinished: The folder under its temporary name.
+        folder: Its own name.
+    """
+    # Temporary folders, and safetensors files, are made for their owner alone.
+    unfinished.chmod(0o755)
+    for path in unfinished.iterdir():
+        if path.is_file():
+            path.chmod(0o644)
+    _flush(unfinished)
+    os.replace(unfinished, folder)
+
+
+def _flush(path: Path) -> None:
+    # A rename may reach the disk before the bytes that it names.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

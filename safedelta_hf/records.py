@@ -180,7 +180,7 @@ class ProfileHeader:
     skipped: Mapping[str, str]
     retention: Retention | None = None
     parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    format_version: int = 2
+    format_version: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)

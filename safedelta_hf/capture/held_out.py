@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import nn
@@ -66,22 +65,6 @@ class HeldOut:
         with without_adapters(model):
             losses = response_losses(model, sequences, batch_size=batch_size, ranks=ranks, holding=holding)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
-
-    @classmethod
-    def parse(cls, content: Any) -> "HeldOut":  # noqa: ANN401 - JSON
-        """Read what `asdict` wrote.
-
-        Args:
-            content: A mapping of lists.
-
-        Returns:
-            The examples.
-        """
-        sequences = (
-            SafetySequence(input_ids=tuple(row["input_ids"]), labels=tuple(row["labels"]))
-            for row in content["sequences"]
-        )
-        return cls(sequences=tuple(sequences), losses=tuple(map(float, content["losses"])))
 
     def drift(
         self,

@@ -1,30 +1,26 @@
-"""The safety profile: the moments of one base model on one set of safety data, in memory and on disk."""
+"""The safety profile: the moments of one base model on one set of safety data, in memory, on disk or on the Hub."""
 
-import json
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+import tempfile
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from safedelta_hf.capture.collect import Capture
+from safedelta_hf.capture.encodings import Encoding, encoding_of
+from safedelta_hf.capture.files.content import HEADER_FILE
+from safedelta_hf.capture.files.hub import Repository, write_card
+from safedelta_hf.capture.files.reader import MomentFiles, in_folder, read_header
+from safedelta_hf.capture.files.writer import keys_in_order, write_profile
 from safedelta_hf.capture.held_out import HeldOut
-from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
+from safedelta_hf.capture.moments import HeldMoments, Moments
 from safedelta_hf.capture.owned import OwnedMoments
-from safedelta_hf.capture.reduction import brought_to_main
+from safedelta_hf.capture.reduction import BroughtToMain
 from safedelta_hf.capture.storage import MomentStorage
-from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.records import Part, ProfileHeader, Retention, Role, Use
+from safedelta_hf.records import ProfileHeader, Use
 
-HEADER_FILE = "profile.json"
-FORMAT_VERSION = 2
+DEFAULT_STORAGE = "triangular"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,122 +78,116 @@ class SafetyProfile:
     def _keys(self) -> dict[Use, str]:
         return {replace(use, moment=""): use.moment for use in self.uses}
 
-    def save(self, folder: str | Path) -> None:
-        """Write a folder of `profile.json` and one safetensors file per moment; complete or not there at all.
+    def save(self, folder: str | Path, storage: str | Encoding = DEFAULT_STORAGE) -> None:
+        """Write a folder of `profile.json` and safetensors files; complete or not there at all.
+
+        What is written stands in `.NAME.unfinished` beside the folder until it is complete. If that is interrupted,
+        the same call goes on where it stopped, and ends with the same bytes.
 
         Where the moments are in the memory of several processes, all of them call this, and the main one writes.
 
         Args:
             folder: A folder that does not exist yet.
+            storage: How moments are stored: "float32", "triangular" (exact, half the size), "bfloat16" or
+                "eigenbasis:RANK", or an encoding such as `Eigenbasis(rank=256)`. Diagonal moments are always exact.
 
         Raises:
-            ProfileError: The folder exists.
+            ConfigurationError: There is no such storage.
+            OutputError: The folder exists, or another process is writing it.
+            ProfileError: A moment is not one, so the profile could not be read again.
             RankError: Another process failed.
         """  # noqa: DOC502 - raised by the functions called
+        encoding = encoding_of(storage)
         if not isinstance(self.moments, OwnedMoments):
-            self._write(Path(folder), self.moments.items())
+            self._write(Path(folder), self.moments, encoding)
             return
-        ranks = self.moments.ranks
-        with ranks.together():
-            brought = brought_to_main(self.moments)
-            if ranks.is_main:
-                self._write(Path(folder), brought)
+        brought = BroughtToMain(self.moments)
+        with self.moments.ranks.together():
+            if self.moments.ranks.is_main:
+                self._write(Path(folder), brought, encoding)
             else:
-                deque(brought, maxlen=0)  # takes part in the exchange
+                brought.follow(keys_in_order(self.moments, encoding))
 
-    def _write(self, folder: Path, moments: Iterable[tuple[str, InputMoment]]) -> None:
-        if folder.exists():
-            raise ProfileError(f"profile: {str(folder)!r} exists already; remove it or choose another name")
-        with complete_or_absent(folder) as unfinished:
-            described = []
-            for number, (key, moment) in enumerate(moments):
-                file = f"moment-{number:05d}.safetensors"
-                save_file({"total": moment.total.contiguous()}, unfinished / file)
-                described.append({"key": key, "file": file, "sequences": moment.sequences, "tokens": moment.tokens})
-            content = {
-                "header": asdict(self.header),
-                "uses": [asdict(use) for use in self.uses],
-                "moments": described,
-                "held_out": None if self.held_out is None else asdict(self.held_out),
-            }
-            (unfinished / HEADER_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    def _write(self, folder: Path, moments: Moments, storage: Encoding) -> None:
+        write_profile(folder, moments, storage, header=self.header, uses=self.uses, held_out=self.held_out)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SafetyProfile":
-        """Open a saved profile; moments are read when they are asked for.
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> "SafetyProfile":
+        """Open a saved profile; moments are read, or downloaded, when they are asked for.
 
         Args:
-            folder: A folder that `save` wrote.
+            source: A folder that `save` wrote; if there is none of that name, a repository on the Hub.
+            revision: Branch, tag or commit on the Hub.
+            token: Access token of the Hub; None for the one that was stored by logging in.
+            cache_dir: Where downloads are kept.
 
         Returns:
             The profile.
 
         Raises:
-            ProfileError: The folder is no profile, is of another format version, or is malformed.
+            ProfileError: It is no profile, is of another format version, or is malformed.
         """
-        folder = Path(folder)
-        path = folder / HEADER_FILE
-        if not path.is_file():
-            raise ProfileError(f"profile: {str(folder)!r} holds no {HEADER_FILE}; is it a folder that save() wrote?")
-        try:
-            profile = _parse(json.loads(path.read_text(encoding="utf-8")), folder)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"profile: {str(path)!r} is malformed ({error!r}); collect it again") from error
-        unknown = sorted({use.moment for use in profile.uses} - set(profile.moments))
-        if unknown:
-            raise ProfileError(f"profile: {str(path)!r} names moments that it does not hold, such as {unknown[0]!r}")
-        return profile
-
-
-def _parse(content: Any, folder: Path) -> SafetyProfile:  # noqa: ANN401 - JSON
-    version = content["header"]["format_version"]
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format version {version!r}, this package reads {FORMAT_VERSION}")
-    header, held_out = content["header"], content["held_out"]
-    retention = None if header["retention"] is None else Retention(**header["retention"])
-    parametrised = {name: tuple(originals) for name, originals in header.get("parametrised", {}).items()}
-    uses = (
-        Use(
-            parameter=use["parameter"],
-            role=Role(use["role"]),
-            moment=use["moment"],
-            part=None if use["part"] is None else Part(**use["part"]),
-        )
-        for use in content["uses"]
-    )
-    return SafetyProfile(
-        header=ProfileHeader(**{**header, "retention": retention, "parametrised": parametrised}),
-        uses=tuple(uses),
-        held_out=None if held_out is None else HeldOut.parse(held_out),
-        moments=_MomentFiles(folder, {entry["key"]: entry for entry in content["moments"]}),
-    )
-
-
-class _MomentFiles(MomentsByKey):
-    """Moments on disk, read one at a time."""
-
-    def __init__(self, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-        super().__init__(entries)
-        self._folder = folder
-        self._entries = entries
-        for key, entry in entries.items():
-            if Path(entry["file"]).name != entry["file"]:
-                raise ValueError(f"the file of {key!r} lies outside the folder: {entry['file']!r}")
-
-    def __getitem__(self, key: str) -> InputMoment:
-        entry = self._entries[key]
-        return InputMoment(
-            total=self._read(self._folder / entry["file"]), sequences=entry["sequences"], tokens=entry["tokens"]
+        folder = Path(source)
+        if folder.exists():
+            content = read_header(folder / HEADER_FILE)
+            locate = in_folder(folder, content)
+        elif folder.is_absolute() or str(source).startswith((".", "~")):
+            raise ProfileError(f"profile: there is no folder {str(source)!r}")
+        else:
+            path, locate = Repository(name=str(source), revision=revision, token=token, cache_dir=cache_dir).download()
+            content = read_header(path)
+        return cls(
+            header=content.header,
+            uses=content.uses,
+            held_out=content.held_out,
+            moments=MomentFiles(content, locate),
         )
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self[key].total.shape)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        storage: str | Encoding = DEFAULT_STORAGE,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload safety profile",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the profile to the Hub, in one commit; `SafetyProfile.load(repo_id)` opens it.
 
-    @staticmethod
-    def _read(path: Path) -> Tensor:
-        try:
-            with safe_open(path, framework="pt") as file:
-                total: Tensor = file.get_tensor("total")
-                return total
-        except (OSError, SafetensorError) as error:
-            raise ProfileError(f"profile: cannot read {str(path)!r} ({error}); collect the profile again") from error
+        The safety data that was held out goes along, tokenised: make the repository private if the data is.
+
+        Args:
+            repo_id: `organisation/name`, or a name of your own; made if it does not exist. A profile that is there is
+                replaced.
+            storage: How moments are stored, as in `save`.
+            base_model: Name of the base model on the Hub, for the card.
+            private: Whether a new repository is private; None for the organisation's default.
+            token: Access token; None for the one that was stored by logging in.
+            revision: Branch to commit to, made if it does not exist; None for the default one.
+            commit_message: Message of the commit.
+            create_pr: Whether to open a pull request instead of committing.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigurationError: There is no such storage.
+            ProfileError: The Hub refuses or cannot be reached.
+        """  # noqa: DOC502 - raised by the functions called
+        encoding = encoding_of(storage)
+        with tempfile.TemporaryDirectory(prefix="safedelta-") as parent:
+            folder = Path(parent) / "profile"
+            self.save(folder, encoding)
+            write_card(folder, self.header, storage=str(encoding), name=repo_id, base_model=base_model)
+            repository = Repository(name=repo_id, revision=revision, token=token)
+            return repository.upload(folder, private=private, message=commit_message, create_pr=create_pr)

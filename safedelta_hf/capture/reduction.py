@@ -1,13 +1,13 @@
 """Moments of all ranks put together after a capture, each on one of them, and moved between them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from safedelta_hf.capture.findings import Findings, UseOf, common_keys, merged
-from safedelta_hf.capture.moments import HeldMoments, Moments
+from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
 from safedelta_hf.capture.owned import OwnedMoment, OwnedMoments, owner_of
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
@@ -105,19 +105,41 @@ def moved(moments: OwnedMoments, wanted: Mapping[str, tuple[str, int]]) -> dict[
     return held
 
 
-def brought_to_main(moments: OwnedMoments) -> Iterator[tuple[str, InputMoment]]:
-    """All moments, one after the other, on the main rank; all ranks go through them together.
+class BroughtToMain(MomentsByKey):
+    """Moments that are brought to the main rank when it asks for them, while the others follow.
 
     Args:
-        moments: Moments by key.
-
-    Yields:
-        On the main rank each key with its moment, which is there no longer than the caller holds it; on others nothing.
+        moments: Moments by key, each on its owner.
     """
-    for key in moments:
-        moment = _brought(moments, key, 0)
-        if moments.ranks.is_main and moment is not None:
-            yield key, moment
+
+    def __init__(self, moments: OwnedMoments) -> None:
+        super().__init__(moments)
+        self._moments = moments
+
+    def __getitem__(self, key: str) -> InputMoment:
+        moment = _brought(self._moments, key, 0)
+        assert moment is not None, "it was brought here"
+        return moment
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a moment.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Its shape.
+        """
+        return self._moments.shape(key)
+
+    def follow(self, keys: Iterable[str]) -> None:
+        """Take part, on every other rank, in what the main one asks for.
+
+        Args:
+            keys: What that will be, in order.
+        """
+        for key in keys:
+            _brought(self._moments, key, 0)
 
 
 def _brought(moments: OwnedMoments, key: str, receiver: int) -> InputMoment | None:

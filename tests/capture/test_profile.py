@@ -1,81 +1,98 @@
-import json
-
 import pytest
 import torch
 
-from safedelta_hf import SafetyProfile, collect_profile
-from safedelta_hf.errors import ProfileError
+from safedelta_hf import SafeDelta, SafetyProfile, adjust_model, collect_profile
+from safedelta_hf.capture.files import shards
+from safedelta_hf.capture.files.reader import MomentFiles
+from safedelta_hf.errors import ConfigurationError, OutputError, ProfileError
 from tests import tiny
+from tests.capture.saved_profiles import STORAGES, contents, resign, same_moments, tiny_profile
 
 
 @pytest.fixture(scope="module")
 def profile():
-    return collect_profile(tiny.llama(tied=True), tiny.rows(12, seed=1), progress=False)
+    return tiny_profile()
 
 
-@pytest.fixture
-def saved(profile, tmp_path):
+@pytest.mark.parametrize("storage", ["float32", "triangular"])
+def test_exact_storage_survives_the_disk_bit_for_bit(profile, tmp_path, storage):
+    profile.save(tmp_path / "profile", storage)
+    assert same_moments(SafetyProfile.load(tmp_path / "profile"), profile)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_shapes_and_keys_are_known_without_reading(profile, tmp_path, storage, monkeypatch):
+    profile.save(tmp_path / "profile", storage)
+    loaded = SafetyProfile.load(tmp_path / "profile")
+    monkeypatch.setattr(MomentFiles, "__getitem__", lambda *_: pytest.fail("a moment was read"))
+    assert {key: loaded.moments.shape(key) for key in loaded.moments} == {
+        key: tuple(moment.total.shape) for key, moment in profile.moments.items()
+    }
+    assert all(key in loaded.moments for key in profile.moments) and "other" not in loaded.moments
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_was_read_from_any_storage_can_be_saved_exactly(tmp_path, profile, storage):
+    profile.save(tmp_path / "one", storage)
+    SafetyProfile.load(tmp_path / "one").save(tmp_path / "two", "triangular")
+    again = SafetyProfile.load(tmp_path / "two")
+    assert same_moments(again, SafetyProfile.load(tmp_path / "one"))
+
+
+def test_small_moments_share_files_and_large_ones_do_not(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1500)
+    profile.save(tmp_path / "profile", "float32")
+    loaded = SafetyProfile.load(tmp_path / "profile")
+    assert same_moments(loaded, profile)
+    files = sorted((tmp_path / "profile").glob("moments-*"))
+    assert 1 < len(files) < len(profile.moments)
+    assert files[-1].name == f"moments-{len(files):05d}-of-{len(files):05d}.safetensors"
+
+
+def test_an_existing_folder_is_not_overwritten(profile, tmp_path):
     profile.save(tmp_path / "profile")
-    return tmp_path / "profile"
+    before = contents(tmp_path / "profile")
+    with pytest.raises(OutputError, match="exists already"):
+        profile.save(tmp_path / "profile", "float32")
+    assert contents(tmp_path / "profile") == before
 
 
-def edited(saved, change):
-    path = saved / "profile.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return saved
-
-
-def test_a_profile_survives_the_disk(profile, saved):
-    loaded = SafetyProfile.load(saved)
-    assert (loaded.header, loaded.uses, list(loaded.moments)) == (profile.header, profile.uses, list(profile.moments))
-    for key, moment in profile.moments.items():
-        assert torch.equal(moment.total, loaded.moments[key].total)
-        assert (moment.sequences, moment.tokens) == (loaded.moments[key].sequences, loaded.moments[key].tokens)
-
-
-def test_an_existing_folder_is_not_overwritten(profile, saved):
-    before = sorted((path.name, path.read_bytes()) for path in saved.iterdir())
-    with pytest.raises(ProfileError, match="exists already"):
-        profile.save(saved)
-    assert sorted((path.name, path.read_bytes()) for path in saved.iterdir()) == before
-
-
-def test_a_failed_save_leaves_nothing_behind(profile, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("safedelta_hf.folders.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        profile.save(tmp_path / "profile")
+def test_an_unknown_storage_is_a_named_error_before_anything_is_written(profile, tmp_path):
+    for storage in ("float64", "eigenbasis", "eigenbasis:0", "eigenbasis:x", "triangular:2", None):
+        with pytest.raises(ConfigurationError, match=r"storage=|rank="):
+            profile.save(tmp_path / "profile", storage)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_moment_that_cannot_be_one_is_not_saved(tmp_path):
+    profile = tiny_profile()
+    next(iter(profile.moments.values())).total[0] = float("nan")
+    with pytest.raises(ProfileError, match="NaN"):
+        profile.save(tmp_path / "profile")
+    assert not (tmp_path / "profile").exists()
 
 
 def test_a_folder_without_header_is_no_profile(tmp_path):
     with pytest.raises(ProfileError, match=r"holds no profile\.json"):
         SafetyProfile.load(tmp_path)
+    with pytest.raises(ProfileError, match="there is no folder"):
+        SafetyProfile.load(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda content: content["header"].update(format_version=99), "format version 99"),
-        (lambda content: content.pop("uses"), "malformed"),
-        (lambda content: content["header"].pop("base"), "malformed"),
-        (lambda content: content["uses"][0].update(role="magic"), "malformed"),
-        (lambda content: content["moments"].pop(), "does not hold"),
-        (lambda content: content["moments"][0].update(file="../../secret"), "outside the folder"),
-    ],
-)
-def test_a_malformed_header_is_a_named_error(saved, change, message):
-    with pytest.raises(ProfileError, match=message):
-        SafetyProfile.load(edited(saved, change))
+def test_an_older_format_says_to_collect_again(profile, tmp_path):
+    profile.save(tmp_path / "profile")
+    resign(tmp_path / "profile", lambda content: content["header"].update(format_version=2))
+    with pytest.raises(ProfileError, match=r"format version 2, this package reads 3.*collect it again"):
+        SafetyProfile.load(tmp_path / "profile")
 
 
-def test_a_truncated_moment_is_a_named_error(saved):
-    path = next(saved.glob("moment-*"))
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ProfileError, match="cannot read"):
-        for moment in SafetyProfile.load(saved).moments.values():
-            moment.tokens  # noqa: B018
+def test_a_profile_from_disk_adjusts_as_the_one_in_memory(tmp_path):
+    base = tiny.llama()
+    profile = collect_profile(base, tiny.rows(12, seed=1), holdout=0.0, progress=False)
+    profile.save(tmp_path / "profile")
+    models = []
+    for given in (profile, SafetyProfile.load(tmp_path / "profile")):
+        models.append(tiny.perturbed(tiny.llama()))
+        adjust_model(models[-1], base=base, profile=given, rule=SafeDelta(strength=10.0), progress=False)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,62 @@
+"""The upper half of a symmetric matrix as one vector, row by row."""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+BLOCK = 512
+"""Rows that are mirrored at a time: the temporary memory is one such strip."""
+
+
+def packed_size(size: int) -> int:
+    """Entries of the upper half.
+
+    Args:
+        size: Rows of the matrix.
+
+    Returns:
+        Those on and above the diagonal.
+    """
+    return size * (size + 1) // 2
+
+
+def pack_upper(matrix: Tensor) -> Tensor:
+    """Take the entries on and above the diagonal.
+
+    Args:
+        matrix: [size, size].
+
+    Returns:
+        [size * (size + 1) / 2]: row 0, row 1 from its diagonal on, and so forth.
+    """
+    size = len(matrix)
+    packed = matrix.new_empty(packed_size(size))
+    start = 0
+    for row in range(size):
+        packed[start : start + size - row] = matrix[row, row:]
+        start += size - row
+    return packed
+
+
+def unpack_upper(packed: Tensor) -> Tensor:
+    """Mirror the upper half.
+
+    Args:
+        packed: What `pack_upper` returned.
+
+    Returns:
+        [size, size], symmetric.
+    """
+    size = (isqrt(8 * len(packed) + 1) - 1) // 2
+    matrix = packed.new_zeros((size, size))
+    start = 0
+    for row in range(size):
+        matrix[row, row:] = packed[start : start + size - row]
+        start += size - row
+    for first in range(0, size, BLOCK):
+        last = min(first + BLOCK, size)
+        matrix[last:, first:last] = matrix[first:last, last:].T
+        square = matrix[first:last, first:last]
+        square += torch.triu(square, diagonal=1).T
+    return matrix

@@ -1,0 +1,218 @@
+"""What the header file of a profile says, and whether it can be so."""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from safedelta_hf.capture.collect import DIAGONAL
+from safedelta_hf.capture.encodings import Encoding, Float32, encoding_of
+from safedelta_hf.capture.files.plain import record
+from safedelta_hf.capture.held_out import HeldOut
+from safedelta_hf.capture.safety_data import IGNORED
+from safedelta_hf.errors import ConfigurationError, ProfileError
+from safedelta_hf.records import ProfileHeader, Use
+
+HEADER_FILE: Final = "profile.json"
+HEADER_LIMIT: Final = 256 * 2**20
+"""Bytes of a header file, at most: it is read whole."""
+FORMAT_VERSION: Final = 3
+SHARD_PATTERN: Final = "moments-*-of-*.safetensors"
+
+_SHARD_NAME: Final = re.compile(r"moments-\d{5}-of-\d{5}\.safetensors", re.ASCII)
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_LARGEST_SIDE: Final = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """One file of moments.
+
+    Attributes:
+        bytes: Its size.
+        digest: SHA-256 of its content.
+    """
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMoment:
+    """One moment in a file.
+
+    Attributes:
+        key: Its key.
+        file: Name of its file.
+        shape: Its shape when it is read.
+        storage: Text of its encoding.
+        sequences: Number of safety sequences behind it.
+        tokens: Number of input vectors in it.
+    """
+
+    key: str
+    file: str
+    shape: tuple[int, ...]
+    storage: str
+    sequences: int
+    tokens: int
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it is stored."""
+        return encoding_of(self.storage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """All that the header file says.
+
+    Attributes:
+        header: What the profile was made from.
+        uses: How each covered parameter is used.
+        held_out: Safety data that is in no moment.
+        files: The files of the moments, by name.
+        moments: The moments, in order.
+    """
+
+    header: ProfileHeader
+    uses: tuple[Use, ...]
+    held_out: HeldOut | None
+    files: Mapping[str, StoredFile]
+    moments: tuple[StoredMoment, ...]
+
+    def __post_init__(self) -> None:
+        # Mutual consistency is no matter of how it was read.
+        _require_counts(self.header)
+        _require_files(self.files, self.moments)
+        for moment in self.moments:
+            _require_plausible(moment, self.header.sequences)
+        _require_room(self.files, self.moments)
+        _require_uses(self.uses, {moment.key: moment for moment in self.moments}, self.header)
+        _require_held_out(self.held_out)
+
+    def to_json(self) -> str:
+        """Write it as text, with its own digest.
+
+        Returns:
+            JSON.
+
+        Raises:
+            ProfileError: It is larger than a reader accepts.
+        """
+        content = asdict(self)
+        text = json.dumps({"digest": _digest(content), **content})
+        if len(text) > HEADER_LIMIT:
+            raise ProfileError(
+                f"profile: its header would be {len(text)} bytes, more than {HEADER_LIMIT}; hold less safety data out"
+            )
+        return text
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Content":
+        """Read what `to_json` wrote.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The content.
+
+        Raises:
+            ValueError: It is something else, or has been changed.
+        """
+        try:
+            content: Any = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested without end") from error
+        if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
+            raise ValueError("it has no 'header'")
+        version = content["header"].get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {str(version)[:20]}, this package reads {FORMAT_VERSION}")
+        written = content.pop("digest", None)
+        if written != _digest(content):
+            raise ValueError("its digest does not fit its content: it has been changed or damaged")
+        return record(cls, content, HEADER_FILE)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_counts(header: ProfileHeader) -> None:
+    seen: list[float] = [header.sequences, header.tokens]
+    if header.retention is not None:
+        seen += [header.retention.sequences, header.retention.tokens, header.retention.weight]
+    if min(seen) <= 0:
+        raise ValueError("its header counts no sequences or no tokens, or weighs ordinary data by nothing")
+
+
+def _require_files(files: Mapping[str, StoredFile], moments: Iterable[StoredMoment]) -> None:
+    for name, file in files.items():
+        if not _SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{name[:100]!r} is no name of a file of moments")
+        if not _DIGEST.fullmatch(file.digest) or file.bytes < 0:
+            raise ValueError(f"{name} has no digest or no size")
+    used, keys = [moment.file for moment in moments], [moment.key for moment in moments]
+    if set(used) != set(files):
+        raise ValueError(f"files and moments do not go together: {sorted(set(used) ^ set(files))[0][:100]!r}")
+    if len(set(keys)) != len(keys):
+        raise ValueError("two moments have the same key")
+
+
+def _require_plausible(moment: StoredMoment, sequences: int) -> None:
+    shape = moment.shape
+    if len(shape) not in (1, 2) or shape[0] != shape[-1] or not all(0 < side < _LARGEST_SIDE for side in shape):
+        raise ValueError(f"moment {moment.key!r} has the shape {list(shape)[:5]}; expected [in, in] or [in]")
+    if moment.sequences != sequences or moment.tokens < 0:
+        raise ValueError(
+            f"moment {moment.key!r} counts {moment.sequences} sequences and {moment.tokens} tokens, the profile "
+            f"{sequences} sequences"
+        )
+    try:
+        encoding = moment.encoding
+    except ConfigurationError as error:
+        raise ValueError(f"moment {moment.key!r}: {error}") from error
+    if len(shape) == 1 and encoding != Float32():
+        raise ValueError(f"moment {moment.key!r} is diagonal and stored as {moment.storage[:50]!r}")
+    if len(shape) == 2 and encoding.suited(shape) != encoding:
+        raise ValueError(f"moment {moment.key!r} of shape {list(shape)} cannot be stored as {moment.storage[:50]!r}")
+
+
+def _require_room(files: Mapping[str, StoredFile], moments: Iterable[StoredMoment]) -> None:
+    needed: Counter[str] = Counter()
+    for moment in moments:
+        needed[moment.file] += moment.encoding.bytes(moment.shape)
+    for name, size in needed.items():
+        if size > files[name].bytes:
+            raise ValueError(f"{name} has {files[name].bytes} bytes, its moments need {size}")
+
+
+def _require_uses(uses: Iterable[Use], moments: Mapping[str, StoredMoment], header: ProfileHeader) -> None:
+    for use in uses:
+        if use.moment not in moments:
+            raise ValueError(f"{use.parameter!r} uses a moment that the profile does not hold: {use.moment!r}")
+        if use.parameter not in header.base and use.parameter not in header.parametrised:
+            raise ValueError(f"{use.parameter!r} is no parameter of the base")
+        if (use.role in DIAGONAL) != (len(moments[use.moment].shape) == 1):
+            raise ValueError(f"{use.parameter!r} is used as {use.role}, its moment has another kind of shape")
+        if use.part is not None and min(vars(use.part).values()) < 0:
+            raise ValueError(f"{use.parameter!r} has a part with negative numbers")
+
+
+def _require_held_out(held_out: HeldOut | None) -> None:
+    if held_out is None:
+        return
+    if len(held_out.losses) != len(held_out.sequences):
+        raise ValueError("held_out has other numbers of sequences and of losses")
+    if not all(map(math.isfinite, held_out.losses)):
+        raise ValueError("held_out has a loss that is no number")
+    for sequence in held_out.sequences:
+        labels = [label for label in sequence.labels if label != IGNORED]
+        if len(sequence.input_ids) != len(sequence.labels) or min([*sequence.input_ids, *labels], default=-1) < 0:
+            raise ValueError("held_out has a sequence without tokens, with negative ones, or with other labels")
