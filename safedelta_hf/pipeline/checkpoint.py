@@ -14,7 +14,6 @@ from safedelta_hf.pipeline.loop import Adjustment
 from safedelta_hf.records import ParameterRecord, Plan, RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import MergeRule, Rule, SafeDelta
-from safedelta_hf.weights.base import CheckpointBase
 from safedelta_hf.weights.checkpoint import CheckpointStore
 from safedelta_hf.weights.checkpoint_folder import CheckpointFolder, work_folder
 from safedelta_hf.weights.identity import files_identity, folder_identity, header_identity, source_identity
@@ -95,8 +94,7 @@ def _adjusted(
 ) -> tuple[ParameterRecord, ...]:
     entries, others = checkpoint.entries, checkpoint.pair.others
     if not folder.is_complete:
-        reader = CheckpointBase(checkpoint.base.source, checkpoint.pair.aliases)
-        store = CheckpointStore(checkpoint.pair, reader, checkpoint.profile.header, folder, device)
+        store = CheckpointStore(checkpoint.pair, checkpoint.profile.header, folder, device)
         left = Plan(entries=tuple(entry for entry in entries if entry.parameter not in folder.finished))
         loop = Adjustment(store, left, checkpoint.profile, rule, task, progress=progress)
         with store:

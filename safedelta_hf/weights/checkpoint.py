@@ -5,7 +5,7 @@ from types import TracebackType
 import torch
 
 from safedelta_hf.records import ParameterRecord, ProfileHeader, Storage
-from safedelta_hf.weights.base import BaseWeights, verified
+from safedelta_hf.weights.base import verified
 from safedelta_hf.weights.checkpoint_folder import CheckpointFolder
 from safedelta_hf.weights.checkpoint_pair import CheckpointPair
 from safedelta_hf.weights.delta import Delta, DenseDelta
@@ -18,8 +18,7 @@ class CheckpointStore:
 
     Args:
         pair: Where the weights stand.
-        base: Reads the base weights.
-        header: What the profile of that base was made from.
+        header: What the profile of the base was made from.
         output: The folder that is written, opened.
         device: Where deltas are computed.
     """
@@ -27,14 +26,13 @@ class CheckpointStore:
     def __init__(
         self,
         pair: CheckpointPair,
-        base: BaseWeights,
         header: ProfileHeader,
         output: CheckpointFolder,
         device: torch.device,
     ) -> None:
         self.architecture = header.architecture
-        self.source = base.source
-        self._pair, self._base, self._header = pair, base, header
+        self.source = pair.base.source
+        self._pair, self._header = pair, header
         self._output = output
         self._device = device
 
@@ -63,7 +61,7 @@ class CheckpointStore:
         tuned, expected = self._pair.read(name), self._header.base[name]
         if digest(tuned) == expected:
             return False
-        weight = verified(self._base, name, self._header.dtypes[name], expected)
+        weight = verified(self._pair.base, name, self._header.dtypes[name], expected)
         if torch.equal(tuned, weight.to(tuned.dtype)):
             return False  # the same weight, in another dtype than when the profile was made
         require_finite(name, tuned)
@@ -89,7 +87,7 @@ class CheckpointStore:
         Returns:
             Tuned minus base.
         """
-        base = self._base.read(name).to(getattr(torch, self._header.dtypes[name]))
+        base = self._pair.base.read(name).to(getattr(torch, self._header.dtypes[name]))
         return DenseDelta(self._pair.read(name).to(self._device), base)
 
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:

@@ -8,10 +8,7 @@ from torch import Tensor
 
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.tensor_files import TensorFiles
-
-FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Data types in which weights are read as numbers, as safetensors and torch name them."""
+from safedelta_hf.weights.tensor_files import FLOATING, TensorFiles
 
 _LOAD_AND_SAVE = (
     "load the model, save it with save_pretrained(..., save_original_format=False) and give that folder, or use "
@@ -51,6 +48,7 @@ class CheckpointPair:
                     f"{base.source!r}; was the vocabulary resized after the profile was made?"
                 )
         self._require_known(base, header)
+        self.base = FilesBase(base, {name: stored[0] for name, stored in in_base.items()})
 
     def read(self, name: str) -> Tensor:
         """Read the fine-tuned weight of a parameter.
@@ -84,6 +82,38 @@ class CheckpointPair:
                 )
 
 
+class FilesBase:
+    """Reads base weights that were found in files.
+
+    Args:
+        files: The files.
+        names: Under which each parameter stands there, by canonical name.
+    """
+
+    reopen = None
+
+    def __init__(self, files: TensorFiles, names: Mapping[str, str]) -> None:
+        self.source = files.source
+        self._files, self._names = files, names
+
+    def read(self, name: str) -> Tensor:
+        """The base weight of a canonical name.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            A new tensor in host memory, in the dtype of the file.
+
+        Raises:
+            BaseWeightsError: The file cannot be read.
+        """
+        try:
+            return self._files.read(self._names[name])
+        except CheckpointError as error:
+            raise BaseWeightsError(f"base: {error}") from error
+
+
 def tied_aliases(header: ProfileHeader) -> dict[str, tuple[str, ...]]:
     """Other names under which the tied parameters of a model may stand in files, as its class tells them.
 
@@ -114,7 +144,7 @@ def _require_plain(header: ProfileHeader) -> None:
             "adjust_model"
         )
     for name, dtype in header.dtypes.items():
-        if dtype not in FLOATING.values():
+        if getattr(torch, dtype, None) not in FLOATING.values():
             raise CheckpointError(
                 f"{name}: the profile was made of a base that holds it as {dtype}, whose entries cannot be read as "
                 "numbers; collect a profile of the base as it was before it was quantised"

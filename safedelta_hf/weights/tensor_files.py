@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
@@ -14,6 +15,9 @@ from safedelta_hf.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Data types in which weights are read as numbers, by the names that safetensors gives them."""
 
 LENGTH_BYTES = 8
 """Of the number that a safetensors file starts with: the length of its header."""
@@ -83,22 +87,30 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
+        The file is not mapped: a mapping that torch can use counts as memory in full, and a file may be larger.
+
         Args:
-            name: As in the files.
+            name: As in the files, of one of the floating types.
 
         Returns:
-            A tensor in host memory, in the dtype of the file; not to be written to.
+            A new tensor in host memory, in the dtype of the file.
 
         Raises:
             CheckpointError: The file cannot be read.
         """
-        path = self.tensors[name].path
+        place = self.tensors[name]
+        content = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        left = content.numpy().data
         try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except _UNREADABLE as error:
-            raise CheckpointError(f"{name}: cannot read {str(path)!r} ({error})") from error
+            with place.path.open("rb", buffering=0) as stream:
+                stream.seek(place.start)
+                while left and (count := stream.readinto(left)):
+                    left = left[count:]
+        except OSError as error:
+            raise CheckpointError(f"{name}: cannot read {str(place.path)!r} ({error})") from error
+        if left:
+            raise CheckpointError(f"{name}: {str(place.path)!r} ends before it; is the file complete?")
+        return content.view(FLOATING[place.dtype]).reshape(place.shape)
 
     def _indexed(self, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}
