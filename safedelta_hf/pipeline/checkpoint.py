@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.errors import AdjustmentError
+from safedelta_hf.errors import AdjustmentError, ConfigurationError
 from safedelta_hf.pipeline.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.pipeline.loop import Adjustment
-from safedelta_hf.records import ParameterRecord, Plan, RuleRecord, Treatment
+from safedelta_hf.pipeline.prepared import PreparedMoments
+from safedelta_hf.records import RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import MergeRule, Rule, SafeDelta
 from safedelta_hf.weights.checkpoint import CheckpointStore
@@ -51,7 +52,7 @@ def adjust_checkpoint(
         What was done to each parameter.
 
     Raises:
-        ConfigurationError: The strength is to be measured, or the output lies in an input.
+        ConfigurationError: The strength is to be measured, the output lies in an input, or there is no such device.
         CheckpointError: The fine-tuned files are malformed, or not those of the profile's model; or the output exists,
             or is being written, or was begun otherwise.
         AdjustmentError: A file could not be read or written.
@@ -59,14 +60,22 @@ def adjust_checkpoint(
             for the next run.
     """  # noqa: DOC502 - raised by the functions called
     rule, output = rule or SafeDelta(), Path(output)
+    place = _usable_device(device)
     try:
         checkpoint = plan_checkpoint(
             base=base, tuned=tuned, output=output, profile=profile, rule=rule, task=task, treatment=treatment
         )
         opened_task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
-        manifest = _manifest(checkpoint, rule, profile, task, opened_task, str(device))
+        prepared = PreparedMoments(checkpoint.profile, rule, opened_task)
+        manifest = _manifest(checkpoint, rule, profile, task, opened_task, str(place))
         with CheckpointFolder(output, checkpoint.tuned, manifest, progress=progress) as folder:
-            records = _adjusted(checkpoint, folder, rule, opened_task, torch.device(device), progress=progress)
+            if not folder.is_complete:
+                store = CheckpointStore(checkpoint.pair, checkpoint.profile.header, folder, place)
+                left = checkpoint.plan(but=folder.finished.keys())
+                loop = Adjustment(store, left, checkpoint.profile, rule, opened_task, progress=progress)
+                with store:
+                    loop.at(rule, prepared, store.keep)
+                folder.complete(checkpoint.companions.copied)
     except OSError as error:
         raise AdjustmentError(
             f"output: {str(output)!r} could not be written ({error}); what is finished stays in "
@@ -79,29 +88,17 @@ def adjust_checkpoint(
         base=checkpoint.base.source,
         sequences=header.sequences,
         tokens=header.tokens,
-        parameters=records,
+        parameters=tuple(folder.finished[name] for name in checkpoint.names),
     )
 
 
-def _adjusted(
-    checkpoint: CheckpointPlan,
-    folder: CheckpointFolder,
-    rule: Rule,
-    task: SafetyProfile | None,
-    device: torch.device,
-    *,
-    progress: bool,
-) -> tuple[ParameterRecord, ...]:
-    entries, others = checkpoint.entries, checkpoint.pair.others
-    if not folder.is_complete:
-        store = CheckpointStore(checkpoint.pair, checkpoint.profile.header, folder, device)
-        left = Plan(entries=tuple(entry for entry in entries if entry.parameter not in folder.finished))
-        loop = Adjustment(store, left, checkpoint.profile, rule, task, progress=progress)
-        with store:
-            loop.at(rule, keep=store.keep)
-        store.keep_others()
-        folder.complete(checkpoint.companions.copied)
-    return tuple(folder.finished[name] for name in [*(entry.parameter for entry in entries), *others])
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(
+            f"device={device!r} cannot be used here ({error}); give another, such as 'cpu'"
+        ) from error
 
 
 def _manifest(

@@ -1,6 +1,7 @@
 """What will happen to a model in files, decided from headers before any tensor is read or anything is written."""
 
 import io
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.table import Column, Table
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError
 from safedelta_hf.pipeline.plan import plan_parameters
-from safedelta_hf.records import PlanEntry, Treatment
+from safedelta_hf.records import Plan, PlanEntry, Treatment
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.adapter_folder import CONFIG_FILE
 from safedelta_hf.weights.checkpoint_folder import require_absent, work_folder
@@ -42,6 +43,22 @@ class CheckpointPlan:
     pair: CheckpointPair
     entries: tuple[PlanEntry, ...]
     companions: Companions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all parameters, and of the tensors that are none, in the order of the report."""
+        return (*(entry.parameter for entry in self.entries), *self.pair.others)
+
+    def plan(self, *, but: Collection[str]) -> Plan:
+        """What is left to do.
+
+        Args:
+            but: Names of the parameters that are finished.
+
+        Returns:
+            The entries of the others.
+        """
+        return Plan(entries=tuple(entry for entry in self.entries if entry.parameter not in but))
 
     @property
     def is_begun(self) -> bool:

@@ -42,7 +42,9 @@ class CheckpointStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass  # nothing has to be undone: the output is not there before it is complete
+        # Nothing has to be undone: the output is not there before it is complete.
+        if kind is None:
+            self._keep_others()
 
     def is_tuned(self, name: str) -> bool:
         """Whether the fine-tuning moved a parameter.
@@ -114,16 +116,10 @@ class CheckpointStore:
         """
         self._output.keep(record, self._pair.names[record.parameter])
 
-    def keep_others(self) -> tuple[ParameterRecord, ...]:
-        """Copy what is no parameter.
-
-        Returns:
-            What there is to say of each such tensor.
-        """
-        for name in self._pair.others:
+    def _keep_others(self) -> None:
+        for name, tensor in self._pair.others.items():
             if name not in self._output.finished:
-                self._output.keep(_copied(name, self._pair.others[name].shape), [name])
-        return tuple(self._output.finished[name] for name in self._pair.others)
+                self._output.keep(_copied(name, tensor.shape), [name])
 
 
 def _copied(name: str, shape: tuple[int, ...]) -> ParameterRecord:

@@ -288,6 +288,21 @@ def test_a_measured_strength_is_refused_before_anything_is_read(case):
         adjust_checkpoint(base="nowhere", tuned="nowhere", output=case.output, profile="nowhere", rule=Ridge())
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_named_error(device, case):
+    with pytest.raises(ConfigurationError, match=f"device='{device}' cannot be used here"):
+        case.adjust(device=device)
+    assert not case.work.exists()
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine")
+def test_it_computes_on_an_accelerator(case, tmp_path):
+    case.adjust(device=torch.accelerator.current_accelerator())
+    case.adjust(output=tmp_path / "host")
+    found, wanted = tensors(case.output), tensors(tmp_path / "host")
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
+
+
 def test_a_rule_that_weighs_the_task_needs_its_profile(case):
     with pytest.raises(ProfileError, match="pass task="):
         case.adjust(rule=TaskRidge(strength=1.0))
