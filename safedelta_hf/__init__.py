@@ -4,7 +4,14 @@ from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.retention import with_retention
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.hf.evaluation import EvaluationCallback
-from safedelta_hf.pipeline import adjust_adapter, adjust_adapter_files, adjust_model, collect_profile, refactor_adapter
+from safedelta_hf.pipeline import (
+    adjust_adapter,
+    adjust_adapter_files,
+    adjust_checkpoint,
+    adjust_model,
+    collect_profile,
+    refactor_adapter,
+)
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import (
@@ -38,6 +45,7 @@ __all__ = [
     "Treatment",
     "adjust_adapter",
     "adjust_adapter_files",
+    "adjust_checkpoint",
     "adjust_model",
     "collect_profile",
     "refactor_adapter",

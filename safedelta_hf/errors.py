@@ -48,6 +48,10 @@ class AdapterError(SafeDeltaError, ValueError):
     """An adapter has no delta that can be adjusted, or is not as it has to be."""
 
 
+class CheckpointError(SafeDeltaError, ValueError):
+    """A folder of model weights is malformed, cannot be adjusted file by file, or cannot be written."""
+
+
 class MergeError(SafeDeltaError, ValueError):
     """A further model that a merge needs cannot be read, or does not belong to the same base."""
 

@@ -82,12 +82,18 @@ class Adjustment:
         require_decisions(tuned)
         self._tuned = {entry.parameter for entry in tuned}
 
-    def at(self, rule: Rule, prepared: PreparedMoments | None = None) -> tuple[ParameterRecord, ...]:
+    def at(
+        self,
+        rule: Rule,
+        prepared: PreparedMoments | None = None,
+        keep: Callable[[ParameterRecord], None] = lambda record: None,
+    ) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
 
         Args:
             rule: Which part of each delta to keep, at a strength that is a number.
             prepared: What was prepared for the same rule before, at whatever strength.
+            keep: Told of each parameter that is finished, adjusted or not.
 
         Returns:
             What was done to each parameter.
@@ -100,13 +106,15 @@ class Adjustment:
         records = []
         description = f"Adjusting ({rule.name})"
         for entry in tqdm(self._plan.entries, desc=description, unit="weight", disable=not self._progress):
-            if entry.parameter not in self._tuned:
-                records.append(_record(entry, outcome="unchanged", reason="the fine-tuning did not move it"))
-                continue
-            try:
-                records.append(adjuster.adjust(entry))
-            except SafeDeltaError as error:
-                raise error.at(entry.parameter) from error
+            if entry.parameter in self._tuned:
+                try:
+                    record = adjuster.adjust(entry)
+                except SafeDeltaError as error:
+                    raise error.at(entry.parameter) from error
+            else:
+                record = _record(entry, outcome="unchanged", reason="the fine-tuning did not move it")
+            keep(record)
+            records.append(record)
         return tuple(records)
 
     def measured(

@@ -1,6 +1,5 @@
 """The base weights, wherever they can be read: files, a model, or a copy in host memory."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,17 +7,14 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
-from safedelta_hf.errors import BaseWeightsError
+from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.names import parameter_aliases, parameter_names
 from safedelta_hf.sharding.detect import holding_of
 from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.sharding.holding import Piece
 from safedelta_hf.weights.fingerprint import digest, digest_of_piece
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from safedelta_hf.weights.tensor_files import TensorFiles
 
 
 class BaseWeights(Protocol):
@@ -88,7 +84,7 @@ class CheckpointBase:
         revision: Revision in the Hub cache.
 
     Raises:
-        BaseWeightsError: There are no safetensors files.
+        BaseWeightsError: There are no safetensors files, or they are malformed.
     """
 
     def __init__(
@@ -97,7 +93,11 @@ class CheckpointBase:
         self.source = str(name_or_path)
         self.reopen = {"source": self.source, "revision": revision}
         self._aliases = aliases
-        self._files = _tensor_files(self.source, revision)
+        try:
+            tensors = TensorFiles(self.source, revision).tensors
+        except CheckpointError as error:
+            raise BaseWeightsError(f"base: {error}") from error
+        self._files = {name: str(tensor.path) for name, tensor in tensors.items()}
 
     def __contains__(self, name: str) -> bool:
         return any(candidate in self._files for candidate in self._candidates(name))
@@ -271,47 +271,3 @@ def _usable_files(model: nn.Module, revision: str | None, avoid: Path | None) ->
         return CheckpointBase(name_or_path, parameter_aliases(model), revision)
     except BaseWeightsError:
         return None
-
-
-def _tensor_files(source: str, revision: str | None) -> dict[str, str]:
-    """Find the file of each tensor.
-
-    Args:
-        source: Folder or cached repository.
-        revision: Revision in the Hub cache.
-
-    Returns:
-        Paths by tensor name.
-
-    Raises:
-        BaseWeightsError: There are no readable safetensors files.
-    """
-
-    def locate(file: str) -> str | None:
-        path: str | None = cached_file(
-            source,
-            file,
-            revision=revision,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return path
-
-    try:
-        index = locate(INDEX_FILE)
-        if index is not None:
-            shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            paths = {shard: locate(shard) for shard in set(shards.values())}
-            return {name: str(paths[shard]) for name, shard in shards.items() if paths[shard] is not None}
-        single = locate(SINGLE_FILE)
-        if single is not None:
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BaseWeightsError(f"base: cannot open {source!r} ({error})") from error
-    raise BaseWeightsError(
-        f"base: {source!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of safetensors files or a "
-        "repository in the local Hub cache"
-    )

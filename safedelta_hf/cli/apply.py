@@ -1,0 +1,101 @@
+"""`safedelta apply`: adjust a saved adapter or a whole model, files to files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, cast
+
+import typer
+
+from safedelta_hf.cli.errors import one_line_errors
+from safedelta_hf.cli.options import RULE_HELP, chosen_rule
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.pipeline import adjust_adapter_files, adjust_checkpoint, plan_checkpoint
+from safedelta_hf.records import Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import SafeDelta
+
+_OF_ADAPTER: Final = "A saved adapter"
+_OF_MODEL: Final = "A whole model"
+
+
+def apply(
+    context: typer.Context,
+    profile: Annotated[Path, typer.Option(help="Folder of the safety profile of the base.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter that PEFT saved.", rich_help_panel=_OF_ADAPTER)
+    ] = None,
+    initial_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="The adapter before training, if it was initialised from the base (PiSSA, ...).",
+            rich_help_panel=_OF_ADAPTER,
+        ),
+    ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="Folder of the fine-tuned model, in safetensors.", rich_help_panel=_OF_MODEL)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cuda; default cpu.", rich_help_panel=_OF_MODEL)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, from headers alone.", rich_help_panel=_OF_MODEL)
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Base model; of an adapter, for whole parameters that it carries alone.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help=RULE_HELP)] = SafeDelta.name,
+    strength: Annotated[
+        str | None, typer.Option(help="Strength of the rule, a number; its own default if none.")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Folder of a profile of the task data, for rules that weigh it.")
+    ] = None,
+    uncovered: Annotated[
+        str, typer.Option(help="Tuned parameters that no rule covers: error, keep (as tuned) or reset (to the base).")
+    ] = "error",
+    report: Annotated[Path | None, typer.Option(help="File for the whole report, as JSON.")] = None,
+) -> None:
+    """Adjust a saved adapter (--adapter) or a model (--base and --tuned), files to files."""
+    with one_line_errors():
+        given = context.params
+        _require_one_kind(given)
+        shared: dict[str, Any] = {
+            "profile": profile,
+            "output": output,
+            "base": base,
+            "rule": chosen_rule(rule, strength),
+            "task": task,
+            "treatment": Treatment(uncovered=cast(Any, uncovered)),
+        }
+        if adapter is not None:
+            _finish(adjust_adapter_files(adapter, initial_adapter=initial_adapter, **shared), output, report)
+            return
+        shared["tuned"] = tuned
+        plan = plan_checkpoint(**shared)
+        if dry_run:
+            typer.echo(plan.table())
+            return
+        if plan.companions.left_out:
+            typer.echo(f"Not copied: {', '.join(plan.companions.left_out)}")
+        _finish(adjust_checkpoint(device=device or "cpu", **shared), output, report)
+
+
+def _require_one_kind(given: Mapping[str, Any]) -> None:
+    if (given["adapter"] is None) == (given["tuned"] is None):
+        raise ConfigurationError("give --adapter for an adapter, or --base and --tuned for a whole model")
+    if given["adapter"] is None and given["base"] is None:
+        raise ConfigurationError("--tuned needs --base, the model that the fine-tuning started from")
+    own, kind = (
+        (("tuned", "device", "dry_run"), "--tuned") if given["tuned"] is None else (("initial_adapter",), "--adapter")
+    )
+    if strangers := [name for name in own if given[name]]:
+        options = ", ".join("--" + name.replace("_", "-") for name in strangers)
+        raise ConfigurationError(f"{options}: only with {kind}")
+
+
+def _finish(done: Report, output: Path, report: Path | None) -> None:
+    if report is not None:
+        done.save(report)
+    typer.echo(done.summary())
+    typer.echo(f"Written: {output}")

@@ -1,0 +1,191 @@
+"""A base and a fine-tuned checkpoint of one model, matched by name, shape and type from headers alone."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+import transformers
+from torch import Tensor
+
+from safedelta_hf.errors import BaseWeightsError, CheckpointError
+from safedelta_hf.records import ProfileHeader
+from safedelta_hf.sharding.holding import Piece
+from safedelta_hf.weights.tensor_files import FLOATING, TensorFiles
+
+_LOAD_AND_SAVE = (
+    "load the model, save it with save_pretrained(..., save_original_format=False) and give that folder, or use "
+    "adjust_model"
+)
+
+
+class CheckpointPair:
+    """The weights of a fine-tuned checkpoint, and where the same parameters stand in its base.
+
+    Args:
+        base: Files of the base.
+        tuned: Files of the fine-tuned model.
+        header: What the profile of the base was made from.
+
+    Raises:
+        CheckpointError: The fine-tuned weights are not those of the profile's model, or cannot be read as numbers.
+        BaseWeightsError: The same of the base, or a weight has another shape there.
+    """
+
+    def __init__(self, base: TensorFiles, tuned: TensorFiles, header: ProfileHeader) -> None:
+        self._tuned = tuned
+        _require_plain(header)
+        self.aliases = tied_aliases(header)
+        self.names = _stored_names(tuned, header, self.aliases)
+        self.shapes = {name: tuned.tensors[stored[0]].shape for name, stored in self.names.items()}
+        stored = {one for several in self.names.values() for one in several}
+        self.others = {name: tensor for name, tensor in tuned.tensors.items() if name not in stored}
+        try:
+            in_base = _stored_names(base, header, self.aliases)
+        except CheckpointError as error:
+            raise BaseWeightsError(f"base: {error}") from error
+        for name, (first, *_) in in_base.items():
+            if (shape := base.tensors[first].shape) != self.shapes[name]:
+                raise BaseWeightsError(
+                    f"{name}: {list(self.shapes[name])} in {tuned.source!r}, {list(shape)} in the base "
+                    f"{base.source!r}; was the vocabulary resized after the profile was made?"
+                )
+        self._require_known(base, header)
+        self.base = FilesBase(base, {name: stored[0] for name, stored in in_base.items()})
+
+    def read(self, name: str) -> Tensor:
+        """Read the fine-tuned weight of a parameter.
+
+        Args:
+            name: Canonical name.
+
+        Returns:
+            The weight in host memory, in the dtype of its file.
+
+        Raises:
+            CheckpointError: It cannot be read, or a tied weight that is stored twice differs.
+        """
+        first, *twins = self.names[name]
+        weight = self._tuned.read(first)
+        for twin in twins:
+            if not torch.equal(self._tuned.read(twin), weight):
+                raise CheckpointError(
+                    f"{name}: tied in the profile's model and stored in {self._tuned.source!r} as {first} and {twin}, "
+                    "which differ; collect a profile of a base whose weights are not tied, or save the model tied"
+                )
+        return weight
+
+    def _require_known(self, base: TensorFiles, header: ProfileHeader) -> None:
+        for name, tensor in self.others.items():
+            if name not in base.tensors or base.tensors[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{name}: in {self._tuned.source!r}, and no parameter of the {header.architecture} that the "
+                    f"profile was made for, nor as such in the base {base.source!r}; was it trained? Collect a profile "
+                    "of a base that has it, or remove it from the files"
+                )
+
+
+class FilesBase:
+    """Reads base weights that were found in files.
+
+    Args:
+        files: The files.
+        names: Under which each parameter stands there, by canonical name.
+    """
+
+    reopen = None
+
+    def __init__(self, files: TensorFiles, names: Mapping[str, str]) -> None:
+        self.source = files.source
+        self._files, self._names = files, names
+
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """The base weight of a canonical name.
+
+        Args:
+            name: Canonical parameter name.
+            piece: The slices that are wanted; None for all.
+
+        Returns:
+            A new tensor in host memory, in the dtype of the file.
+
+        Raises:
+            BaseWeightsError: The file cannot be read.
+        """
+        try:
+            weight = self._files.read(self._names[name])
+        except CheckpointError as error:
+            raise BaseWeightsError(f"base: {error}") from error
+        return weight if piece is None else weight[piece.start : piece.stop]
+
+
+def tied_aliases(header: ProfileHeader) -> dict[str, tuple[str, ...]]:
+    """Other names under which the tied parameters of a model may stand in files, as its class tells them.
+
+    Args:
+        header: What the profile of the model was made from; names that are tied have one digest there.
+
+    Returns:
+        Names by canonical name, for those that have any; none if the class is not one of transformers.
+    """
+    model_class = getattr(transformers, header.architecture, None)
+    targets = getattr(model_class, "_tied_weights_keys", None)
+    groups: dict[str, list[str]] = {}
+    for target, source in targets.items() if isinstance(targets, Mapping) else ():
+        groups.setdefault(source, [source]).append(target)
+    aliases = {}
+    for group in groups.values():
+        known = [name for name in group if name in header.base]
+        if len(known) == 1:
+            aliases[known[0]] = tuple(name for name in group if name not in header.base)
+    return aliases
+
+
+def _require_plain(header: ProfileHeader) -> None:
+    if header.parametrised:
+        name, originals = next(iter(header.parametrised.items()))
+        raise CheckpointError(
+            f"{name}: computed from {', '.join(originals)} by a parametrisation, which takes the model in memory; use "
+            "adjust_model"
+        )
+    for name, dtype in header.dtypes.items():
+        if getattr(torch, dtype, None) not in FLOATING.values():
+            raise CheckpointError(
+                f"{name}: the profile was made of a base that holds it as {dtype}, whose entries cannot be read as "
+                "numbers; collect a profile of the base as it was before it was quantised"
+            )
+
+
+def _stored_names(
+    files: TensorFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    names = {name: tuple(one for one in (name, *aliases.get(name, ())) if one in files.tensors) for name in header.base}
+    for name, stored in names.items():
+        if not stored:
+            raise CheckpointError(_absence(name, files, header))
+        shapes = {files.tensors[one].shape for one in stored}
+        if len(shapes) > 1:
+            raise CheckpointError(f"{name}: stored in {files.source!r} as {' and '.join(stored)}, of unequal shapes")
+        _require_floating(files, stored)
+    return names
+
+
+def _absence(name: str, files: TensorFiles, header: ProfileHeader) -> str:
+    strangers = _first(one for one in files.tensors if one not in header.base)
+    found = f", which has {strangers} instead" if strangers else ""
+    return (
+        f"{name}: a parameter of the {header.architecture} that the profile was made for, and not in "
+        f"{files.source!r}{found}. A quantised checkpoint cannot be adjusted; where transformers renames or fuses "
+        f"weights when it loads them (experts, for one), {_LOAD_AND_SAVE}"
+    )
+
+
+def _require_floating(files: TensorFiles, names: Collection[str]) -> None:
+    for name in names:
+        if (dtype := files.tensors[name].dtype) not in FLOATING:
+            raise CheckpointError(
+                f"{name}: stored as {dtype} in {files.source!r}; only {', '.join(FLOATING)} are read as numbers, so "
+                "give the model as it was before it was quantised"
+            )
+
+
+def _first(names: Iterable[str], most: int = 2) -> str:
+    return ", ".join(name for name, _ in zip(names, range(most), strict=False))

@@ -1,0 +1,83 @@
+"""The files that stand beside the weights of a model: which of them belong to it, and which are of the training."""
+
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+WEIGHT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.ggml",
+    "*.h5",
+    "*.h5.index.json",
+    "*.msgpack",
+    "*.msgpack.index.json",
+    "*.onnx",
+    "*.onnx_data",
+    "*.ot",
+    "*.npz",
+    "*.distcp",
+    "*.pkl",
+)
+"""Weights as they were tuned, in any format, and states of optimizer, scheduler and random numbers."""
+
+TRAINER_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
+"""What Trainer and DeepSpeed need to go on with a training."""
+
+TRAINER_FOLDERS = ("checkpoint-*", "global_step*", "pytorch_model_fsdp_*", "optimizer_*", "runs", ".*", "__pycache__")
+"""Checkpoints, sharded states, logs, and what tools keep for themselves."""
+
+
+class Companions(NamedTuple):
+    """Paths relative to the folder of a model.
+
+    Attributes:
+        copied: Files that belong to the model: configuration, tokenizer, code, cards.
+        left_out: Files and folders that do not, but for the weights themselves.
+    """
+
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def companions(folder: Path, weights: frozenset[str]) -> Companions:
+    """Sort what stands beside the weights of a model.
+
+    Args:
+        folder: The folder.
+        weights: Names of the files that hold the weights, and of their index.
+
+    Returns:
+        What to copy along with them, and what not.
+    """
+    copied: list[str] = []
+    left_out: list[str] = []
+    for path, is_kept in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in weights:
+            (copied if is_kept else left_out).append(name)
+    return Companions(tuple(sorted(copied)), tuple(sorted(left_out)))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    for place, folders, files in os.walk(folder):
+        for name in list(folders):
+            path = Path(place, name)
+            if _matches(name, TRAINER_FOLDERS) or path.is_symlink():
+                folders.remove(name)
+                yield path, False
+        for name in files:
+            path = Path(place, name)
+            yield path, path.is_file() and not _matches(name, WEIGHT_FILES + TRAINER_FILES)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns)

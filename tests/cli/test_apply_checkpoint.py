@@ -1,0 +1,79 @@
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from safedelta_hf import SafeDelta
+from safedelta_hf.cli.main import app
+from tests import checkpoints
+from tests.checkpoints import contents
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return checkpoints.case(tmp_path_factory.mktemp("case"), "one layer")
+
+
+@pytest.fixture
+def case(made, tmp_path):
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    return checkpoints.Case(tmp_path, made.model, made.profile)
+
+
+def apply(case, *options, **paths):
+    given = {name: str(path) for name, path in (case.paths | paths).items() if path is not None}
+    return CliRunner().invoke(app, ["apply", *(f"--{name}={path}" for name, path in given.items()), *map(str, options)])
+
+
+def test_it_writes_the_adjusted_model_and_a_report_beside_it(case):
+    (case.tuned / "optimizer.pt").write_bytes(b"state")
+    result = apply(case, "--strength", 100, "--report", case.folder / "report.json")
+    assert result.exit_code == 0, result.output
+    assert "12 adjusted" in result.output and "Not copied: optimizer.pt" in result.output
+    case.adjust(output=case.folder / "expected", rule=SafeDelta(strength=100.0))
+    assert contents(case.output) == contents(case.folder / "expected")
+    report = json.loads((case.folder / "report.json").read_text())
+    assert len(report["parameters"]) == 12 and report["rule"]["settings"]["strength"] == 100
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(case):
+    before = contents(case.folder)
+    result = apply(case, "--dry-run", "--strength", 1)
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in case.profile.header.base) and "Copied: chat_template" in result.output
+    assert contents(case.folder) == before
+
+
+def test_a_task_profile_and_a_treatment_are_passed_on(case):
+    result = apply(case, "--rule", "task_ridge", "--strength", 1, "--task", case.folder / "profile")
+    assert result.exit_code == 0, result.output
+    result = apply(case, "--uncovered", "magic", output=case.folder / "other")
+    assert result.exit_code == 1 and "uncovered='magic' is not one of ['error', 'keep', 'reset']" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "paths", "message"),
+    [
+        ([], {"tuned": None}, "give --adapter for an adapter, or --base and --tuned"),
+        ([], {"adapter": "somewhere"}, "give --adapter for an adapter, or --base and --tuned"),
+        ([], {"base": None}, "--tuned needs --base"),
+        (["--initial-adapter", "somewhere"], {}, "--initial-adapter: only with --adapter"),
+        (["--dry-run", "--device", "cpu"], {"tuned": None, "adapter": "x"}, "--device, --dry-run: only with --tuned"),
+        (["--strength", "auto"], {}, "strength='auto' measures a model in memory"),
+        (["--rule", "ridge"], {}, "give a number"),
+        (["--rule", "task_ridge", "--strength", "1"], {}, "pass task="),
+        (["--device", "abacus"], {}, "device='abacus' cannot be used here"),
+    ],
+)
+def test_errors_end_with_one_line_and_status_1(options, paths, message, case):
+    result = apply(case, *options, **paths)
+    assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+    assert result.output.startswith("safedelta: ") and len(result.output.splitlines()) == 1
+    assert not case.output.exists() and not case.work.exists()
+
+
+def test_a_malformed_checkpoint_ends_with_one_line(case):
+    (case.tuned / "model.safetensors.index.json").write_text("{")
+    result = apply(case)
+    assert result.exit_code == 1 and "is no index of shards" in result.output and "Traceback" not in result.output

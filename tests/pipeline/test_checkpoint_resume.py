@@ -1,0 +1,265 @@
+"""A run that is killed anywhere leaves nothing that loads, and the next one ends with the same bytes as any other."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+
+import pytest
+from filelock import FileLock
+
+from safedelta_hf import Ridge, SafeDelta, Treatment
+from safedelta_hf.errors import CheckpointError, SafeDeltaError
+from safedelta_hf.weights.checkpoint import CheckpointStore
+from safedelta_hf.weights.tensor_files import TensorFiles
+from tests import checkpoints, tiny
+from tests.checkpoints import contents
+
+STEPS = ("write", "sendfile", "replace", "fsync", "truncate", "mkdir", "unlink", "rmdir")
+"""Everything by which a run changes what is on disk."""
+
+
+class Killer:
+    """Ends the process as `kill -9` does, in the midst of one of its steps."""
+
+    def __init__(self, at: int) -> None:
+        self.steps, self.at = 0, at
+        for name in STEPS:
+            setattr(os, name, self._wrapped(name, getattr(os, name)))
+
+    def _wrapped(self, name, function):
+        def step(*values, **settings):
+            self.steps += 1
+            if self.steps == self.at:
+                if name == "write":
+                    function(values[0], bytes(values[1])[: len(values[1]) // 2])
+                elif self.at % 2:
+                    function(*values, **settings)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*values, **settings)
+
+        return step
+
+
+def run_killed(case, at, queue=None):
+    killer = Killer(at)
+    case.adjust()
+    if queue is not None:
+        queue.put(killer.steps)
+
+
+def in_child(*values):
+    child = multiprocessing.get_context("fork").Process(target=run_killed, args=values)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def steps_of(case):
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    assert in_child(case, 0, queue) == 0
+    return queue.get()
+
+
+@pytest.fixture(scope="module", params=["4KB", "50GB"], ids=["sharded", "one file"])
+def reference(request, tmp_path_factory):
+    """A case, what an undisturbed run makes of it, its report, and the number of its steps."""
+    case = checkpoints.case(tmp_path_factory.mktemp("kills"), "one layer", shards=request.param)
+    steps = steps_of(case)
+    found = contents(case.output)
+    shutil.rmtree(case.output)
+    report = case.adjust()
+    assert contents(case.output) == found
+    shutil.rmtree(case.output)
+    return case, found, report, steps
+
+
+def assert_nothing_incomplete_loads(case, complete):
+    for folder in (case.output, case.work, case.work / "model"):
+        if not folder.exists():
+            continue
+        for opens in (TensorFiles, tiny.loaded):
+            try:
+                opens(folder)
+            except (SafeDeltaError, OSError, ValueError):
+                assert folder != case.output
+            else:
+                assert contents(folder) == complete
+
+
+def finished(case, complete, report):
+    """Run until the end, as often as it takes."""
+    try:
+        assert case.adjust().to_dict() == report.to_dict()
+    except CheckpointError as error:
+        # Killed while the work folder of a complete output was being removed.
+        assert "exists already" in str(error)
+    assert contents(case.output) == complete and not case.work.exists()
+    shutil.rmtree(case.output)
+
+
+def test_killed_at_any_step_nothing_loads_and_the_next_run_ends_with_the_same_bytes(reference):
+    case, complete, report, steps = reference
+    assert steps >= 30
+    for point in range(1, steps + 1):
+        assert in_child(case, point) == -signal.SIGKILL
+        assert_nothing_incomplete_loads(case, complete)
+        finished(case, complete, report)
+
+
+def test_killed_again_and_again_it_still_arrives(reference):
+    case, complete, report, steps = reference
+    draw = random.Random(0)
+    for _ in range(4):
+        while not case.output.exists() and in_child(case, draw.randrange(10, steps // 2)) == -signal.SIGKILL:
+            assert_nothing_incomplete_loads(case, complete)
+        if case.output.exists() and not case.work.exists():
+            assert contents(case.output) == complete
+            shutil.rmtree(case.output)
+        else:
+            finished(case, complete, report)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    case = checkpoints.case(tmp_path_factory.mktemp("resume"), "one layer")
+    complete = contents(case.adjust() and case.output)
+    shutil.rmtree(case.output)
+    return case, complete
+
+
+@pytest.fixture
+def stopped(untouched, tmp_path, monkeypatch):
+    """A run that was interrupted after half of its weights."""
+    shutil.copytree(untouched[0].folder, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
+    case = checkpoints.Case(tmp_path, untouched[0].model, untouched[0].profile)
+    keep, left = CheckpointStore.keep, [6]
+
+    def interrupted(self, record):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        keep(self, record)
+
+    monkeypatch.setattr(CheckpointStore, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        case.adjust()
+    monkeypatch.undo()
+    return case
+
+
+def finished_lines(case):
+    return (case.work / "finished.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def deltas_of(case, monkeypatch):
+    """Names of the weights that a run computes, and the bytes that it ends with."""
+    read, names = CheckpointStore.delta, []
+
+    def noted(self, name):
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(CheckpointStore, "delta", noted)
+    case.adjust()
+    return names, contents(case.output)
+
+
+def test_finished_weights_are_not_done_again(stopped, untouched, monkeypatch):
+    done = {json.loads(line)["record"]["parameter"] for line in finished_lines(stopped)}
+    assert len(done) == 6
+    names, found = deltas_of(stopped, monkeypatch)
+    assert not done & set(names) and len(names) == len(set(names)) == 12 - 6
+    assert found == untouched[1]
+
+
+def test_a_finished_weight_whose_bytes_changed_is_done_again(stopped, untouched, monkeypatch):
+    line = json.loads(finished_lines(stopped)[2])
+    name = line["record"]["parameter"]
+    place = TensorFiles(stopped.tuned).tensors[name]
+    part = stopped.work / "model" / f"{place.file}.part"
+    content = bytearray(part.read_bytes())
+    content[place.start + 1] ^= 4
+    part.write_bytes(content)
+    names, found = deltas_of(stopped, monkeypatch)
+    assert name in names and len(names) == 12 - 5 and found == untouched[1]
+
+
+@pytest.mark.parametrize("damage", ["lost", "header", "short"])
+def test_a_damaged_shard_is_done_again(damage, stopped, untouched):
+    part = sorted((stopped.work / "model").glob("*.part"))[0]
+    content = part.read_bytes()
+    if damage == "lost":
+        part.unlink()
+    else:
+        part.write_bytes(content[:100] if damage == "short" else content[:9] + b"?" + content[10:])
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+@pytest.mark.parametrize("tail", [b'{"record": {"par', b"\xff\xfe\n", b"[]\n", b'{"record": [], "names": 3}\n'])
+def test_a_damaged_line_and_those_after_it_are_done_again(tail, stopped, untouched, monkeypatch):
+    lines = finished_lines(stopped)
+    (stopped.work / "finished.jsonl").write_bytes(b"".join(lines[:3]) + tail + b"".join(lines[3:]))
+    names, found = deltas_of(stopped, monkeypatch)
+    assert len(names) == 12 - 3 and found == untouched[1]
+
+
+CHANGES = {
+    "rule": lambda case: {"rule": Ridge(strength=2.0)},
+    "rule again": lambda case: {"rule": SafeDelta(strength=1.0)},
+    "treatment": lambda case: {"treatment": Treatment(norms="keep")},
+    "tuned": lambda case: os.utime(next(case.tuned.glob("*.safetensors")), (1, 1)),
+    "base": lambda case: os.utime(next(case.base.glob("*.safetensors")), (1, 1)),
+    "profile": lambda case: os.utime(case.folder / "profile" / "profile.json", (1, 1)),
+    "task": lambda case: {"task": case.folder / "profile"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_with_other_inputs_does_not_go_on_from_there(change, stopped):
+    before = contents(stopped.work)
+    settings = CHANGES[change](stopped) or {}
+    with pytest.raises(
+        CheckpointError, match=f"had another {change.split()[0]}; repeat that run .*or remove the folder"
+    ):
+        stopped.adjust(**settings)
+    assert contents(stopped.work) == before and not stopped.output.exists()
+    shutil.rmtree(stopped.work)
+    stopped.adjust(**settings)
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_work_folder_with_a_malformed_manifest_is_left_alone(manifest, stopped):
+    (stopped.work / "manifest.json").write_bytes(manifest)
+    before = contents(stopped.work)
+    with pytest.raises(CheckpointError, match="had another manifest"):
+        stopped.adjust()
+    assert contents(stopped.work) == before
+
+
+def test_two_runs_do_not_write_the_same_output(stopped, untouched):
+    with FileLock(stopped.work / "lock"), pytest.raises(CheckpointError, match="another process is writing"):
+        stopped.adjust()
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_an_output_that_appeared_meanwhile_is_not_replaced(stopped):
+    stopped.output.mkdir()
+    (stopped.output / "precious").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        stopped.adjust()
+    assert contents(stopped.output) == {"precious": b"mine"} and stopped.work.exists()
+
+
+def test_a_wide_tensor_is_copied_and_digested_in_pieces(untouched, tmp_path, monkeypatch):
+    monkeypatch.setattr("safedelta_hf.weights.shard_parts.CHUNK", 7)
+    case = untouched[0]
+    case.adjust(output=tmp_path / "output")
+    assert contents(tmp_path / "output") == untouched[1]
+    assert torch.equal(
+        checkpoints.tensors(tmp_path / "output")["model.norm.weight"].isfinite().all(), torch.tensor(True)
+    )
