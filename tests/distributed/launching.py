@@ -15,8 +15,20 @@ def torchrun(module: str, *arguments: object, processes: int = 2, timeout: float
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return run([*launcher, "--master_port", str(port), "-m", module, *map(str, arguments)], timeout)
+
+
+def accelerate_launch(module: str, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run a module of the tests under `accelerate launch`."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    defaults = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return run([*launcher, *defaults, "--main_process_port", "0", "-m", module, *map(str, arguments)])
+
+
+def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a command at the root of the repository, with one thread for each process."""
     return subprocess.run(
-        [*launcher, "--master_port", str(port), "-m", module, *map(str, arguments)],
+        command,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,

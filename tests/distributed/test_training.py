@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed import training
-from tests.distributed.launching import passes
+from tests.distributed.launching import accelerate_launch, passes
 
 FULL = [case for case, settings in training.CASES.items() if not settings.get("lora")]
 TOLERANCE = 1e-5
@@ -38,3 +38,14 @@ def test_a_run_on_two_processes_ends_as_on_one(single, tmp_path, backend):
             assert one["shape"] == other["shape"]
             assert other["delta_energy"] == pytest.approx(one["delta_energy"], rel=1e-3)
             assert other["adjusted_loss"] == pytest.approx(one["adjusted_loss"], rel=1e-2, abs=1e-9)
+
+
+def test_a_model_that_transformers_sharded_itself_ends_as_on_one_process(single, tmp_path):
+    passes("tests.distributed.training", "native", tmp_path, "full")
+    assert difference(*(load_file(folder / "full.safetensors") for folder in (single, tmp_path))) < TOLERANCE
+
+
+def test_accelerate_launch_starts_it_too(single, tmp_path):
+    done = accelerate_launch("tests.distributed.training", "ddp", tmp_path, "full")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert difference(*(load_file(folder / "full.safetensors") for folder in (single, tmp_path))) < TOLERANCE

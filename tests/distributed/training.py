@@ -32,6 +32,7 @@ MODELS = {
 BACKENDS = {
     "single": {"use_cpu": True},
     "ddp": {"use_cpu": True},
+    "native": {"use_cpu": True, "save_only_model": True},
     "fsdp2": {"use_cpu": False, "fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}},
 }
 LAYERS = {
@@ -48,6 +49,16 @@ def without_dropout(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def distributed_by_transformers(model, folder, world):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    saved = folder / "model"
+    model.save_pretrained(saved)  # the main process writes
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=world))
 
 
 def adapted(model):
@@ -79,6 +90,8 @@ CASES = {
 
 def trainer(backend, folder, *, name="llama", rule="ridge", lora=False, safety=23, world=1, **changes):
     model = without_dropout(MODELS[name]())
+    if backend == "native":
+        model = distributed_by_transformers(model, folder, world)
     model = adapted(model) if lora else model
     settings = dict(BACKENDS[backend])
     if "fsdp_config" in settings:
@@ -121,11 +134,11 @@ def train(backend, folder, case, world):
 
 
 def main(backend, folder, *cases):
-    if backend not in ("single", "ddp"):
+    if not BACKENDS[backend]["use_cpu"]:
         shim.install()
     from accelerate import PartialState
 
-    state = PartialState(cpu=backend in ("single", "ddp"))
+    state = PartialState(cpu=BACKENDS[backend]["use_cpu"])
     for case in cases:
         train(backend, Path(folder), case, state.num_processes)
     if dist.is_initialized():
