@@ -163,6 +163,7 @@ class _Reading:
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
         model, collective = self.subject.model, self.subject.holding.collective
+        self.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         for batch, counts in tqdm(self.share, desc=self.title, unit="batch", disable=self.title is None):
             with forward_guard(self.ranks, self.subject.holding):
                 arguments = arguments_of(model, batch)

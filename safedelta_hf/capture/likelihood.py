@@ -62,6 +62,7 @@ def response_losses(
         # Equal sequences have equal losses, and are computed once.
         share = share_of(list(dict.fromkeys(sequences)), batch_size, ranks, collective=holding.collective)
         found: dict[SafetySequence, tuple[float, ...]] = {}
+        ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         with undisturbed(model):
             for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
                 with forward_guard(ranks, holding):
