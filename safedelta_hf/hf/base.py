@@ -12,7 +12,6 @@ from transformers import TrainerState
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import BaseWeightsError, ProfileError
-from safedelta_hf.names import unwrapped
 from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import BaseWeights, FilesOrMemoryBase, open_base
 from safedelta_hf.weights.fingerprint import digest_of_piece, held_digest
@@ -69,7 +68,7 @@ def base_of_run(
     if given is not None:
         run = _from_source(model, given)
     elif state.global_step == 0 or getattr(model, "peft_config", None):
-        run = _from_model(unwrapped(model), output_dir)
+        run = _from_model(model, output_dir)
     else:
         run = _from_source(model, **_recorded_files(state))
     require_recorded(run, state)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
 
@@ -33,20 +34,20 @@ class _Place(NamedTuple):
         """Its strides, which say in which order its entries are laid."""
         return self.handle.flat_param._strides[self.number]
 
-    def own(self) -> tuple[slice, Tensor]:
+    def own(self) -> tuple[int, Tensor]:
         """What this rank holds.
 
         Returns:
-            Which of the entries laid flat, and their memory; both empty where it holds none.
+            The first of the entries laid flat, and their memory; empty where it holds none.
         """
         # Outside of the unit's own work, the data of the flat parameter is the part of this rank.
         memory = self.handle.flat_param.data
         info = self.handle.flat_param._shard_param_infos[self.number]
         if not info.in_shard:
-            return slice(0, 0), memory[:0]
+            return 0, memory[:0]
         start, size, first = info.offset_in_shard, info.numel_in_shard, info.intra_param_start_idx
         assert start is not None and size is not None and first is not None
-        return slice(first, first + size), memory[start : start + size]
+        return first, memory[start : start + size]
 
 
 class FlatShardedParameters(WholeParameters):
@@ -73,6 +74,10 @@ class FlatShardedParameters(WholeParameters):
         super().__init__(model)
         self._ranks = Ranks.of_run()
         self._flattened = {name: flattened[place] for name in self.names if (place := self._places[name]) in flattened}
+        for name in self.names:
+            assert name in self._flattened or not _is_fsdp_flattened(self.parameter(name)), (
+                f"{name}: its unit is outside"
+            )
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole parameter.
@@ -116,18 +121,16 @@ class FlatShardedParameters(WholeParameters):
             name: Its name.
 
         Returns:
-            A copy of it.
+            A copy of it, where it is sharded at all.
         """
         place = self._flattened.get(name)
         if place is None:
             return super().read(name)
-        entries, values = place.own()
-        whole = torch.zeros(place.shape.numel(), dtype=values.dtype, device=self.device(name))
-        whole[entries] = values.to(whole.device)
+        first, values = place.own()
         if place.handle.uses_sharded_strategy:
-            # Each entry has one owner, so that bytes add up exactly, the sign of a zero too.
-            self._ranks.sum_(whole.view(torch.uint8), place.unit.process_group)
-        return whole.as_strided(place.shape, place.stride)
+            group = place.handle.process_group
+            values = self._ranks.assembled(values.to(self.device(name)), first, place.shape.numel(), group)
+        return values.as_strided(place.shape, place.stride)
 
     def write(self, name: str, value: Tensor) -> None:
         """Replace a parameter.
@@ -140,11 +143,11 @@ class FlatShardedParameters(WholeParameters):
         if place is None:
             super().write(name, value)
             return
-        entries, memory = place.own()
+        first, memory = place.own()
         laid = torch.empty(place.shape.numel(), dtype=value.dtype, device=value.device)
         laid.as_strided(place.shape, place.stride).copy_(value)
         with torch.no_grad():
-            memory.copy_(laid[entries])
+            memory.copy_(laid[first : first + memory.numel()])
         _forget_gathered(place)
 
     @contextmanager

@@ -98,6 +98,7 @@ class FullyShardedParameters(WholeParameters):
         Yields:
             Nothing.
         """
+        self._reshard()  # a tied parameter that is gathered is another one in each of its places
         with fetched_by_hooks(self._model, self._places, watcher):
             yield
         self._reshard()

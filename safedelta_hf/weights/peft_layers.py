@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.names import parameter_names
+from safedelta_hf.names import canonical, parameter_names
 from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.adapter_parts import (
     AdapterPart,
@@ -122,9 +122,10 @@ def whole_parts(
     Yields:
         One part for each parameter.
     """
-    base = dict(original.named_parameters())
+    base = {canonical(key): parameter for key, parameter in original.named_parameters()}
     for key, parameter in tuned.named_parameters():
-        yield DensePart(parameter=names[base[key]], tuned=whole(parameter), base=whole(base[key]))
+        weight = base[canonical(key)]
+        yield DensePart(parameter=names[weight], tuned=whole(parameter), base=whole(weight))
 
 
 def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str], whole: Whole) -> TokenRowsPart:  # noqa: ANN401

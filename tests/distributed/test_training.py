@@ -26,10 +26,19 @@ def difference(one, other):
     return max(float((one[name] - other[name]).norm() / one[name].norm().clamp_min(1e-12)) for name in one)
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
-def test_a_run_on_two_processes_ends_as_on_one(single, tmp_path, backend):
-    passes("tests.distributed.training", backend, tmp_path, *training.CASES)
-    for case in training.CASES:
+EVERY = tuple(training.CASES)
+SOME = ("full", "measured", "from_files", "lora")
+
+
+@pytest.mark.parametrize(
+    ("backend", "cases"),
+    [("ddp", EVERY), ("fsdp2", EVERY), ("fsdp1", EVERY), ("zero1", SOME), ("zero2", SOME), ("zero3", EVERY)],
+)
+def test_a_run_on_two_processes_ends_as_on_one(single, tmp_path, backend, cases):
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    passes("tests.distributed.training", backend, tmp_path, *cases)
+    for case in cases:
         weights = [load_file(folder / f"{case}.safetensors") for folder in (single, tmp_path)]
         assert difference(*weights) < TOLERANCE, case
         reports = [json.loads((folder / f"{case}.json").read_text()) for folder in (single, tmp_path)]

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -122,9 +123,11 @@ class Checks:
         model: nn.Module,
         twin: nn.Module,
         step: Callable[[Tensor], None],
+        state: Callable[[], dict[str, Tensor]] | None = None,
         tolerance: float = 1e-6,
     ) -> None:
         self.model, self.twin, self.step = model, twin, step
+        self.state = state or model.state_dict
         self.report, self.tolerance = partial(holds, layout), tolerance
         self.holding: Holding = holding_of(model)
         assert self.holding.kind == kind, self.holding.kind
@@ -139,6 +142,7 @@ class Checks:
         "read_after_training",
         "the_next_step_starts_from_what_was_written",
         "forward_after_training",
+        "state",
         "watched",
         "read_after_watching",
     )
@@ -158,6 +162,7 @@ class Checks:
         self.read("the_next_step_starts_from_what_was_written", exact=False)
         self.write(4)
         self.agree("forward_after_training")
+        self.saved()
         self.watched()
         self.read("read_after_watching")
 
@@ -193,6 +198,17 @@ class Checks:
             ours, theirs = logits_of(self.model(TOKENS)), logits_of(self.twin(TOKENS))
         torch.testing.assert_close(ours, theirs, rtol=self.tolerance, atol=self.tolerance)
         self.report(name)
+
+    def saved(self) -> None:
+        """What the backend itself would save is what was written."""
+        self.write(5)
+        found = self.state()
+        if found:  # on some, the main rank alone gets it
+            for key, parameter in self.twin.named_parameters():
+                value = found[key].full_tensor() if isinstance(found[key], DTensor) else found[key]
+                assert torch.equal(value, parameter), key
+        assert found or dist.get_rank(), "the main rank has a state"
+        self.report("state")
 
     def train(self) -> None:
         self.step(TOKENS)

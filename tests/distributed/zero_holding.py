@@ -81,7 +81,8 @@ def main() -> None:
         for name, zero in layouts.items():
             model, twin = Tower(), Tower()
             engine = engine_of(model, stage, zero=zero)
-            checks = Checks(kind, f"{stage}-{name}", model, twin, stepping(engine))
+            state = engine._zero3_consolidated_16bit_state_dict if stage == 3 else model.state_dict
+            checks = Checks(kind, f"{stage}-{name}", model, twin, stepping(engine), state)
             checks.all()
             masters_agree(checks, "master")
         half_precision(stage, kind)
