@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from safedelta_hf.capture.safety_data import SafetySequence
 from safedelta_hf.errors import DataError
 from safedelta_hf.names import unwrapped
+from safedelta_hf.sharding.offload_hooks import execution_device
 
 
 def batches_of_equal_length(
@@ -61,8 +62,11 @@ def input_device(model: nn.Module) -> torch.device:
         model: Any model.
 
     Returns:
-        The device of its first parameter that is in memory; those that are not are brought to their inputs.
+        The device that accelerate runs it on, if it fetches its parameters; else that of its first parameter in memory,
+        to which those that are not are brought.
     """
+    if (fetched_to := execution_device(model)) is not None:
+        return fetched_to
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 

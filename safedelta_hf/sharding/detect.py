@@ -10,6 +10,8 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.sharding.fsdp1 import FlatShardedParameters
 from safedelta_hf.sharding.fsdp2 import FullyShardedParameters
 from safedelta_hf.sharding.holding import Holding
+from safedelta_hf.sharding.offload_hooks import is_offloaded
+from safedelta_hf.sharding.offloaded import OffloadedParameters
 from safedelta_hf.sharding.whole import WholeParameters
 from safedelta_hf.sharding.zero import MirroredParameters, PartitionedParameters
 
@@ -18,6 +20,7 @@ BACKENDS: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module], Holding
     (lambda model: any(isinstance(m, FullyShardedDataParallel) for m in model.modules()), FlatShardedParameters),
     (lambda model: any(hasattr(parameter, "ds_id") for parameter in model.parameters()), PartitionedParameters),
     (lambda model: any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()), MirroredParameters),
+    (is_offloaded, OffloadedParameters),
 )
 """How to tell a backend, and what holds its parameters; the first that fits, else they are whole."""
 
