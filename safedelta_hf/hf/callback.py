@@ -43,6 +43,7 @@ from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
 from safedelta_hf.sharding.held import HeldModel
+from safedelta_hf.sharding.offload_hooks import require_trainable
 from safedelta_hf.weights.journal import standing_in
 
 logger = logging.get_logger(__name__)
@@ -186,6 +187,7 @@ class SafeDeltaCallback(TrainerCallback):
         model = bare(model)
         require_supported(args)
         with Ranks.of_run().together():
+            require_trainable(model)
             require_room_for_tuned(self._keep_tuned, state)
             with foreign_errors_named("reading data with the base model"):
                 if self._run is None or self._model is None or self._model() is not model:
