@@ -35,5 +35,13 @@ class Descendants:
         for tensor in tensors:
             self._storages.setdefault(storage_key(tensor), weak_storage(tensor))
 
+    def discard(self, tensor: Tensor) -> None:
+        """Count a tensor as data no longer.
+
+        Args:
+            tensor: Any tensor.
+        """
+        self._storages.pop(storage_key(tensor), None)
+
     def __contains__(self, tensor: object) -> bool:
         return isinstance(tensor, Tensor) and storage_key(tensor) in self._storages

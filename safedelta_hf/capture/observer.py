@@ -98,7 +98,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
         kwargs, see = kwargs or {}, self._reader
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        weights = [] if self._looks_away else [name for tensor in tensors if (name := see.origins.name_of(tensor))]
+        weights = [] if self._looks_away else [name for tensor in tensors if (name := see.name_of(tensor))]
         given = _named(func, args, kwargs) if weights else {}
         result = func(*args, **kwargs)
         if weights:
@@ -144,7 +144,17 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name: Its canonical name.
         """
         if name in self._names:
-            self._reader.origins.follow(tensor, name)
+            self._reader.follow(tensor, name)
+
+    def expect(self, parameter: Tensor, name: str) -> None:
+        """Take a parameter for the whole of that name whenever it is met with memory of its own.
+
+        Args:
+            parameter: The parameter; it may be empty meanwhile.
+            name: Its canonical name.
+        """
+        if name in self._names:
+            self._reader.expect(parameter, name)
 
     def look_away(self) -> None:
         """See nothing but what becomes of data, until told to look again or of what was done."""
@@ -175,7 +185,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             weight: The weight.
         """
         self.look_again()
-        self._reader.origins.follow(weight, name, is_computed=True)
+        self._reader.follow(weight, name, is_computed=True)
 
 
 def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401

@@ -1,5 +1,6 @@
 """Tells the collector what single operations do with the weights of a running model."""
 
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -29,6 +30,7 @@ class Reader:
         self.data = Descendants()
         self.mixtures = Descendants()
         self.refused: dict[str, str] = {}
+        self._parameters: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._collector = collector
 
     def start_batch(self, given: Sequence[Tensor]) -> None:
@@ -38,8 +40,48 @@ class Reader:
             given: What the model is given.
         """
         self.origins.forget_the_dead()
+        self._parameters = {key: known for key, known in self._parameters.items() if known[0]() is not None}
         self.data.start(given)
         self.mixtures.start([])
+
+    def follow(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
+        """Take a tensor for a whole weight, as long as it lives.
+
+        Args:
+            tensor: A parameter, or what is computed in place of one.
+            name: Canonical name.
+            is_computed: Whether it is computed.
+        """
+        self.origins.follow(tensor, name, is_computed=is_computed)
+        # Memory that was made for it looked like anything that is made during the call.
+        self.data.discard(tensor)
+        self.mixtures.discard(tensor)
+
+    def expect(self, parameter: Tensor, name: str) -> None:
+        """Take a parameter for the whole of that name whenever it is met with memory of its own.
+
+        Args:
+            parameter: The parameter; it may be empty meanwhile.
+            name: Canonical name.
+        """
+        self._parameters[id(parameter)] = weakref.ref(parameter), name
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The parameter that a tensor is, or is a view or copy of.
+
+        Args:
+            tensor: Any argument of an operation.
+
+        Returns:
+            Its canonical name, or None.
+        """
+        name = self.origins.name_of(tensor)
+        if name is None:
+            reference, known = self._parameters.get(id(tensor), (None, None))
+            if known is not None and reference is not None and reference() is tensor:
+                self.follow(tensor, known)  # it was fetched into other memory than before, as it was asked for
+                return known
+        return name
 
     def refuse(self, name: str, reason: str) -> None:
         """Remember that a parameter was used in a way that is not read.

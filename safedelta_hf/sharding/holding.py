@@ -53,6 +53,10 @@ class Watcher(Protocol):
         """Take a tensor for the whole parameter of that name, as long as it lives."""
         ...
 
+    def expect(self, parameter: Tensor, name: str) -> None:
+        """Take a parameter for the whole of that name whenever it is met with memory: it is fetched once asked for."""
+        ...
+
     def look_away(self) -> None:
         """See nothing until told to look again: the backend is fetching or freeing parameters."""
         ...

@@ -43,6 +43,10 @@ def fetched_by_hooks(model: nn.Module, places: Places, watcher: Watcher) -> Iter
             if tensor is not None and _is_fetched(tensor):
                 watcher.follow(tensor, name)
 
+    for part, key, name in inside[model]:
+        parameter = part._parameters[key]
+        if parameter is not None and not isinstance(parameter, DTensor):
+            watcher.expect(parameter, name)
     with ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(_removed(module.register_forward_pre_hook(away, prepend=True)))

@@ -1,0 +1,27 @@
+"""A profile that two processes collect is that of one; one launch for each way of holding the model."""
+
+import importlib.util
+import time
+
+import pytest
+
+from tests.distributed import capturing
+from tests.distributed.launching import passes, torchrun
+
+
+@pytest.mark.parametrize("backend", ["whole", "fsdp2", "fsdp1", "zero3"])
+def test_all_ranks_together_collect_the_profile_of_a_single_process(backend, tmp_path):
+    if backend == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    done = passes("tests.distributed.capturing", backend, tmp_path)
+    for check in capturing.CHECKS + capturing.OF_BACKEND[backend]:
+        assert f"{check.__name__}\n" in done
+
+
+@pytest.mark.parametrize("backend", ["whole", "fsdp2"])
+def test_a_rank_that_fails_in_a_forward_pass_ends_the_run_with_its_message(backend, tmp_path):
+    started = time.monotonic()
+    done = torchrun("tests.distributed.capturing", backend, tmp_path, "failing", timeout=120)
+    assert done.returncode != 0
+    assert "layer 1 gave way" in done.stderr
+    assert time.monotonic() - started < 90
