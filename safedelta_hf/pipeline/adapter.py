@@ -10,7 +10,7 @@ from torch import nn
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import AdapterError, ProfileError
-from safedelta_hf.names import parameter_aliases, unwrapped
+from safedelta_hf.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.pipeline.adjust import adjust_weights
 from safedelta_hf.pipeline.loop import RunningModel
 from safedelta_hf.pipeline.plan import plan_parameters
@@ -85,12 +85,12 @@ def adjust_adapter(
         journal = Journal(workspace, held.ranks)
         store = AdapterStore(
             parts,
-            architecture=type(unwrapped(model)).__name__,
+            architecture=class_name(model),
             source="the frozen base below the adapter",
             writer=WritesThrough(journal, tensors),
         )
         plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
-        running = RunningModel(model=model, restore=journal.restore)
+        running = RunningModel(held=held, restore=journal.restore)
         return adjust_weights(store, plan, profile, rule, task=task, running=running, progress=progress)
     except BaseException:
         if new_adapter_name is not None and new_adapter_name in model.peft_config:  # type: ignore[operator]
@@ -161,7 +161,7 @@ def require_base(held: HeldModel, header: ProfileHeader, *, but: Set[str] = froz
     if strangers:
         raise ProfileError(
             f"profile: made for another base ({header.architecture}); it differs from this "
-            f"{type(unwrapped(held.model)).__name__} in {', '.join(strangers[:3])}"
+            f"{class_name(held.model)} in {', '.join(strangers[:3])}"
         )
     for name in held.names:
         if name not in but and held_digest(held, name, getattr(torch, header.dtypes[name])) != header.base[name]:

@@ -11,6 +11,7 @@ from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Plan, RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import BaseWeights, open_base
 from safedelta_hf.weights.model import ModelStore
 from safedelta_hf.weights.store import WeightStore
@@ -49,7 +50,7 @@ def adjust_model(
     reader = open_base(base, model) if isinstance(base, nn.Module | str | Path) else base
     plan = plan_model(model, profile, treatment or Treatment())
     store = ModelStore(model, reader, profile.header, workspace)
-    running = RunningModel(model=model, restore=store.restore)
+    running = RunningModel(held=HeldModel.of(model), restore=store.restore)
     return adjust_weights(
         store, plan, profile, rule or default_rule(task), task=task, running=running, progress=progress
     )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
 from tqdm.auto import tqdm
 
 from safedelta_hf.capture.held_out import Drift, HeldOut
@@ -19,6 +18,7 @@ from safedelta_hf.pipeline.search import search_strength
 from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, StrengthSearch, Use
 from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
+from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.delta import Delta
 from safedelta_hf.weights.store import WeightStore
 
@@ -31,11 +31,11 @@ class RunningModel:
     """A model in memory that runs with the weights of a store, so that its refusals can be measured.
 
     Attributes:
-        model: The model.
+        held: The model, as this process and others hold it.
         restore: Puts back every fine-tuned weight that was written over.
     """
 
-    model: nn.Module
+    held: HeldModel
     restore: Callable[[], None]
 
 
@@ -141,7 +141,9 @@ class Adjustment:
 
         def measure(strength: float) -> Drift:
             apply(strength)
-            return held_out.drift(running.model, quantile=auto.quantile)
+            return held_out.drift(
+                running.held.model, quantile=auto.quantile, ranks=running.held.ranks, holding=running.held.holding
+            )
 
         search = search_strength(rule, auto, measure, len(held_out.sequences))
         if search.outcome == "strictest fails" and self._ranks.is_main:

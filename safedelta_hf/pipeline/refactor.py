@@ -6,7 +6,7 @@ from torch import nn
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.names import parameter_aliases, unwrapped
+from safedelta_hf.names import class_name, parameter_aliases
 from safedelta_hf.pipeline.adapter import require_base
 from safedelta_hf.pipeline.adjust import adjust_weights
 from safedelta_hf.pipeline.plan import plan_parameters
@@ -74,7 +74,7 @@ def refactor_adapter(
     settings = {field: getattr(config, field, None) for field in fields}
     store = AdapterStore(
         parts,
-        architecture=type(unwrapped(model)).__name__,
+        architecture=class_name(model),
         source="the frozen base below the adapter",
         writer=LoraFolder(Path(output), parts, settings),
     )

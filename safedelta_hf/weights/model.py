@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.errors import BaseWeightsError, NumericalError
-from safedelta_hf.names import unwrapped
+from safedelta_hf.names import class_name
 from safedelta_hf.parametrised import parametrised_weights
 from safedelta_hf.records import ProfileHeader, Storage
 from safedelta_hf.sharding.held import HeldModel
@@ -31,7 +31,7 @@ class ModelStore:
     def __init__(
         self, model: nn.Module, base: BaseWeights, header: ProfileHeader, workspace: Path | None = None
     ) -> None:
-        self.architecture = type(unwrapped(model)).__name__
+        self.architecture = class_name(model)
         self.source = base.source
         self._held = HeldModel.of(model)
         computed = parametrised_weights(model) if header.parametrised else {}
