@@ -15,6 +15,7 @@ from safedelta_hf.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Data types in which weights are read as numbers, by the names that safetensors gives them."""
@@ -67,6 +68,7 @@ class TensorFiles:
         self._revision = revision
         index, single = self._located(INDEX_FILE), self._located(SINGLE_FILE)
         self.index = index
+        self.config = self._located(CONFIG_FILE)
         if index is not None:
             weight_map = _read_index(index)
             if single is not None and SINGLE_FILE not in weight_map.values():
