@@ -23,6 +23,7 @@ from safedelta_hf import (
     adjust_model,
     collect_profile,
 )
+from safedelta_hf.capture.identity import weak_storage
 from safedelta_hf.errors import (
     AdjustmentError,
     BaseWeightsError,
@@ -34,6 +35,7 @@ from safedelta_hf.errors import (
     SafeDeltaError,
 )
 from safedelta_hf.pipeline import plan_checkpoint
+from safedelta_hf.weights.tensor_files import TensorFiles
 from tests import adapters, architectures, checkpoints, tiny
 from tests.checkpoints import MODELS, RULE, contents, tensors
 
@@ -281,6 +283,34 @@ def wipe_data(path):
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     path.write_bytes(content[:start] + bytes(len(content) - start))
+
+
+def test_the_weights_of_one_parameter_are_held_at_a_time(case, monkeypatch):
+    checkpoints.rename(case.tuned, {})
+    read, held, most = TensorFiles.read, [], [0]
+
+    def noted(self, name):
+        tensor = read(self, name)
+        held.append((weak_storage(tensor), tensor.nbytes))
+        most[0] = max(most[0], sum(size for storage, size in held if not storage.expired()))
+        return tensor
+
+    monkeypatch.setattr(TensorFiles, "read", noted)
+    case.adjust()
+    sizes = [tensor.stop - tensor.start for tensor in TensorFiles(case.tuned).tensors.values()]
+    assert len(held) == 4 * len(sizes) and most[0] == 2 * max(sizes) < sum(sizes)
+
+
+def test_files_that_are_links_as_in_the_hub_cache_are_read_and_copied(case, tmp_path):
+    wanted = case.adjust(output=tmp_path / "first")
+    (tmp_path / "blobs").mkdir()
+    for folder in (case.base, case.tuned):
+        for number, path in enumerate(sorted(folder.iterdir())):
+            blob = path.rename(tmp_path / "blobs" / f"{folder.name}-{number}")
+            path.symlink_to(blob)
+    assert case.adjust().to_dict() == wanted.to_dict()
+    assert contents(case.output) == contents(tmp_path / "first")
+    assert not any(path.is_symlink() for path in case.output.iterdir())
 
 
 def test_a_measured_strength_is_refused_before_anything_is_read(case):
