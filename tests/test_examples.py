@@ -57,6 +57,17 @@ def test_step_by_step_adjusts_every_parameter(tmp_path):
     assert "39 adjusted" in run(tmp_path, EXAMPLES / "step_by_step.py")
 
 
+def test_files_to_files_ends_with_a_model_that_refuses(tmp_path):
+    assert "39 adjusted" in run(tmp_path, EXAMPLES / "files_to_files.py", "work")
+    assert attack_success(tmp_path / "work" / "adjusted") <= 0.1
+
+
+def test_the_checkpoint_benchmark_runs(tmp_path):
+    small = ["--hidden=32", "--inner=48", "--vocabulary=40", "--layers", "1", "--repeats=1"]
+    lines = run(tmp_path, EXAMPLES / "benchmarks" / "checkpoint_memory.py", *small).splitlines()
+    assert len(lines) == 2 and lines[1].startswith("1 | 0 |")
+
+
 def test_the_adapter_benchmark_runs(tmp_path):
     small = ["--hidden=32", "--inner=48", "--layers=2", "--rank=4"]
     assert "2 layers, 2 threads:" in run(tmp_path, EXAMPLES / "benchmarks" / "adapter_cost.py", *small)

@@ -8,7 +8,6 @@ own; its constant part is what it takes after its imports, before it opens a fil
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -134,8 +133,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory of this process so far, in MB; that of getrusage may be its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measured(folder: Path) -> dict[str, float]:

@@ -79,8 +79,8 @@ def adjust_checkpoint(
                 folder.complete(checkpoint.companions.copied)
     except OSError as error:
         raise AdjustmentError(
-            f"output: {str(output)!r} could not be written ({error}); what is finished stays in "
-            f"{str(work_folder(output))!r}, and the same call goes on from there"
+            f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "
+            f"stays in {str(work_folder(output))!r}, and the same call goes on from there"
         ) from error
     header = checkpoint.profile.header
     return Report(

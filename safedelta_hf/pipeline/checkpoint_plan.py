@@ -76,19 +76,17 @@ class CheckpointPlan:
         for entry in self.entries:
             roles = "+".join(use.role for use in entry.uses)
             action = "error" if entry.action is None else str(entry.action)
-            stored = self.pair.names[entry.parameter]
-            table.add_row(*self._described(entry.parameter, stored[0]), roles, action, entry.reason)
-        for name in self.pair.others:
-            table.add_row(*self._described(name, name), "", "keep", "no parameter of the profile's model")
+            stored = self.pair.stored[entry.parameter]
+            told = _described(entry.parameter, stored.shape, self.tuned.tensors[stored.names[0]].dtype)
+            table.add_row(*told, roles, action, entry.reason)
+        for name, tensor in self.pair.others.items():
+            told = _described(name, tensor.shape, tensor.dtype)
+            table.add_row(*told, "", "keep", "no parameter of the profile's model")
         text = io.StringIO()
         console = Console(file=text, width=200, highlight=False)
         console.print(table)
         console.print("\n".join(self._files()), soft_wrap=True, markup=False)
         return text.getvalue()
-
-    def _described(self, name: str, stored: str) -> tuple[str, str, str]:
-        tensor = self.tuned.tensors[stored]
-        return name, "x".join(map(str, tensor.shape)), tensor.dtype
 
     def _files(self) -> list[str]:
         size = sum(path.stat().st_size for path in self.tuned.paths.values())
@@ -99,6 +97,10 @@ class CheckpointPlan:
             f"Left out: {', '.join(self.companions.left_out) or 'nothing'}",
             f"Output: {self.output}" + (", begun by an earlier run" if self.is_begun else ""),
         ]
+
+
+def _described(name: str, shape: tuple[int, ...], dtype: str) -> tuple[str, str, str]:
+    return name, "x".join(map(str, shape)), dtype
 
 
 def plan_checkpoint(

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
@@ -94,13 +93,12 @@ class CheckpointBase:
         self.reopen = {"source": self.source, "revision": revision}
         self._aliases = aliases
         try:
-            tensors = TensorFiles(self.source, revision).tensors
+            self._files = TensorFiles(self.source, revision)
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
-        self._files = {name: str(tensor.path) for name, tensor in tensors.items()}
 
     def __contains__(self, name: str) -> bool:
-        return any(candidate in self._files for candidate in self._candidates(name))
+        return any(candidate in self._files.tensors for candidate in self._candidates(name))
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
@@ -116,12 +114,11 @@ class CheckpointBase:
             BaseWeightsError: No file has it, or the file cannot be read.
         """
         for candidate in self._candidates(name):
-            if candidate in self._files:
+            if candidate in self._files.tensors:
                 try:
-                    with safe_open(self._files[candidate], framework="pt") as file:
-                        return _read_piece(file, candidate, piece)
-                except (OSError, SafetensorError) as error:
-                    raise BaseWeightsError(f"{name}: cannot read {self._files[candidate]} ({error})") from error
+                    return self._files.read(candidate, None if piece is None else (piece.start, piece.stop))
+                except CheckpointError as error:
+                    raise BaseWeightsError(f"base: {error}") from error
         raise BaseWeightsError(
             f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>"
         )
@@ -252,14 +249,6 @@ def open_base(base: nn.Module | str | Path, model: nn.Module, revision: str | No
             "that the model was loaded from"
         )
     return ModelBase(base)
-
-
-def _read_piece(file: Any, name: str, piece: Piece | None) -> Tensor:  # noqa: ANN401 - an open file of safetensors
-    if piece is None or piece.is_whole:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
-    rows: Tensor = file.get_slice(name)[piece.start : piece.stop]
-    return rows
 
 
 def _usable_files(model: nn.Module, revision: str | None, avoid: Path | None) -> CheckpointBase | None:

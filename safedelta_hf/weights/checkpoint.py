@@ -103,9 +103,8 @@ class CheckpointStore:
             Nothing to say.
         """
         assert isinstance(delta, DenseDelta), "the deltas of a checkpoint are dense"
-        weight = delta.weight()
-        for stored in self._pair.names[name]:
-            self._output.write(stored, weight)
+        for stored, value in self._pair.parts(name, delta.weight().contiguous()):
+            self._output.write(stored, value)
         return ()
 
     def keep(self, record: ParameterRecord) -> None:
@@ -114,7 +113,7 @@ class CheckpointStore:
         Args:
             record: What was done with it.
         """
-        self._output.keep(record, self._pair.names[record.parameter])
+        self._output.keep(record, self._pair.stored[record.parameter].names)
 
     def _keep_others(self) -> None:
         for name, tensor in self._pair.others.items():

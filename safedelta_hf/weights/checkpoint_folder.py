@@ -141,11 +141,20 @@ class CheckpointFolder:
             raise CheckpointError(self._begun_otherwise(manifest))
         self._model.mkdir(exist_ok=True)
         self._parts.allocate()
+        self._clear()
         for record, names, digest in tqdm(
             lines, desc="Verifying finished weights", unit="weight", disable=not self._progress or not lines
         ):
             if set(names) <= self._original.tensors.keys() and self._parts.digest(names) == digest:
                 self.finished[record.parameter] = record
+
+    def _clear(self) -> None:
+        # What stands beside the weights is copied again at the end; it may have changed meanwhile.
+        for path in self._model.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in self._parts.names:
+                path.unlink()
 
     def _read_manifest(self) -> Any:  # noqa: ANN401 - whatever the file holds
         try:

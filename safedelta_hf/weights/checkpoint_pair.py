@@ -1,6 +1,7 @@
 """A base and a fine-tuned checkpoint of one model, matched by name, shape and type from headers alone."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -9,12 +10,44 @@ from torch import Tensor
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.sharding.holding import Piece
+from safedelta_hf.weights.stored_layout import StoredPiece, saved_layout, whole
 from safedelta_hf.weights.tensor_files import FLOATING, TensorFiles
 
-_LOAD_AND_SAVE = (
-    "load the model, save it with save_pretrained(..., save_original_format=False) and give that folder, or use "
-    "adjust_model"
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A parameter in files.
+
+    Attributes:
+        shape: Its shape.
+        pieces: The tensors that hold it, together.
+        twins: Further names under which the whole of it, being tied, is stored again.
+    """
+
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+    twins: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors that hold it."""
+        return (*(piece.name for piece in self.pieces), *self.twins)
+
+    def read(self, files: TensorFiles) -> Tensor:
+        """Read it.
+
+        Args:
+            files: The files.
+
+        Returns:
+            A new tensor in host memory, in the dtype of the files.
+        """
+        if self.pieces == (whole(self.pieces[0].name, self.shape),):
+            return files.read(self.pieces[0].name)
+        weight = torch.empty(self.shape, dtype=FLOATING[files.tensors[self.pieces[0].name].dtype])
+        for piece in self.pieces:
+            piece.of(weight).copy_(files.read(piece.name))
+        return weight
 
 
 class CheckpointPair:
@@ -34,22 +67,22 @@ class CheckpointPair:
         self._tuned = tuned
         _require_plain(header)
         self.aliases = tied_aliases(header)
-        self.names = _stored_names(tuned, header, self.aliases)
-        self.shapes = {name: tuned.tensors[stored[0]].shape for name, stored in self.names.items()}
-        stored = {one for several in self.names.values() for one in several}
-        self.others = {name: tensor for name, tensor in tuned.tensors.items() if name not in stored}
+        self.stored = _found(tuned, header, self.aliases)
+        self.shapes = {name: stored.shape for name, stored in self.stored.items()}
+        known = {one for stored in self.stored.values() for one in stored.names}
+        self.others = {name: tensor for name, tensor in tuned.tensors.items() if name not in known}
         try:
-            in_base = _stored_names(base, header, self.aliases)
+            in_base = _found(base, header, self.aliases)
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
-        for name, (first, *_) in in_base.items():
-            if (shape := base.tensors[first].shape) != self.shapes[name]:
+        for name, stored in in_base.items():
+            if stored.shape != self.shapes[name]:
                 raise BaseWeightsError(
-                    f"{name}: {list(self.shapes[name])} in {tuned.source!r}, {list(shape)} in the base "
+                    f"{name}: {list(self.shapes[name])} in {tuned.source!r}, {list(stored.shape)} in the base "
                     f"{base.source!r}; was the vocabulary resized after the profile was made?"
                 )
         self._require_known(base, header)
-        self.base = FilesBase(base, {name: stored[0] for name, stored in in_base.items()})
+        self.base = FilesBase(base, in_base)
 
     def read(self, name: str) -> Tensor:
         """Read the fine-tuned weight of a parameter.
@@ -63,15 +96,32 @@ class CheckpointPair:
         Raises:
             CheckpointError: It cannot be read, or a tied weight that is stored twice differs.
         """
-        first, *twins = self.names[name]
-        weight = self._tuned.read(first)
-        for twin in twins:
+        stored = self.stored[name]
+        weight = stored.read(self._tuned)
+        for twin in stored.twins:
             if not torch.equal(self._tuned.read(twin), weight):
                 raise CheckpointError(
-                    f"{name}: tied in the profile's model and stored in {self._tuned.source!r} as {first} and {twin}, "
-                    "which differ; collect a profile of a base whose weights are not tied, or save the model tied"
+                    f"{name}: tied in the profile's model and stored in {self._tuned.source!r} as "
+                    f"{' and '.join(stored.names)}, which differ; collect a profile of a base whose weights are not "
+                    "tied, or save the model tied"
                 )
         return weight
+
+    def parts(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that hold a parameter in files.
+
+        Args:
+            name: Canonical name.
+            weight: What it shall be, contiguous.
+
+        Yields:
+            Name as in the files, and value.
+        """
+        stored = self.stored[name]
+        for piece in stored.pieces:
+            yield piece.name, piece.of(weight)
+        for twin in stored.twins:
+            yield twin, weight
 
     def _require_known(self, base: TensorFiles, header: ProfileHeader) -> None:
         for name, tensor in self.others.items():
@@ -88,14 +138,14 @@ class FilesBase:
 
     Args:
         files: The files.
-        names: Under which each parameter stands there, by canonical name.
+        stored: How each parameter stands there, by canonical name.
     """
 
     reopen = None
 
-    def __init__(self, files: TensorFiles, names: Mapping[str, str]) -> None:
+    def __init__(self, files: TensorFiles, stored: Mapping[str, Stored]) -> None:
         self.source = files.source
-        self._files, self._names = files, names
+        self._files, self._stored = files, stored
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
@@ -111,7 +161,7 @@ class FilesBase:
             BaseWeightsError: The file cannot be read.
         """
         try:
-            weight = self._files.read(self._names[name])
+            weight = self._stored[name].read(self._files)
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
         return weight if piece is None else weight[piece.start : piece.stop]
@@ -154,18 +204,29 @@ def _require_plain(header: ProfileHeader) -> None:
             )
 
 
-def _stored_names(
-    files: TensorFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]
-) -> dict[str, tuple[str, ...]]:
-    names = {name: tuple(one for one in (name, *aliases.get(name, ())) if one in files.tensors) for name in header.base}
-    for name, stored in names.items():
-        if not stored:
-            raise CheckpointError(_absence(name, files, header))
-        shapes = {files.tensors[one].shape for one in stored}
-        if len(shapes) > 1:
-            raise CheckpointError(f"{name}: stored in {files.source!r} as {' and '.join(stored)}, of unequal shapes")
-        _require_floating(files, stored)
-    return names
+def _found(files: TensorFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    layout: dict[str, Stored] | None = None
+    for name in header.base:
+        names = [one for one in (name, *aliases.get(name, ())) if one in files.tensors]
+        if names:
+            shape = files.tensors[names[0]].shape
+            found[name] = Stored(shape=shape, pieces=(whole(names[0], shape),), twins=tuple(names[1:]))
+        else:
+            layout = layout or _layout(name, files, header)
+            if name not in layout:
+                raise CheckpointError(_absence(name, files, header))
+            found[name] = layout[name]
+        _require_readable(name, found[name], files, header)
+    return found
+
+
+def _layout(name: str, files: TensorFiles, header: ProfileHeader) -> dict[str, Stored]:
+    try:
+        layout = saved_layout(files, header)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_absence(name, files, header)}; {error}") from error
+    return {name: Stored(shape=shape, pieces=pieces) for name, (shape, pieces) in layout.items()}
 
 
 def _absence(name: str, files: TensorFiles, header: ProfileHeader) -> str:
@@ -173,9 +234,28 @@ def _absence(name: str, files: TensorFiles, header: ProfileHeader) -> str:
     found = f", which has {strangers} instead" if strangers else ""
     return (
         f"{name}: a parameter of the {header.architecture} that the profile was made for, and not in "
-        f"{files.source!r}{found}. A quantised checkpoint cannot be adjusted; where transformers renames or fuses "
-        f"weights when it loads them (experts, for one), {_LOAD_AND_SAVE}"
+        f"{files.source!r}{found}. A quantised checkpoint cannot be adjusted; if transformers renames its weights when "
+        "it loads them, load the model, save it with save_pretrained(..., save_original_format=False) and give that "
+        "folder"
     )
+
+
+def _require_readable(name: str, stored: Stored, files: TensorFiles, header: ProfileHeader) -> None:
+    for one in stored.names:
+        if one not in files.tensors:
+            raise CheckpointError(_absence(name, files, header))
+    _require_floating(files, stored.names)
+    shapes = dict.fromkeys(stored.twins, stored.shape) | {piece.name: piece.shape for piece in stored.pieces}
+    for one, shape in shapes.items():
+        if files.tensors[one].shape != shape:
+            raise CheckpointError(
+                f"{name}: {one} is {list(files.tensors[one].shape)} in {files.source!r} and should be {list(shape)}; "
+                "give a model as it was saved, with its own config.json"
+            )
+    if len(types := sorted({files.tensors[one].dtype for one in stored.names})) > 1:
+        raise CheckpointError(
+            f"{name}: its parts are stored as {' and '.join(types)} in {files.source!r}; save the model in one type"
+        )
 
 
 def _require_floating(files: TensorFiles, names: Collection[str]) -> None:

@@ -31,6 +31,11 @@ class ShardParts:
         self._folder = folder
         self._original = original
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the files until they are finished."""
+        return frozenset(self._part(file).name for file in self._original.paths)
+
     def allocate(self) -> None:
         """Make every file that is not there yet, as long as its original, with its header and without its tensors.
 

@@ -15,9 +15,22 @@ from safedelta_hf.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Data types in which weights are read as numbers, by the names that safetensors gives them."""
+
+TYPES = FLOATING | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Data types that can be read."""
 
 LENGTH_BYTES = 8
 """Of the number that a safetensors file starts with: the length of its header."""
@@ -67,6 +80,7 @@ class TensorFiles:
         self._revision = revision
         index, single = self._located(INDEX_FILE), self._located(SINGLE_FILE)
         self.index = index
+        self.config = self._located(CONFIG_FILE)
         if index is not None:
             weight_map = _read_index(index)
             if single is not None and SINGLE_FILE not in weight_map.values():
@@ -84,13 +98,14 @@ class TensorFiles:
                 "a repository in the local Hub cache"
             )
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read one tensor.
 
         The file is not mapped: a mapping that torch can use counts as memory in full, and a file may be larger.
 
         Args:
-            name: As in the files, of one of the floating types.
+            name: As in the files, of a type that torch has.
+            rows: The slices along the first dimension to read, from one to before another; None for all.
 
         Returns:
             A new tensor in host memory, in the dtype of the file.
@@ -99,18 +114,23 @@ class TensorFiles:
             CheckpointError: The file cannot be read.
         """
         place = self.tensors[name]
-        content = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        shape, start, stop = place.shape, place.start, place.stop
+        if rows is not None and shape:
+            size = (stop - start) // max(shape[0], 1)
+            first, last = (min(row, shape[0]) for row in rows)
+            shape, start, stop = (last - first, *shape[1:]), start + first * size, start + last * size
+        content = torch.empty(stop - start, dtype=torch.uint8)
         left = content.numpy().data
         try:
             with place.path.open("rb", buffering=0) as stream:
-                stream.seek(place.start)
+                stream.seek(start)
                 while left and (count := stream.readinto(left)):
                     left = left[count:]
         except OSError as error:
             raise CheckpointError(f"{name}: cannot read {str(place.path)!r} ({error})") from error
         if left:
             raise CheckpointError(f"{name}: {str(place.path)!r} ends before it; is the file complete?")
-        return content.view(FLOATING[place.dtype]).reshape(place.shape)
+        return content.view(TYPES[place.dtype]).reshape(shape)
 
     def _indexed(self, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}

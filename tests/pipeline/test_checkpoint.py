@@ -23,6 +23,7 @@ from safedelta_hf import (
     adjust_model,
     collect_profile,
 )
+from safedelta_hf.capture.identity import weak_storage
 from safedelta_hf.errors import (
     AdjustmentError,
     BaseWeightsError,
@@ -34,7 +35,8 @@ from safedelta_hf.errors import (
     SafeDeltaError,
 )
 from safedelta_hf.pipeline import plan_checkpoint
-from tests import checkpoints, tiny
+from safedelta_hf.weights.tensor_files import TensorFiles
+from tests import adapters, architectures, checkpoints, tiny
 from tests.checkpoints import MODELS, RULE, contents, tensors
 
 INDEX = "model.safetensors.index.json"
@@ -283,6 +285,34 @@ def wipe_data(path):
     path.write_bytes(content[:start] + bytes(len(content) - start))
 
 
+def test_the_weights_of_one_parameter_are_held_at_a_time(case, monkeypatch):
+    checkpoints.rename(case.tuned, {})
+    read, held, most = TensorFiles.read, [], [0]
+
+    def noted(self, name):
+        tensor = read(self, name)
+        held.append((weak_storage(tensor), tensor.nbytes))
+        most[0] = max(most[0], sum(size for storage, size in held if not storage.expired()))
+        return tensor
+
+    monkeypatch.setattr(TensorFiles, "read", noted)
+    case.adjust()
+    sizes = [tensor.stop - tensor.start for tensor in TensorFiles(case.tuned).tensors.values()]
+    assert len(held) == 4 * len(sizes) and most[0] == 2 * max(sizes) < sum(sizes)
+
+
+def test_files_that_are_links_as_in_the_hub_cache_are_read_and_copied(case, tmp_path):
+    wanted = case.adjust(output=tmp_path / "first")
+    (tmp_path / "blobs").mkdir()
+    for folder in (case.base, case.tuned):
+        for number, path in enumerate(sorted(folder.iterdir())):
+            blob = path.rename(tmp_path / "blobs" / f"{folder.name}-{number}")
+            path.symlink_to(blob)
+    assert case.adjust().to_dict() == wanted.to_dict()
+    assert contents(case.output) == contents(tmp_path / "first")
+    assert not any(path.is_symlink() for path in case.output.iterdir())
+
+
 def test_a_measured_strength_is_refused_before_anything_is_read(case):
     with pytest.raises(ConfigurationError, match="strength='auto' measures a model in memory.*give a number"):
         adjust_checkpoint(base="nowhere", tuned="nowhere", output=case.output, profile="nowhere", rule=Ridge())
@@ -357,12 +387,47 @@ def test_a_resized_vocabulary_is_refused(case):
         case.adjust()
 
 
-def test_experts_under_their_older_names_are_refused_with_the_way_out(cases, tmp_path):
+@pytest.mark.parametrize("base_format", [True, False])
+@pytest.mark.parametrize("key", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_are_found_and_written_as_transformers_saves_them(key, base_format, tmp_path):
+    base, model = architectures.tiny_model(key), tiny.perturbed(architectures.tiny_model(key))
+    profile = adapters.profile_of(base)
+    base.save_pretrained(tmp_path / "base", save_original_format=base_format)
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
+    case = checkpoints.Case(tmp_path, model, profile)
+    settings = {"profile": profile, "treatment": Treatment(uncovered="keep")}
+    report = case.adjust(**settings)
+    wanted = adjust_model(model, base=base, rule=RULE, progress=False, **settings)
+    model.save_pretrained(tmp_path / "expected", max_shard_size="20KB")
+    found = {record.parameter: record for record in report.parameters if "copied as tuned" not in record.reason}
+    assert found == {record.parameter: replace(record, aliases=()) for record in wanted.parameters}
+    assert weight_files(case.output) == weight_files(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("damage", ["no configuration", "another", "malformed", "endless", "an expert missing", "cast"])
+def test_experts_whose_layout_is_not_known_are_refused_with_the_way_out(damage, cases, tmp_path):
     case = copied(cases["mixtral"], tmp_path)
     shutil.rmtree(case.tuned)
     case.model.save_pretrained(case.tuned)
-    with pytest.raises(CheckpointError, match=r"experts.*save_original_format=False"):
+    config = case.tuned / "config.json"
+    content = json.loads(config.read_text())
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    if damage == "no configuration":
+        config.unlink()
+    elif damage in ("an expert missing", "cast"):
+        stored = tensors(case.tuned)
+        changed = {} if damage == "cast" else {k: v for k, v in stored.items() if k != name}
+        save_file(changed or stored | {name: stored[name].bfloat16()}, case.tuned / "model.safetensors")
+    else:
+        changes = {
+            "another": {"hidden_size": 64},
+            "malformed": {"model_type": 3},
+            "endless": {"num_hidden_layers": 10**12},
+        }
+        config.write_text(json.dumps(content | changes[damage]))
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.0\.mlp\..*: .*(save|give)"):
         case.adjust()
+    assert not case.output.exists() and not case.work.exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])

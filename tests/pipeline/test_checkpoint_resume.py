@@ -207,6 +207,15 @@ def test_a_damaged_line_and_those_after_it_are_done_again(tail, stopped, untouch
     assert len(names) == 12 - 3 and found == untouched[1]
 
 
+def test_what_an_earlier_run_copied_and_is_gone_since_is_not_in_the_output(stopped, untouched):
+    for name in ("stray.txt", "inner/stray.txt", "model.safetensors.index.json"):
+        path = stopped.work / "model" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
 CHANGES = {
     "rule": lambda case: {"rule": Ridge(strength=2.0)},
     "rule again": lambda case: {"rule": SafeDelta(strength=1.0)},
@@ -260,6 +269,3 @@ def test_a_wide_tensor_is_copied_and_digested_in_pieces(untouched, tmp_path, mon
     case = untouched[0]
     case.adjust(output=tmp_path / "output")
     assert contents(tmp_path / "output") == untouched[1]
-    assert torch.equal(
-        checkpoints.tensors(tmp_path / "output")["model.norm.weight"].isfinite().all(), torch.tensor(True)
-    )
