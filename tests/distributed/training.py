@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations import deepspeed
 
 from safedelta_hf import Ridge, SafeDelta, SafeDeltaCallback, TaskRidge, Treatment
@@ -71,7 +71,6 @@ def without_dropout(model):
 
 
 def distributed_by_transformers(model, folder, world):
-    from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
     saved = folder / "model"
@@ -181,15 +180,16 @@ def train(backend, folder, case, world):
     if backend != "fsdp1":  # torch cannot move its state to the CPU where it is there already
         run.save_model(folder / f"{case}-saved")
     if run.is_world_process_zero():
-        require_saved(folder / f"{case}-saved" / "model.safetensors", found)
+        require_saved(folder / f"{case}-saved", found)
         save_file(found, folder / f"{case}.safetensors")
         callback.report.save(folder / f"{case}.json")
 
 
-def require_saved(file, found):
+def require_saved(folder, found):
     """What the Trainer saves, where it is a whole model, is what was adjusted."""
-    if file.exists():
-        for name, value in load_file(file).items():
+    if (folder / "config.json").exists():
+        again = made_whole(lambda: AutoModelForCausalLM.from_pretrained(folder))
+        for name, value in again.named_parameters():
             assert torch.equal(value, found[name]), name
 
 
