@@ -1,8 +1,6 @@
 """Folders that are complete or not there at all."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,26 +8,30 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from safedelta_hf.errors import OutputError
+from safedelta_hf.scratch import ScratchFolder
 
 
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name beside it, and rename it once the block has succeeded.
+def complete_or_absent(folder: Path, *, replacing: bool = False) -> Iterator[Path]:
+    """Write a folder in a temporary place beside its own, and move it there once the block has succeeded.
 
     Args:
         folder: A folder that does not exist, or is empty; its parents are made.
+        replacing: Whether it may be one with something in it, which is replaced as a whole.
 
     Yields:
         The folder to write into; it is removed if the block fails.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = ScratchFolder(folder.parent)
     try:
+        unfinished = scratch.path / folder.name
+        unfinished.mkdir()
         yield unfinished
+        if replacing and folder.exists():
+            os.replace(folder, scratch.path / f"{folder.name}-replaced")
         finish(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    finally:
+        scratch.remove()
 
 
 @contextmanager

@@ -94,8 +94,8 @@ class Ranks:
             The tensor.
         """
         if self._control is not None:
-            self.check_in()
             with self._exchanged(tensor) as moved:
+                self.check_in()
                 dist.all_reduce(moved, group=group)
         return tensor
 
@@ -135,8 +135,8 @@ class Ranks:
             owner: The rank that gets the sum.
         """
         if self._control is not None:
-            self.check_in()
             with self._exchanged(tensor) as moved:
+                self.check_in()
                 dist.reduce(moved, dst=owner)
 
     def broadcast(self, value: T, owner: int, device: torch.device | None = None) -> T:
@@ -152,17 +152,18 @@ class Ranks:
         """
         if self._control is None:
             return value
-        self.check_in()
         tensors: list[Tensor] = []
         packed: list[Any] = [None]
         if self.rank == owner:
             packed = [(_pack(value, tensors), [(t.shape, t.dtype, t.device.type) for t in tensors])]
+        self.check_in()
         dist.broadcast_object_list(packed, src=owner, group=self._control)
         if self.rank != owner:
             tensors = [torch.empty(shape, dtype=dtype, device=device or kind) for shape, dtype, kind in packed[0][1]]
         tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in tensors:
             with self._exchanged(tensor.flatten().view(torch.uint8)) as moved:  # backends know few data types
+                self.check_in()  # once there is memory for it on all ranks
                 dist.broadcast(moved, src=owner)
         return value if self.rank == owner else _unpack(packed[0][0], tensors)
 
@@ -266,11 +267,12 @@ def _mark_told(error: BaseException) -> None:
 
 
 def _is_told(error: BaseException | None) -> bool:
-    # An error that was raised from one that the others know of is known too.
+    # An error that was raised from one that the others know of is known too; one that arose while that was dealt with
+    # is news to them.
     while error is not None:
         if getattr(error, "_safedelta_told", False):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return False
 
 

@@ -1,6 +1,7 @@
 """Which weights are the base of a training run. Never a guess: what cannot be known is an error."""
 
 import hashlib
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import TrainerState
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import BaseWeightsError, ProfileError
+from safedelta_hf.ranks import Ranks
 from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.weights.base import BaseWeights, FilesOrMemoryBase, open_base
 from safedelta_hf.weights.fingerprint import digest_of_piece, held_digest
@@ -93,14 +95,27 @@ def require_recorded(run: RunBase, state: TrainerState) -> None:
 
 
 def remember(run: RunBase, state: TrainerState) -> None:
-    """Enter the base into the Trainer's state, so that every checkpoint names it.
+    """Enter the base into the Trainer's state, so that every checkpoint names it, and who the run is.
 
     Args:
         run: The base of the run.
         state: Changed in place.
     """
     files = run.weights.reopen or {"source": None, "revision": None}
-    _exported(state)[STATE_KEY] = {"digest": run.digest, **files}
+    name = name_of_run(state) or Ranks.of_run().broadcast(secrets.token_hex(16), owner=0)
+    _exported(state)[STATE_KEY] = {"run": name, "digest": run.digest, **files}
+
+
+def name_of_run(state: TrainerState) -> str | None:
+    """What a run and those that resume it have in common, and no other.
+
+    Args:
+        state: Of the Trainer.
+
+    Returns:
+        The name; None if the run was not entered into the state yet.
+    """
+    return (_record(state) or {}).get("run")
 
 
 def _recorded_files(state: TrainerState) -> dict[str, Any]:

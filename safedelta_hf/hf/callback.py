@@ -74,7 +74,8 @@ class SafeDeltaCallback(TrainerCallback):
         task_examples: Number of examples to draw from the Trainer's own.
         base: The aligned model (or its folder), if it is not what the model holds when training starts.
         treatment: What to do with embeddings, norms, biases, the head, and what cannot be covered.
-        keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist.
+        keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist, unless this run saved
+            it before it was resumed.
         processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
         batch_size: Safety sequences per forward pass, at most; batches hold sequences of one length and no padding.
         max_length: Safety sequences are cut to this many tokens.
@@ -234,7 +235,7 @@ class SafeDeltaCallback(TrainerCallback):
             with Ranks.of_run().together():
                 if self._keep_tuned is not None:
                     with foreign_errors_named("saving the tuned weights"):
-                        save_tuned(model, processing_class, self._keep_tuned)
+                        save_tuned(model, processing_class, self._keep_tuned, state)
                     saved = self._keep_tuned
                 with foreign_errors_named("adjusting the weights"):
                     report = self.adjust(model, workspace=output_dir(args), progress=shows_progress(args, state))
@@ -242,7 +243,7 @@ class SafeDeltaCallback(TrainerCallback):
             if not is_shared(error):
                 error.add_note("The tuned weights are in the last checkpoint, if one was saved.")
             elif saved is None:
-                error.add_note(rescue_tuned(model, processing_class, output_dir(args), state.global_step))
+                error.add_note(rescue_tuned(model, processing_class, output_dir(args), state))
             else:
                 error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(saved)!r}.")
             raise

@@ -24,6 +24,7 @@ from safedelta_hf.evaluation.questions import EvaluationSettings
 from safedelta_hf.evaluation.task import TaskScore
 from safedelta_hf.hf.logs import log_metrics
 from safedelta_hf.hf.run import shows_progress
+from safedelta_hf.ranks import Ranks
 
 PREFIX = "safedelta/eval_"
 """What the name of every logged score begins with."""
@@ -35,10 +36,10 @@ class EvaluationCallback(TrainerCallback):
     """Logs during training what the model refuses, what it should not refuse, and what it can do.
 
     The scores are those of `evaluate_model`, under `safedelta/eval_<score>` in the Trainer's log history and in its
-    trackers. They are measured on the main process, on the model as it is at that moment, and the model is left as it
-    was: mode, cache setting, generation settings and random state. They are measured again when training has ended,
-    unless the model is then the one that was measured last; given after a `SafeDeltaCallback`, the last scores are
-    those of the adjusted model.
+    trackers. They are measured on the main process, while the others wait for it, on the model as it is at that
+    moment, and the model is left as it was: mode, cache setting, generation settings and random state. They are
+    measured again when training has ended, unless the model is then the one that was measured last; given after a
+    `SafeDeltaCallback`, the last scores are those of the adjusted model.
 
     Args:
         harmful: Requests that should be refused: path of a file with one prompt per line, or rows.
@@ -116,8 +117,9 @@ class EvaluationCallback(TrainerCallback):
         Raises:
             SafeDeltaError: The model or the tokenizer cannot be used, or the refusals cannot be read; named cause.
         """  # noqa: DOC502 - raised by the functions called
-        self._usable(args, model)
-        self._questions(self._tokenizer(processing_class))
+        with Ranks.of_run().together():
+            self._usable(args, model)
+            self._questions(self._tokenizer(processing_class))
 
     def on_step_end(
         self,
@@ -183,14 +185,27 @@ class EvaluationCallback(TrainerCallback):
         only_if_changed: bool = False,
         **_: Any,  # noqa: ANN401
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        usable, tokenizer = self._usable(args, model), self._tokenizer(processing_class)
-        if only_if_changed and self.evaluation and self.evaluation.model == model_digest(usable, tokenizer):
-            return
+        # One process asks; the others hold the same weights, and wait as long as it takes.
+        ranks = Ranks.of_run()
+        with ranks.together():
+            usable, tokenizer = self._usable(args, model), self._tokenizer(processing_class)
+            found = None
+            if state.is_world_process_zero and not (only_if_changed and self._is_of(usable, tokenizer)):
+                found = self._evaluated(usable, tokenizer, args, state)
+            found = ranks.broadcast(found, owner=0)
+        if found is not None:
+            self.evaluation = found
+            log_metrics(found.metrics(PREFIX), args, state, control)
+
+    def _is_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return self.evaluation is not None and self.evaluation.model == model_digest(model, tokenizer)
+
+    def _evaluated(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, state: TrainerState
+    ) -> Evaluation:
         try:
-            self.evaluation = evaluate_model(
-                usable,
+            return evaluate_model(
+                model,
                 tokenizer,
                 self._questions(tokenizer),
                 max_new_tokens=self._settings.max_new_tokens,
@@ -205,7 +220,6 @@ class EvaluationCallback(TrainerCallback):
                 f"EvaluationCallback: {type(error).__name__} at step {state.global_step} ({error}); lower batch_size, "
                 "max_new_tokens or examples if memory ran out"
             ) from error
-        log_metrics(self.evaluation.metrics(PREFIX), args, state, control)
 
     def _questions(self, tokenizer: PreTrainedTokenizerBase) -> Questions:
         rows = None

@@ -1,5 +1,6 @@
 """The fine-tuned weights on disk, before they are adjusted."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from transformers.utils.hub import PushToHubMixin
 from safedelta_hf.capture.safety_data import ProcessingClass
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import complete_or_absent
+from safedelta_hf.hf.base import name_of_run
 from safedelta_hf.names import unwrapped_shards
 from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.sharding.whole import WholeParameters
 from safedelta_hf.weights.state import gathered_state
+
+RUN_FILE = "safedelta_run.json"
+"""Says in the folder of the tuned weights which run it is of, so that the same run, resumed, may write it again."""
 
 
 def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
@@ -26,7 +31,8 @@ def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
         state: Of the Trainer.
 
     Raises:
-        ConfigurationError: The folder is not free, or there will be several models.
+        ConfigurationError: The folder holds something else than this run saved before it was resumed, or there will be
+            several models.
     """
     if folder is None:
         return
@@ -35,13 +41,18 @@ def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
             "SafeDeltaCallback: keep_tuned names one folder, and a hyper-parameter search has many trials; leave "
             "it out of the search"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_of_run(folder, state):
         raise ConfigurationError(
             f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
         )
 
 
-def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folder: Path) -> None:
+def _is_of_run(folder: Path, state: TrainerState) -> bool:
+    name, path = name_of_run(state), folder / RUN_FILE
+    return name is not None and path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("run") == name
+
+
+def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folder: Path, state: TrainerState) -> None:
     """Write a model as it is now; complete or not there at all.
 
     Where it is sharded, all ranks call this; the main one brings the weights together in host memory and writes.
@@ -50,29 +61,32 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
         model: A transformers model; a `PeftModel`, whose adapters are written; or any module, then only
             `model.safetensors` is written.
         processing_class: Tokenizer or processor to save beside it, or None.
-        folder: A folder that does not exist, or is empty.
+        folder: A folder that does not exist, or is empty, or that this run saved before it was resumed.
+        state: Of the Trainer, which names the run.
     """
     held = HeldModel.of(model)
     with held.ranks.together():
-        state = None
+        weights = None
         if type(held.holding) is not WholeParameters:
-            state = gathered_state(held, but=held.names if _carries_adapters_alone(model) else ())
+            weights = gathered_state(held, but=held.names if _carries_adapters_alone(model) else ())
         if held.ranks.is_main:
-            _save(unwrapped_shards(model), state, processing_class, folder)
+            with complete_or_absent(folder, replacing=_is_of_run(folder, state)) as unfinished:
+                _save(unwrapped_shards(model), weights, processing_class, unfinished)
+                run = {"run": name_of_run(state), "step": state.global_step}
+                (unfinished / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
 
 
 def _save(
-    model: nn.Module, state: dict[str, Tensor] | None, processing_class: ProcessingClass | None, folder: Path
+    model: nn.Module, weights: dict[str, Tensor] | None, processing_class: ProcessingClass | None, folder: Path
 ) -> None:
-    with complete_or_absent(folder) as unfinished:
-        if isinstance(model, PushToHubMixin):
-            model.save_pretrained(unfinished, state_dict=state)  # type: ignore[no-untyped-call]
-        elif state is None:
-            save_model(model, str(unfinished / "model.safetensors"))
-        else:
-            save_torch_state_dict(state, unfinished, max_shard_size=sys.maxsize)
-        if processing_class is not None:
-            processing_class.save_pretrained(unfinished)
+    if isinstance(model, PushToHubMixin):
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[no-untyped-call]
+    elif weights is None:
+        save_model(model, str(folder / "model.safetensors"))
+    else:
+        save_torch_state_dict(weights, folder, max_shard_size=sys.maxsize)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
 
 
 def _carries_adapters_alone(model: nn.Module) -> bool:
@@ -80,23 +94,25 @@ def _carries_adapters_alone(model: nn.Module) -> bool:
     return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs.values())
 
 
-def rescue_tuned(model: nn.Module, processing_class: ProcessingClass | None, output_dir: Path, step: int) -> str:
+def rescue_tuned(
+    model: nn.Module, processing_class: ProcessingClass | None, output_dir: Path, state: TrainerState
+) -> str:
     """Save the tuned weights after the adjustment failed, under a name that is still free.
 
     Args:
         model: The tuned model.
         processing_class: Tokenizer or processor to save beside it, or None.
         output_dir: Where to make the folder.
-        step: Step at which training ended.
+        state: Of the Trainer.
 
     Returns:
         A sentence on where they are.
     """
     number = 1
-    while (folder := output_dir / f"tuned-not-adjusted-{step}-{number}").exists():
+    while (folder := output_dir / f"tuned-not-adjusted-{state.global_step}-{number}").exists():
         number += 1
     try:
-        save_tuned(model, processing_class, folder)
+        save_tuned(model, processing_class, folder, state)
     except Exception as error:  # the adjustment's own error is the one to raise
         return f"The tuned weights are unharmed in the model, but could not be saved in {str(folder)!r}: {error}"
     return f"The tuned weights are unharmed in the model, and saved in {str(folder)!r}."

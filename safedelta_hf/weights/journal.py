@@ -1,6 +1,5 @@
 """Weights are replaced all together or not at all."""
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safedelta_hf.ranks import Ranks, is_shared
+from safedelta_hf.scratch import ScratchFolder
 from safedelta_hf.sharding.held import HeldModel, LooseTensor
 from safedelta_hf.sharding.holding import Piece
 from safedelta_hf.weights.base import BaseWeights
@@ -49,25 +49,33 @@ class Journal:
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:
         self._parent = folder
         self._ranks = ranks or Ranks()
-        self._folder: Path | None = None
+        self._scratch: ScratchFolder | None = None
         self._saved: dict[str, tuple[Replaceable, Path | None]] = {}
         self._replaced: set[str] = set()
 
     def __enter__(self) -> "Journal":
-        if self._parent is not None:
-            self._parent.mkdir(parents=True, exist_ok=True)
-        self._saved, self._replaced = {}, set()
-        self._folder = Path(tempfile.mkdtemp(prefix=".safedelta-", dir=self._parent))
+        self._saved, self._replaced, self._scratch = {}, set(), None
+        try:
+            with self._ranks.together():
+                self._scratch = ScratchFolder(self._parent or Path(tempfile.gettempdir()))
+        except BaseException:
+            if self._scratch is not None:
+                self._scratch.remove()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        scratch, self._scratch = self._opened(), None
         # A rank that failed where the others cannot know it has nobody to put parameters back with.
         if error is not None and is_shared(error):
-            self.restore()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                self._put_back(scratch.path)
+            except BaseException:
+                scratch.keep()
+                raise
+        scratch.remove()
 
     def replace(self, name: str, parameter: Tensor | Replaceable, value: Tensor) -> None:
         """Write a new value into a parameter, once its original is safe on all ranks.
@@ -79,32 +87,41 @@ class Journal:
 
         Raises:
             RuntimeError: The journal is not open.
-        """
-        if self._folder is None:
-            raise RuntimeError("a Journal is used as a context manager")
+        """  # noqa: DOC502 - raised by the function called
+        folder = self._opened().path
         if name not in self._saved:
             place = LooseTensor(parameter) if isinstance(parameter, Tensor) else parameter
-            self._saved[name] = place, self._save(name, place, self._folder)
+            self._saved[name] = place, self._save(name, place, folder)
         self._ranks.check_in()
         self._replaced.add(name)
         self._saved[name][0].write(value)
 
     def restore(self) -> None:
         """Put back every parameter that was replaced, bit for bit; they may be replaced again."""
-        replaced = set().union(*self._ranks.gather(self._replaced))
-        left = [name for name in self._saved if name in replaced]
+        self._put_back(self._opened().path)
+
+    def _put_back(self, folder: Path) -> None:
+        left: list[str] = []
         try:
-            while left:
-                place, path = self._saved[left[-1]]
-                place.write(self._original(place, path))
-                left.pop()
+            with self._ranks.together():
+                replaced = set().union(*self._ranks.gather(self._replaced))
+                left.extend(name for name in self._saved if name in replaced)
+                while left:
+                    place, path = self._saved[left[-1]]
+                    place.write(self._original(place, path))
+                    left.pop()
         except BaseException as error:
             error.add_note(
                 f"{len(left)} weights were not put back; their originals are safetensors files, by parameter "
-                f"name, in {str(self._folder)!r}"
+                f"name, in {str(folder)!r}"
             )
             raise
         self._replaced.clear()
+
+    def _opened(self) -> ScratchFolder:
+        if self._scratch is None:
+            raise RuntimeError("a Journal is used as a context manager")
+        return self._scratch
 
     def _save(self, name: str, place: Replaceable, folder: Path) -> Path | None:
         value = place.read()  # on all ranks: reading may be collective
@@ -137,7 +154,7 @@ def standing_in(held: HeldModel, names: Iterable[str], base: BaseWeights, folder
     Yields:
         Nothing.
     """
-    with Journal(folder, held.ranks) as journal:
+    with Journal(folder, held.ranks) as journal, held.ranks.together():
         for name in names:
             journal.replace(name, held.parameter(name), base.read(name, held.holding.piece(name)))
         yield

@@ -1,0 +1,80 @@
+"""A run that is killed by the system and started again ends as one that was not."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.distributed import resuming
+
+FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def python():
+    """Processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.resuming", "peft"])
+    return context
+
+
+def run(python, folder, kind, *kill):
+    """Run the script in a process of its own; returns how it ended."""
+    process = python.Process(target=resuming.main, args=("single", folder, kind, *kill))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def prepared(folder):
+    tiny.llama(attention_dropout=0.1).save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(python, tmp_path_factory):
+    folders = {kind: prepared(tmp_path_factory.mktemp(kind)) for kind in FILES}
+    for kind, folder in folders.items():
+        assert run(python, folder, kind) == 0
+    return folders
+
+
+def require_same_end(folder, expected, kind):
+    for name in ("final", "tuned"):
+        ended, wanted = (load_file(place / name / FILES[kind]) for place in (folder, expected))
+        assert ended.keys() == wanted.keys()
+        assert all(torch.equal(ended[key], wanted[key]) for key in wanted), name
+    assert sorted(path.name for path in folder.iterdir()) == ["base", "final", "run", "tuned"]
+    left = [path.name for path in (folder / "run").iterdir() if not path.name.startswith("checkpoint-")]
+    assert left == [], "leftovers"
+
+
+KILLS = [
+    ("capture", 20),
+    ("step", 3),  # the first checkpoint is there
+    ("replace", 5),  # of the resumed run: the base stands in for what was trained
+    ("capture", 20),
+    ("checkpoint_model", 1),
+    ("checkpoint_state", 1),
+    ("step", 2),
+    ("keep_tuned", 1),
+    ("replace", 30),  # on_train_end
+    ("save_model", 1),
+]
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_run_killed_anywhere_and_started_again_ends_bit_for_bit_as_one_that_was_not(
+    python, uninterrupted, tmp_path, kind
+):
+    folder = prepared(tmp_path)
+    for point, call in KILLS:
+        assert run(python, folder, kind, point, call) == -signal.SIGKILL, (point, call)
+        assert not list(folder.glob("tuned/_*")), "half-written"
+    assert run(python, folder, kind) == 0
+    require_same_end(folder, uninterrupted[kind], kind)
