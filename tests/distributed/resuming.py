@@ -26,7 +26,7 @@ POINTS = {
     "checkpoint_state": "transformers:TrainerState.save_to_json",
     "keep_tuned": "safedelta_hf.hf.tuned:_save",
     "replace": "safedelta_hf.weights.journal:Journal.replace",
-    "save_model": "safetensors.torch:save_file",
+    "save_model": "transformers:Trainer._save",
 }
 """Where a run can be killed: at some call of these."""
 

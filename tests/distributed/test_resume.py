@@ -54,6 +54,14 @@ def require_same_end(folder, expected, kind):
     assert left == [], "leftovers"
 
 
+def half_written(folder, point, kind):
+    """What the point leaves: of a killed `save_model` half a file, of a killed `keep_tuned` nothing under its name."""
+    if point == "keep_tuned":
+        assert not (folder / "tuned").exists() and list(folder.glob(f"_safedelta-*/tuned/{FILES[kind]}"))
+    if point == "save_model":
+        os.truncate(folder / "final" / FILES[kind], 1000)
+
+
 KILLS = [
     ("capture", 20),
     ("step", 3),  # the first checkpoint is there
@@ -73,8 +81,9 @@ def test_a_run_killed_anywhere_and_started_again_ends_bit_for_bit_as_one_that_wa
     python, uninterrupted, tmp_path, kind
 ):
     folder = prepared(tmp_path)
-    for point, call in KILLS:
+    # The base of an adapter is never replaced, so the first of these would only come when training ends.
+    for point, call in KILLS if kind == "full" else [kill for kill in KILLS if kill != ("replace", 5)]:
         assert run(python, folder, kind, point, call) == -signal.SIGKILL, (point, call)
-        assert not list(folder.glob("tuned/_*")), "half-written"
+        half_written(folder, point, kind)
     assert run(python, folder, kind) == 0
     require_same_end(folder, uninterrupted[kind], kind)
