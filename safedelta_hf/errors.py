@@ -64,6 +64,10 @@ class AdjustmentError(SafeDeltaError):
     """
 
 
+class RestoreError(AdjustmentError):
+    """Weights that were written over could not be put back, so the model holds neither one thing nor the other."""
+
+
 class EvaluationError(SafeDeltaError):
     """Something outside this package failed while a model was evaluated; the cause is chained.
 

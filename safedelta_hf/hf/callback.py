@@ -29,7 +29,7 @@ from safedelta_hf.hf.run import (
     shows_progress,
     trained_adapter,
 )
-from safedelta_hf.hf.tuned import require_room_for_tuned, rescue_tuned, save_tuned
+from safedelta_hf.hf.tuned import require_room_for_tuned, save_tuned, whereabouts
 from safedelta_hf.pipeline import (
     adjust_adapter,
     adjust_model,
@@ -38,7 +38,7 @@ from safedelta_hf.pipeline import (
     require_measurable,
     require_mergeable,
 )
-from safedelta_hf.ranks import Ranks, is_shared
+from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
@@ -240,12 +240,7 @@ class SafeDeltaCallback(TrainerCallback):
                 with foreign_errors_named("adjusting the weights"):
                     report = self.adjust(model, workspace=output_dir(args), progress=shows_progress(args, state))
         except SafeDeltaError as error:
-            if not is_shared(error):
-                error.add_note("The tuned weights are in the last checkpoint, if one was saved.")
-            elif saved is None:
-                error.add_note(rescue_tuned(model, processing_class, output_dir(args), state))
-            else:
-                error.add_note(f"The tuned weights are unharmed in the model, and saved in {str(saved)!r}.")
+            error.add_note(whereabouts(error, saved, model, processing_class, output_dir(args), state))
             raise
         log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
 

@@ -11,10 +11,11 @@ from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
 
 from safedelta_hf.capture.safety_data import ProcessingClass
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, RestoreError, SafeDeltaError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.hf.base import name_of_run
 from safedelta_hf.names import unwrapped_shards
+from safedelta_hf.ranks import is_shared
 from safedelta_hf.sharding.held import HeldModel
 from safedelta_hf.sharding.whole import WholeParameters
 from safedelta_hf.weights.state import gathered_state
@@ -92,6 +93,35 @@ def _save(
 def _carries_adapters_alone(model: nn.Module) -> bool:
     configs = getattr(model, "peft_config", {}) or {}
     return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs.values())
+
+
+def whereabouts(
+    error: SafeDeltaError,
+    saved: Path | None,
+    model: nn.Module,
+    processing_class: ProcessingClass | None,
+    output_dir: Path,
+    state: TrainerState,
+) -> str:
+    """Where the tuned weights are after the adjustment failed; they are saved if they were not yet and can be.
+
+    Args:
+        error: Why it failed.
+        saved: Where they were saved before; None if they were not.
+        model: The model.
+        processing_class: Tokenizer or processor to save beside it, or None.
+        output_dir: Where to save them.
+        state: Of the Trainer.
+
+    Returns:
+        A sentence for the user.
+    """
+    is_mixed = isinstance(error, RestoreError)
+    if saved is not None:
+        return f"The tuned weights are {'' if is_mixed else 'unharmed in the model, and '}saved in {str(saved)!r}."
+    if is_mixed or not is_shared(error):  # there is nothing to save, or nobody to save it with
+        return "The tuned weights are in the last checkpoint, if one was saved."
+    return rescue_tuned(model, processing_class, output_dir, state)
 
 
 def rescue_tuned(

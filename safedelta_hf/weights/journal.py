@@ -10,6 +10,7 @@ from typing import Protocol
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safedelta_hf.errors import RestoreError
 from safedelta_hf.ranks import Ranks, is_shared
 from safedelta_hf.scratch import ScratchFolder
 from safedelta_hf.sharding.held import HeldModel, LooseTensor
@@ -97,7 +98,11 @@ class Journal:
         self._saved[name][0].write(value)
 
     def restore(self) -> None:
-        """Put back every parameter that was replaced, bit for bit; they may be replaced again."""
+        """Put back every parameter that was replaced, bit for bit; they may be replaced again.
+
+        Raises:
+            RestoreError: That failed, on this rank or on another.
+        """  # noqa: DOC502 - raised by the function called
         self._put_back(self._opened().path)
 
     def _put_back(self, folder: Path) -> None:
@@ -111,10 +116,13 @@ class Journal:
                     place.write(self._original(place, path))
                     left.pop()
         except BaseException as error:
-            error.add_note(
-                f"{len(left)} weights were not put back; their originals are safetensors files, by parameter "
-                f"name, in {str(folder)!r}"
-            )
+            where = f"their originals are safetensors files, by parameter name, in {str(folder)!r}"
+            error.add_note(f"{len(left)} weights were not put back; {where}")
+            if isinstance(error, Exception):
+                raise RestoreError(
+                    f"{len(left)} weights were not put back ({type(error).__name__}: {error}), so the model holds "
+                    f"neither the weights from before nor the adjusted ones; {where}"
+                ) from error
             raise
         self._replaced.clear()
 
