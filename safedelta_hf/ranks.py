@@ -80,7 +80,8 @@ class Ranks:
             return [value]
         self.check_in()
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._control)
+        with self._in_contact():
+            dist.all_gather_object(found, value, group=self._control)
         return found
 
     def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -96,7 +97,8 @@ class Ranks:
         if self._control is not None:
             with self._exchanged(tensor) as moved:
                 self.check_in()
-                dist.all_reduce(moved, group=group)
+                with self._in_contact():
+                    dist.all_reduce(moved, group=group)
         return tensor
 
     def assembled(self, rows: Tensor, start: int, size: int, group: dist.ProcessGroup) -> Tensor:
@@ -137,7 +139,8 @@ class Ranks:
         if self._control is not None:
             with self._exchanged(tensor) as moved:
                 self.check_in()
-                dist.reduce(moved, dst=owner)
+                with self._in_contact():
+                    dist.reduce(moved, dst=owner)
 
     def broadcast(self, value: T, owner: int, device: torch.device | None = None) -> T:
         """Give all ranks what one of them has.
@@ -157,14 +160,16 @@ class Ranks:
         if self.rank == owner:
             packed = [(_pack(value, tensors), [(t.shape, t.dtype, t.device.type) for t in tensors])]
         self.check_in()
-        dist.broadcast_object_list(packed, src=owner, group=self._control)
+        with self._in_contact():
+            dist.broadcast_object_list(packed, src=owner, group=self._control)
         if self.rank != owner:
             tensors = [torch.empty(shape, dtype=dtype, device=device or kind) for shape, dtype, kind in packed[0][1]]
         tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in tensors:
             with self._exchanged(tensor.flatten().view(torch.uint8)) as moved:  # backends know few data types
                 self.check_in()  # once there is memory for it on all ranks
-                dist.broadcast(moved, src=owner)
+                with self._in_contact():
+                    dist.broadcast(moved, src=owner)
         return value if self.rank == owner else _unpack(packed[0][0], tensors)
 
     @contextmanager
@@ -200,8 +205,7 @@ class Ranks:
             yield
         except BaseException as error:
             if self._control is not None:
-                _mark_told(error)
-                error._safedelta_alone = True  # type: ignore[attr-defined]
+                _mark_alone(error)
                 error.add_note(f"on rank {self.rank}, while the others waited for it in collective operations")
             raise
 
@@ -216,17 +220,29 @@ class Ranks:
         """
         if self._control is None:
             return
-        unwell = torch.tensor([error is not None], dtype=torch.int32)
-        dist.all_reduce(unwell, op=dist.ReduceOp.MAX, group=self._control)
-        if not unwell.item():
-            return
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}", group=self._control)
+        with self._in_contact():
+            unwell = torch.tensor([error is not None], dtype=torch.int32)
+            dist.all_reduce(unwell, op=dist.ReduceOp.MAX, group=self._control)
+            if not unwell.item():
+                return
+            said: list[Any] = [None] * self.size
+            message = None if error is None else f"{type(error).__name__}: {error}"
+            dist.all_gather_object(said, message, group=self._control)
         if error is None:
             rank, message = next((rank, text) for rank, text in enumerate(said) if text is not None)
             failure = RankError(f"rank {rank} failed: {message}")
             _mark_told(failure)
             raise failure
+
+    @contextmanager
+    def _in_contact(self) -> Iterator[None]:
+        # Where another process has ended, as by a signal, nothing can be done together any more.
+        try:
+            yield
+        except RuntimeError as error:
+            lost = RankError(f"rank {self.rank} has lost the others; did one of them end? ({error})")
+            _mark_alone(lost)
+            raise lost from error
 
     @contextmanager
     def _exchanged(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -264,6 +280,11 @@ def is_shared(error: BaseException) -> bool:
 
 def _mark_told(error: BaseException) -> None:
     error._safedelta_told = True  # type: ignore[attr-defined]
+
+
+def _mark_alone(error: BaseException) -> None:
+    _mark_told(error)
+    error._safedelta_alone = True  # type: ignore[attr-defined]
 
 
 def _is_told(error: BaseException | None) -> bool:
