@@ -71,7 +71,7 @@ def second_train(backend, folder):
 def best_model(backend, folder):
     """The evaluation at the last step leaves the last group of FSDP2 gathered; what is written to it then is lost."""
     steps = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    run = trainer(backend, folder, NOTHING_KEPT, save_only_model=backend != "ddp", **steps)
+    run = trainer(backend, folder, NOTHING_KEPT, **steps)
     run.train()
     assert run.state.best_model_checkpoint
     assert is_base(run.model)

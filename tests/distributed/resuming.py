@@ -1,6 +1,8 @@
 """A training script as users have it: run again after it was killed, it goes on where its last checkpoint is.
 
-python -m tests.distributed.resuming BACKEND FOLDER KIND [POINT [CALL]]
+python -m tests.distributed.resuming BACKEND FOLDER[,FOLDER] KIND [POINT CALL [RANK]]
+
+Of two folders, the first gets a run that nothing befalls, before the one in the second is killed.
 """
 
 import importlib
@@ -31,8 +33,8 @@ POINTS = {
 """Where a run can be killed: at some call of these."""
 
 
-def kill_at(point, call, *, rank=None):
-    """Let this process be killed by the system at the end of the n-th call of a function."""
+def kill_at(point, call, rank=None):
+    """Let processes be killed by the system at the end of their n-th call of a function: one rank, or all of them."""
     module, _, path = POINTS[point].partition(":")
     *owner, name = path.split(".")
     place = importlib.import_module(module)
@@ -43,7 +45,7 @@ def kill_at(point, call, *, rank=None):
     def wrapped(*args, **kwargs):
         result = original(*args, **kwargs)
         calls.append(name)
-        if len(calls) == call and (rank is None or rank == int(os.environ.get("RANK", 0))):
+        if len(calls) == int(call) and rank in (None, os.environ.get("RANK")):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -71,11 +73,7 @@ def settings(backend):
     return {"use_cpu": True}
 
 
-def main(backend, folder, kind="full", point=None, call="1", rank=None):
-    if backend == "fsdp2":
-        shim.install()
-    if point is not None:
-        kill_at(point, int(call), rank=None if rank is None else int(rank))
+def train(backend, folder, kind):
     folder, world = Path(folder), int(os.environ.get("WORLD_SIZE", 1))
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     trainer = Trainer(
@@ -95,6 +93,17 @@ def main(backend, folder, kind="full", point=None, call="1", rank=None):
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(folder / "final")
     print(f"started at {last.name if last else 'the base'} and ended")
+
+
+def main(backend, folders, kind, *kill):
+    if backend == "fsdp2":
+        shim.install()
+    *whole, folder = str(folders).split(",")
+    for each in whole:
+        train(backend, each, kind)
+    if kill:
+        kill_at(*kill)
+    train(backend, folder, kind)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.distributed import resuming
+from tests.distributed.launching import passes, torchrun
 
 FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
@@ -87,3 +88,18 @@ def test_a_run_killed_anywhere_and_started_again_ends_bit_for_bit_as_one_that_wa
         half_written(folder, point, kind)
     assert run(python, folder, kind) == 0
     require_same_end(folder, uninterrupted[kind], kind)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_a_run_on_two_processes_that_is_killed_and_started_again_ends_bit_for_bit_as_one_that_was_not(
+    backend, tmp_path
+):
+    whole, folder = prepared(tmp_path / "whole"), prepared(tmp_path / "killed")
+    both = f"{whole},{folder}"
+    for folders, *kill in [(both, "step", 3, 1), (folder, "replace", 35)]:
+        done = torchrun("tests.distributed.resuming", backend, folders, "full", *kill, timeout=200)
+        assert done.returncode != 0
+        assert "SIGKILL" in done.stderr, done.stderr[-4000:]
+        assert not (folder / "final").exists()
+    assert "started at checkpoint-6 and ended" in passes("tests.distributed.resuming", backend, folder, "full")
+    require_same_end(folder, whole, "full")
