@@ -71,6 +71,11 @@ class ModelBase:
             raise BaseWeightsError(
                 f"{name}: the base model is sharded in another way than the tuned one; pass the folder of its files"
             )
+        if weight.shape[0] != wanted.size:
+            raise BaseWeightsError(
+                f"{name}: {weight.shape[0]} slices in the base model, {wanted.size} in the fine-tuned one; was the "
+                "vocabulary resized?"
+            )
         return weight[wanted.start : wanted.stop]
 
 
@@ -97,9 +102,6 @@ class CheckpointBase:
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
 
-    def __contains__(self, name: str) -> bool:
-        return any(candidate in self._files.tensors for candidate in self._candidates(name))
-
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
 
@@ -116,12 +118,38 @@ class CheckpointBase:
         for candidate in self._candidates(name):
             if candidate in self._files.tensors:
                 try:
-                    return self._files.read(candidate, None if piece is None else (piece.start, piece.stop))
+                    if piece is None or piece.is_whole:
+                        return self._files.read(candidate)
+                    self._require_size(candidate, piece)
+                    return self._files.read(candidate, (piece.start, piece.stop))
                 except CheckpointError as error:
                     raise BaseWeightsError(f"base: {error}") from error
         raise BaseWeightsError(
             f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>"
         )
+
+    def has(self, name: str, shape: torch.Size) -> bool:
+        """Whether a weight stands in the files in a certain shape.
+
+        Args:
+            name: Canonical parameter name.
+            shape: The shape.
+
+        Returns:
+            Whether it does.
+        """
+        return any(
+            candidate in self._files.tensors and self._files.tensors[candidate].shape == tuple(shape)
+            for candidate in self._candidates(name)
+        )
+
+    def _require_size(self, stored: str, piece: Piece) -> None:
+        shape = self._files.tensors[stored].shape
+        if shape[:1] != (piece.size,):
+            raise BaseWeightsError(
+                f"{stored}: {list(shape)} in {self.source!r}, {piece.size} slices in the model; was the "
+                "vocabulary resized?"
+            )
 
     def _candidates(self, name: str) -> Iterator[str]:
         yield name
@@ -189,7 +217,7 @@ class FilesOrMemoryBase:
         return self._files.read(name, piece)
 
     def _is_in(self, files: "CheckpointBase", held: HeldModel, name: str, expected: str) -> bool:
-        if not held.ranks.all(name in files):
+        if not held.ranks.all(files.has(name, held.holding.shape(name))):
             return False
         piece = held.holding.piece(name)
         rows = files.read(name, piece).to(held.holding.dtype(name))
