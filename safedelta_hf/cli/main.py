@@ -11,6 +11,7 @@ from safedelta_hf.cli.demo import run_demo
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import evaluate
 from safedelta_hf.cli.options import RULE_HELP, STRENGTH_HELP, chosen_rule, one_of
+from safedelta_hf.cli.profile import profile
 from safedelta_hf.pipeline import adjust_adapter_files
 from safedelta_hf.rules import SafeDelta, TaskRidge
 from safedelta_hf.testbed import CASES
@@ -74,6 +75,7 @@ def apply(
         typer.echo(f"Written: {output}")
 
 
+app.command("profile")(profile)
 app.command("eval")(evaluate)
 app.command("compare")(comparison)
 

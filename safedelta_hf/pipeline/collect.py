@@ -7,10 +7,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from safedelta_hf.capture.collect import capture_moments
+from safedelta_hf.capture.collect import Capture, capture_moments
 from safedelta_hf.capture.held_out import HeldOut, split
+from safedelta_hf.capture.parts import Parts
 from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.capture.safety_data import (
+    ProcessingClass,
+    SafetySequence,
+    digest_of,
+    read_safety_data,
+    tokenizer_digest,
+)
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import ALL_LINEAR
@@ -37,6 +44,7 @@ def collect_profile(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     digests: Mapping[str, str] | None = None,
+    parts: Parts | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
@@ -60,6 +68,8 @@ def collect_profile(
         layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
         layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
+        parts: Read the data in parts, and keep their sum in a folder, so that a killed run goes on there: the same
+            call goes on where it stopped. The moments are read from that folder until it is removed.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -89,23 +99,30 @@ def collect_profile(
         raise DataError(
             f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or holdout=0"
         )
-    capture = capture_moments(
-        model,
-        sequences,
-        storage=MomentStorage(chosen.budget, chosen.offload_folder),
-        batch_size=chosen.batch_size,
-        share_moments=chosen.share_moments,
-        purpose=purpose,
-        targets=chosen.chosen,
-        progress=progress,
-    )
+    made_of = {
+        "architecture": type(model).__name__,
+        "base": dict(digests) if digests is not None else fingerprint(model),
+        "dtypes": data_types(model),
+        "tokenizer": tokenizer_digest(processing_class),
+    }
+
+    def read(part: Sequence[SafetySequence]) -> Capture:
+        return capture_moments(
+            model,
+            part,
+            storage=MomentStorage(chosen.budget, chosen.offload_folder),
+            batch_size=chosen.batch_size,
+            share_moments=chosen.share_moments,
+            purpose=purpose,
+            targets=chosen.chosen,
+            progress=progress,
+        )
+
+    capture = read(sequences) if parts is None else parts.capture(sequences, chosen, read, made_of)
     return SafetyProfile.of(
         capture,
         HeldOut.measured(model, aside, chosen.batch_size) if aside else None,
-        architecture=type(model).__name__,
-        base=dict(digests) if digests is not None else fingerprint(model),
-        dtypes=data_types(model),
-        tokenizer=tokenizer_digest(processing_class),
+        **made_of,
         data=digest_of(sequences),
         sequences=len(sequences),
         tokens=sum(len(sequence.input_ids) for sequence in sequences),

@@ -182,7 +182,8 @@ FILE = ("moments", 0, "file")
         (("moments", 0, "shape"), [2**30], "need"),
         (("moments", 0, "shape"), [48, 47], "shape"),
         (("moments", 0, "shape"), [4, 4], "cannot be|another kind"),
-        (("moments", 2, "shape"), [2**20, 2**20], "need|another kind"),
+        (("moments", 2, "shape"), [2**20, 2**20], "shape"),
+        (("moments", 2, "shape"), [2**16, 2**16], "need|another kind"),
         (("moments", 0, "storage"), "triangular", "diagonal"),
         (("moments", 0, "storage"), "pickle", "storage="),
         (("moments", 0, "storage"), "eigenbasis:-1", "storage="),
@@ -318,7 +319,7 @@ def filled(*place, value):
     return change
 
 
-PARTS = [("float32", "total"), ("triangular", "upper"), ("bfloat16", "upper"), ("bfloat16", "diagonal")]
+PARTS = [("float32", "total"), ("triangular", "upper"), ("bfloat16", "factor")]
 PARTS += [("eigenbasis:3", part) for part in ("vectors", "values", "rest")]
 CHANGES = {
     "NaN": filled(1, value=float("nan")),
@@ -350,8 +351,6 @@ def test_signed_tensors_that_cannot_be(malformed, storage, part):
         ("triangular", "upper", filled(0, value=-1.0)),
         ("triangular", "upper", filled(1, value=1e6)),
         ("triangular", "upper", lambda upper: -upper),
-        ("bfloat16", "diagonal", filled(0, value=-1.0)),
-        ("bfloat16", "upper", filled(1, value=1e6)),
         ("eigenbasis:3", "rest", filled(0, value=-1e9)),
         ("eigenbasis:3", "values", lambda values: -values),
     ],
