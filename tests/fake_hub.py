@@ -5,9 +5,14 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import constants
+
+FILES = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @dataclass
@@ -159,10 +164,19 @@ REPLIES = [
 ]
 
 
-def serve(hub):
-    """Start answering; returns the server, to shut down."""
+@contextmanager
+def connected(monkeypatch):
+    """Let huggingface_hub talk to a Hub of one's own."""
+    hub = FakeHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.hub = hub
     hub.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + FILES)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

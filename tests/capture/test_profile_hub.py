@@ -9,10 +9,9 @@ from safedelta_hf import SafetyProfile
 from safedelta_hf.capture.files import shards
 from safedelta_hf.errors import ProfileError
 from tests.capture.saved_profiles import same_moments, tiny_profile
-from tests.fake_hub import FakeHub, serve
+from tests.fake_hub import FILES, connected
 
 NAME = "org/profile"
-FILES = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +21,10 @@ def profile():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    found = FakeHub()
-    server = serve(found)
-    monkeypatch.setattr(constants, "ENDPOINT", found.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
     monkeypatch.chdir(tmp_path)  # a name of a repository may be that of a folder
-    yield found
-    server.shutdown()
+    with connected(monkeypatch) as found:
+        yield found
 
 
 def opened(tmp_path, **settings):
