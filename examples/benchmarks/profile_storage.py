@@ -29,6 +29,7 @@ from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
 from safedelta_hf.weights.delta import MatrixDelta
 
 CPU = torch.device("cpu")
+BEHAVIOURS = ("attack_success", "new_skill", "old_skills")
 
 
 def through(profile: SafetyProfile, storage: str) -> tuple[SafetyProfile, int]:
@@ -87,8 +88,7 @@ def testbed(options: argparse.Namespace) -> Iterator[list[str]]:
         adjust_model(model, base=aligned.model, profile=profile, task=task, rule=rule, progress=False)
         scores = [subject.measure(found) for found in (model, anew)]
         behaviours = (
-            " / ".join(f"{score[name].value:.1%}" for name in ("attack_success", "new_skill", "old_skills"))
-            for score in scores
+            " / ".join(f"{score[name].value:.1%}" if name in score else "-" for name in BEHAVIOURS) for score in scores
         )
         yield [
             storage,
