@@ -131,7 +131,7 @@ WRONG = {
     int: ("3", 1.5, None, True, -1, 10**30),
     dict: ([], "x", 3),
     list: ({}, "x", 3),
-    float: ("1", [], float("nan"), float("inf")),
+    float: ("1", [], float("nan"), float("inf"), 10**400),
     type(None): (3, []),
 }
 
@@ -282,6 +282,7 @@ def outside(folder, name):
         lambda folder: header(folder).write_text("{}"),
         lambda folder: header(folder).write_text('{"header": {"format_version": 3}}'),
         edit(("header", "architecture"), "\ud800"),
+        edit(("header", "skipped"), {"\ud800": "x"}),
     ],
 )
 def test_a_folder_that_is_not_as_it_was_written(malformed, change):

@@ -101,6 +101,7 @@ def test_a_snapshot_in_the_cache_opens_as_a_folder(profile, hub, tmp_path):
 def test_what_is_not_there_is_a_named_error(hub, name):
     with pytest.raises(ProfileError, match="profile: "):
         SafetyProfile.load(name)
+    assert bool(hub.requests) == (name.count("/") == 1)
 
 
 def test_a_damaged_download_is_found(profile, hub, tmp_path):
