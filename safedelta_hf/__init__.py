@@ -1,5 +1,6 @@
 """Safe Delta for Hugging Face: fine-tune an aligned model and keep its refusals."""
 
+from safedelta_hf.capture.encodings import Eigenbasis
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.retention import with_retention
 from safedelta_hf.hf.callback import SafeDeltaCallback
@@ -30,6 +31,7 @@ from safedelta_hf.rules import (
 __all__ = [
     "AutoStrength",
     "Dare",
+    "Eigenbasis",
     "EvaluationCallback",
     "ModelStock",
     "Report",

@@ -81,6 +81,12 @@ def test_the_benchmark_runs():
     assert "capture:" in result.stdout and "peak memory:" in result.stdout
 
 
+def test_the_storage_benchmark_prints_both_tables(tmp_path):
+    small = ["--case=harmful", "--questions=4", "--size=64", "--storage", "float32", "bfloat16", "--ranks"]
+    shown = run(tmp_path, EXAMPLES / "benchmarks" / "profile_storage.py", *small)
+    assert "| float32 | 1.00 | 0.0e+00 | 0.0e+00 | 1.0000 |" in shown and "| 2, 2 | eigenbasis:8 |" in shown
+
+
 def test_the_evaluation_example_sees_the_refusals_go_and_come_back(tmp_path):
     shown = [line for line in run(tmp_path, EXAMPLES / "evaluation.py").splitlines() if line.startswith("step")]
     shares = [float(line.split("attack success")[1].split("%")[0]) for line in shown]

@@ -123,7 +123,8 @@ class SafetyProfile:
         """Open a saved profile; moments are read, or downloaded, when they are asked for.
 
         Args:
-            source: A folder that `save` wrote; if there is none of that name, a repository on the Hub.
+            source: A folder that `save` wrote; if there is none of that name, a repository `organisation/name` on the
+                Hub.
             revision: Branch, tag or commit on the Hub.
             token: Access token of the Hub; None for the one that was stored by logging in.
             cache_dir: Where downloads are kept.
@@ -138,8 +139,8 @@ class SafetyProfile:
         if folder.exists():
             content = read_header(folder / HEADER_FILE)
             locate = in_folder(folder, content)
-        elif folder.is_absolute() or str(source).startswith((".", "~")):
-            raise ProfileError(f"profile: there is no folder {str(source)!r}")
+        elif folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+            raise ProfileError(f"profile: there is no folder {str(source)!r}; on the Hub it would be organisation/name")
         else:
             path, locate = Repository(name=str(source), revision=revision, token=token, cache_dir=cache_dir).download()
             content = read_header(path)

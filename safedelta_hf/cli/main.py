@@ -12,6 +12,7 @@ from safedelta_hf.cli.demo import run_demo
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import evaluate
 from safedelta_hf.cli.options import RULE_HELP, STRENGTH_HELP, chosen_rule, one_of
+from safedelta_hf.cli.profile import profile
 from safedelta_hf.rules import TaskRidge
 from safedelta_hf.testbed import CASES
 
@@ -39,6 +40,7 @@ def demo(
         run_demo(chosen_case, rule=chosen, seed=seed, output=output, echo=typer.echo, lora=lora)
 
 
+app.command("profile")(profile)
 app.command("apply")(apply)
 app.command("eval")(evaluate)
 app.command("compare")(comparison)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from safedelta_hf.capture.collect import capture_moments
+from safedelta_hf.capture.collect import Capture, capture_moments
 from safedelta_hf.capture.held_out import HeldOut, split
+from safedelta_hf.capture.parts import Parts
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.capture.safety_data import (
     ProcessingClass,
@@ -20,7 +21,7 @@ from safedelta_hf.capture.safety_data import (
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.capture.targets import ALL_LINEAR
-from safedelta_hf.errors import DataError
+from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.names import class_name, unwrapped
 from safedelta_hf.ranks import Ranks
 from safedelta_hf.sharding.detect import holding_of
@@ -46,6 +47,7 @@ def collect_profile(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     digests: Mapping[str, str] | None = None,
+    parts: Parts | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
     holding: Holding | None = None,
@@ -74,6 +76,8 @@ def collect_profile(
         layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
         layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
+        parts: Read the data in parts, and keep their sum in a folder, so that a killed run goes on there: the same
+            call goes on where it stopped. The moments are read from that folder until it is removed. For one process.
         progress: Whether to show a progress bar, on the main process.
         ranks: The processes that share the work; None for those of the run.
         holding: How they hold the model's parameters; None to find out.
@@ -100,6 +104,10 @@ def collect_profile(
         layers_pattern=layers_pattern,
     )
     ranks = ranks or Ranks.of_run()
+    if parts is not None and ranks.size > 1:
+        raise ConfigurationError(
+            f"parts: read by one process, and this run has {ranks.size}; leave them out here, or collect in one process"
+        )
     with ranks.together():
         holding = holding or holding_of(model)
         # Where forward passes are collective, the outermost module has a part in them.
@@ -112,28 +120,35 @@ def collect_profile(
                 "holdout=0"
             )
         _require_same(sequences + aside, ranks, purpose)
-        capture = capture_moments(
-            model,
-            sequences,
-            storage=MomentStorage(chosen.budget, chosen.offload_folder),
-            batch_size=chosen.batch_size,
-            share_moments=chosen.share_moments,
-            purpose=purpose,
-            targets=chosen.chosen,
-            progress=progress,
-            ranks=ranks,
-            holding=holding,
-        )
+        made_of = {
+            "architecture": class_name(model),
+            "base": dict(digests) if digests is not None else fingerprint(model),
+            "dtypes": data_types(model),
+            "tokenizer": tokenizer_digest(processing_class),
+        }
+
+        def read(part: Sequence[SafetySequence]) -> Capture:
+            return capture_moments(
+                model,
+                part,
+                storage=MomentStorage(chosen.budget, chosen.offload_folder),
+                batch_size=chosen.batch_size,
+                share_moments=chosen.share_moments,
+                purpose=purpose,
+                targets=chosen.chosen,
+                progress=progress,
+                ranks=ranks,
+                holding=holding,
+            )
+
+        capture = read(sequences) if parts is None else parts.capture(sequences, chosen, read, made_of)
         held_out = None
         if aside:
             held_out = HeldOut.measured(model, aside, chosen.batch_size, ranks=ranks, holding=holding)
         return SafetyProfile.of(
             capture,
             held_out,
-            architecture=class_name(model),
-            base=dict(digests) if digests is not None else fingerprint(model),
-            dtypes=data_types(model),
-            tokenizer=tokenizer_digest(processing_class),
+            **made_of,
             data=digest_of(sequences),
             sequences=len(sequences),
             tokens=sum(len(sequence.input_ids) for sequence in sequences),

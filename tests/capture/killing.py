@@ -1,6 +1,6 @@
 """Saves a profile in processes that are killed at a given point; run by a test, in an interpreter of its own.
 
-    python -m tests.capture.killing SOURCE FOLDER POINT
+    python -m tests.capture.killing SOURCE FOLDER STORAGE SHARD_BYTES BYTES...
 
 One interpreter loads everything once and forks for each point, so a hundred kills take seconds.
 """
@@ -60,7 +60,7 @@ def attempt(profile, folder: Path, storage: str, kill) -> bool:
 def main():
     torch.set_num_threads(1)
     source, parent, storage = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    shards.SHARD_BYTES = 1000
+    shards.SHARD_BYTES = int(sys.argv[4])
     profile = SafetyProfile.load(source)
     points = {}
     for point in range(1, 1000):
@@ -69,7 +69,7 @@ def main():
         if not attempt(profile, folder, storage, lambda folder=folder, point=point: event_killer(folder.parent, point)):
             break
         points[folder.parent.name] = True
-    for point in map(int, sys.argv[4:]):
+    for point in map(int, sys.argv[5:]):
         folder = parent / f"byte-{point}" / "profile"
         folder.parent.mkdir()
         assert attempt(profile, folder, storage, lambda point=point: byte_killer(point)), "nothing was so large"

@@ -131,7 +131,7 @@ WRONG = {
     int: ("3", 1.5, None, True, -1, 10**30),
     dict: ([], "x", 3),
     list: ({}, "x", 3),
-    float: ("1", [], float("nan"), float("inf")),
+    float: ("1", [], float("nan"), float("inf"), 10**400),
     type(None): (3, []),
 }
 
@@ -182,7 +182,8 @@ FILE = ("moments", 0, "file")
         (("moments", 0, "shape"), [2**30], "need"),
         (("moments", 0, "shape"), [48, 47], "shape"),
         (("moments", 0, "shape"), [4, 4], "cannot be|another kind"),
-        (("moments", 2, "shape"), [2**20, 2**20], "need|another kind"),
+        (("moments", 2, "shape"), [2**20, 2**20], "shape"),
+        (("moments", 2, "shape"), [2**16, 2**16], "need|another kind"),
         (("moments", 0, "storage"), "triangular", "diagonal"),
         (("moments", 0, "storage"), "pickle", "storage="),
         (("moments", 0, "storage"), "eigenbasis:-1", "storage="),
@@ -281,6 +282,7 @@ def outside(folder, name):
         lambda folder: header(folder).write_text("{}"),
         lambda folder: header(folder).write_text('{"header": {"format_version": 3}}'),
         edit(("header", "architecture"), "\ud800"),
+        edit(("header", "skipped"), {"\ud800": "x"}),
     ],
 )
 def test_a_folder_that_is_not_as_it_was_written(malformed, change):
@@ -318,7 +320,7 @@ def filled(*place, value):
     return change
 
 
-PARTS = [("float32", "total"), ("triangular", "upper"), ("bfloat16", "upper"), ("bfloat16", "diagonal")]
+PARTS = [("float32", "total"), ("triangular", "upper"), ("bfloat16", "factor")]
 PARTS += [("eigenbasis:3", part) for part in ("vectors", "values", "rest")]
 CHANGES = {
     "NaN": filled(1, value=float("nan")),
@@ -350,8 +352,6 @@ def test_signed_tensors_that_cannot_be(malformed, storage, part):
         ("triangular", "upper", filled(0, value=-1.0)),
         ("triangular", "upper", filled(1, value=1e6)),
         ("triangular", "upper", lambda upper: -upper),
-        ("bfloat16", "diagonal", filled(0, value=-1.0)),
-        ("bfloat16", "upper", filled(1, value=1e6)),
         ("eigenbasis:3", "rest", filled(0, value=-1e9)),
         ("eigenbasis:3", "values", lambda values: -values),
     ],

@@ -1,4 +1,4 @@
-"""The upper half of a moment in half the bits."""
+"""The Cholesky factor of a moment in half the bits of its upper half."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,23 +10,25 @@ from torch import Tensor
 from safedelta_hf.capture.encodings.encoding import Encoding, Layout
 from safedelta_hf.capture.encodings.packing import pack_upper, packed_size, unpack_upper
 
-SMALLEST_RAISE: Final = 2.0**-12
-"""First share by which the diagonal is raised if it has to be; doubled until it is enough."""
+SMALLEST_RAISE: Final = 2.0**-24
+"""First share by which the diagonal is raised if the moment has no factor."""
+RAISE_FACTOR: Final = 4.0
 
 
 @dataclass(frozen=True)
 class Bfloat16(Encoding):
-    """The upper half in bfloat16, the diagonal in float32 and raised until the matrix is positive definite.
+    """The upper triangular `U` of `H = U^T U`, in bfloat16.
 
-    Rounding each entry by up to 2^-9 of itself takes the smallest eigenvalues below zero, by more than the usual
-    damping. The diagonal is raised by one share of itself, so inputs of any size are treated alike, and by no more than
-    twice what a factorisation needs. A raised diagonal errs towards protecting more.
+    The moment itself must not be rounded so: entries that are off by 2^-9 of themselves move the small eigenvalues by
+    2^-9 of the large ones, far below zero. What a rounded factor gives is positive semi-definite whatever the rounding,
+    and its small eigenvalues move by the square of that. Where a moment is singular, its diagonal is raised by the
+    least share of itself that gives it a factor, about 10^-6.
     """
 
     name: ClassVar[str] = "bfloat16"
 
     def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:
-        """Two vectors.
+        """One vector.
 
         Args:
             shape: `(in, in)`.
@@ -34,10 +36,7 @@ class Bfloat16(Encoding):
         Returns:
             Layouts by name.
         """
-        return {
-            "upper": Layout(dtype=torch.bfloat16, shape=(packed_size(shape[0]),)),
-            "diagonal": Layout(dtype=torch.float32, shape=(shape[0],)),
-        }
+        return {"factor": Layout(dtype=torch.bfloat16, shape=(packed_size(shape[0]),))}
 
     def encode(self, total: Tensor) -> dict[str, Tensor]:
         """Store a moment.
@@ -46,10 +45,12 @@ class Bfloat16(Encoding):
             total: [in, in], float32.
 
         Returns:
-            Its upper half, and the diagonal that counts.
+            Its factor.
         """
-        rounded, diagonal = total.to(torch.bfloat16), total.diagonal()
-        return {"upper": pack_upper(rounded), "diagonal": diagonal * (1.0 + _needed_raise(rounded, diagonal))}
+        diagonal = total.diagonal()
+        scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+        factor = _factor(total * scale * scale[:, None])  # inputs of any size are treated alike
+        return {"factor": pack_upper((factor * diagonal.sqrt()).to(torch.bfloat16))}
 
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Read a moment.
@@ -60,17 +61,16 @@ class Bfloat16(Encoding):
         Returns:
             [in, in], float32.
         """
-        total = unpack_upper(stored["upper"]).float()
-        total.diagonal().copy_(stored["diagonal"])
-        return total
+        factor = unpack_upper(stored["factor"]).float()
+        return factor.T @ factor
 
 
-def _needed_raise(rounded: Tensor, diagonal: Tensor) -> float:
-    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    scaled = rounded.float().mul_(scale).mul_(scale[:, None])
+def _factor(scaled: Tensor) -> Tensor:
     share = 0.0
     while True:
         scaled.diagonal().fill_(1.0 + share)
-        if not torch.linalg.cholesky_ex(scaled).info:
-            return share
-        share = max(2.0 * share, SMALLEST_RAISE)
+        found = torch.linalg.cholesky_ex(scaled, upper=True)
+        if not found.info:
+            factor: Tensor = found.L
+            return factor
+        share = max(RAISE_FACTOR * share, SMALLEST_RAISE)

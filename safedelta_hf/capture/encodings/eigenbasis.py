@@ -97,6 +97,7 @@ class Eigenbasis(Encoding):
             found, _, _ = torch.svd_lowrank(total, q=min(len(total), self.rank + SPARE_DIRECTIONS))
         values, turned = torch.linalg.eigh(found.T @ total @ found)
         values, vectors = values[-self.rank :].clamp_min(0), (found @ turned)[:, -self.rank :].contiguous()
+        vectors[total.diagonal() == 0] = 0  # an input that is never active stays so
         rest = (total.diagonal() - vectors.square() @ values).clamp_min(0)
         return {"vectors": vectors, "values": values.contiguous(), "rest": rest}
 

@@ -40,13 +40,13 @@ def pack_upper(matrix: Tensor) -> Tensor:
 
 
 def unpack_upper(packed: Tensor) -> Tensor:
-    """Mirror the upper half.
+    """Put the entries back.
 
     Args:
         packed: What `pack_upper` returned.
 
     Returns:
-        [size, size], symmetric.
+        [size, size], zero below the diagonal.
     """
     size = (isqrt(8 * len(packed) + 1) - 1) // 2
     matrix = packed.new_zeros((size, size))
@@ -54,6 +54,19 @@ def unpack_upper(packed: Tensor) -> Tensor:
     for row in range(size):
         matrix[row, row:] = packed[start : start + size - row]
         start += size - row
+    return matrix
+
+
+def mirror_(matrix: Tensor) -> Tensor:
+    """Fill the lower half from the upper one, in place.
+
+    Args:
+        matrix: [size, size], zero below the diagonal.
+
+    Returns:
+        The matrix, symmetric.
+    """
+    size = len(matrix)
     for first in range(0, size, BLOCK):
         last = min(first + BLOCK, size)
         matrix[last:, first:last] = matrix[first:last, last:].T

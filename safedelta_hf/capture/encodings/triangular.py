@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.capture.encodings.encoding import Encoding, Layout
-from safedelta_hf.capture.encodings.packing import pack_upper, packed_size, unpack_upper
+from safedelta_hf.capture.encodings.packing import mirror_, pack_upper, packed_size, unpack_upper
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ class Triangular(Encoding):
         Returns:
             [in, in], float32.
         """
-        return unpack_upper(stored["upper"])
+        return mirror_(unpack_upper(stored["upper"]))

@@ -25,7 +25,8 @@ SHARD_PATTERN: Final = "moments-*-of-*.safetensors"
 
 _SHARD_NAME: Final = re.compile(r"moments-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_LARGEST_SIDE: Final = 2**31
+_LARGEST_SIDES: Final = {1: 2**31, 2: 2**17}
+"""Of diagonal and of full moments: a full one of more would take over 64 GiB, however small it is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,8 @@ def _require_files(files: Mapping[str, StoredFile], moments: Iterable[StoredMome
 
 def _require_plausible(moment: StoredMoment, sequences: int) -> None:
     shape = moment.shape
-    if len(shape) not in (1, 2) or shape[0] != shape[-1] or not all(0 < side < _LARGEST_SIDE for side in shape):
+    largest = _LARGEST_SIDES.get(len(shape), 0)
+    if len(set(shape)) != 1 or not 0 < shape[0] <= largest:
         raise ValueError(f"moment {moment.key!r} has the shape {list(shape)[:5]}; expected [in, in] or [in]")
     if moment.sequences != sequences or moment.tokens < 0:
         raise ValueError(

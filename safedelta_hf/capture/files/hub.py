@@ -107,7 +107,8 @@ def _named(repository: str) -> Iterator[None]:
         ) from error
     except HFValidationError as error:
         raise ProfileError(f"profile: {repository!r} is no folder, and no name of a repository ({error})") from error
-    except OSError as error:
+    except Exception as error:
+        # What the HTTP library of the Hub's client raises, which is another in each of its versions.
         raise ProfileError(f"profile: {repository!r}: no folder, and not within reach on the Hub ({error})") from error
 
 

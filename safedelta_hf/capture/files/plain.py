@@ -46,12 +46,12 @@ def _typed(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401 - whatever
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(inner[0], entry, place) for entry in value)
     if origin is Mapping and isinstance(value, dict):
-        return {key: _typed(inner[1], entry, f"{place}[{key!r}]") for key, entry in value.items()}
+        return {_typed(str, key, place): _typed(inner[1], entry, f"{place}[{key!r}]") for key, entry in value.items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind is int and type(value) is int and abs(value) < _LARGEST:
+    if kind in (int, float) and type(value) is int and abs(value) < _LARGEST:
+        return kind(value)
+    if kind is float and type(value) is float and math.isfinite(value):
         return value
     if kind is str and type(value) is str:
         value.encode()  # half a surrogate pair could not be printed

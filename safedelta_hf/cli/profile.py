@@ -1,0 +1,164 @@
+"""`safedelta profile`: collect a profile of a base model, from files to files or to the Hub."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from safedelta_hf.capture.encodings import ENCODINGS, encoding_of
+from safedelta_hf.capture.parts import Parts
+from safedelta_hf.capture.profile import DEFAULT_STORAGE, SafetyProfile
+from safedelta_hf.capture.retention import with_retention
+from safedelta_hf.capture.settings import CaptureSettings
+from safedelta_hf.capture.targets import ALL_LINEAR
+from safedelta_hf.cli.errors import one_line_errors
+from safedelta_hf.cli.options import one_of
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.folders import require_absent
+from safedelta_hf.pipeline import collect_profile
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+STORAGES: Final = ", ".join(f"{name}:RANK" if name == "eigenbasis" else name for name in ENCODINGS)
+ORDINARY_WEIGHT: Final = 0.1
+
+_READING: Final = "How the data is read"
+_HUB: Final = "Hub"
+
+
+def _reading(text: str, **settings: Any) -> Any:  # noqa: ANN401 - what Annotated takes
+    return typer.Option(help=text, rich_help_panel=_READING, **settings)
+
+
+def profile(
+    model: Annotated[str, typer.Option(help="Name or folder of the base (aligned) model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist. A killed run goes on there.")],
+    safety_data: Annotated[Path | None, typer.Option(help="Harmful prompts with a safe model's responses.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Examples of the fine-tuning data instead, for rules that weigh the task.")
+    ] = None,
+    ordinary_data: Annotated[
+        Path | None, typer.Option(help="Ordinary prompts with the base's responses, to protect as well.")
+    ] = None,
+    ordinary_weight: Annotated[
+        float | None, typer.Option(help=f"Weight of --ordinary-data; default {ORDINARY_WEIGHT:g}.")
+    ] = None,
+    storage: Annotated[str, typer.Option(help=f"How moments are stored: {STORAGES}.")] = DEFAULT_STORAGE,
+    batch_size: Annotated[int, _reading("Sequences of one length per forward pass, at most.", min=1)] = 8,
+    max_length: Annotated[int | None, _reading("Cut sequences to this many tokens.", min=1)] = None,
+    dtype: Annotated[
+        str, _reading(f"Data type of the weights: {', '.join(DTYPES)}; that of the fine-tuning, if they are to match.")
+    ] = "auto",
+    device: Annotated[str, _reading("Device, or device map of transformers: cpu, cuda:0, auto, ...")] = "auto",
+    holdout: Annotated[
+        float | None, _reading("Share of the safety data to measure refusals by; default 0.25 of at least 16 rows.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, _reading("Linear weights to read, as PEFT's target modules; repeatable; default all.")
+    ] = None,
+    share_moments: Annotated[bool, _reading("One moment for layers that read the same tensor.")] = True,
+    moment_memory: Annotated[
+        str | None, _reading('Memory for moments on the device, such as "8GB"; default no limit.')
+    ] = None,
+    offload_folder: Annotated[Path | None, _reading("Folder for the moments beyond --moment-memory.")] = None,
+    save_every: Annotated[
+        int | None, _reading("Keep the sums after every so many batches; a killed run goes on there.", min=1)
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Repository on the Hub to upload to as well.", rich_help_panel=_HUB)
+    ] = None,
+    private: Annotated[
+        bool, typer.Option(help="Make that repository private, if it is new.", rich_help_panel=_HUB)
+    ] = False,
+) -> None:
+    """Collect the profile of a base model once, for every fine-tune of it."""  # noqa: DOC501 - ends in one line
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with one_line_errors():
+        # Everything that is small is checked before anything that is large is loaded.
+        source, purpose = _source(safety_data, task_data, ordinary_data, holdout)
+        if ordinary_data is None and ordinary_weight is not None:
+            raise ConfigurationError("--ordinary-weight has no effect without --ordinary-data")
+        if private and push_to_hub is None:
+            raise ConfigurationError("--private has no effect without --push-to-hub")
+        one_of(dict.fromkeys(DTYPES), dtype, "--dtype")
+        encoding = encoding_of(storage)
+        settings = CaptureSettings(
+            batch_size=batch_size,
+            max_length=max_length,
+            moment_memory=_size(moment_memory),
+            offload_folder=offload_folder,
+            share_moments=share_moments,
+            holdout=0.0 if task_data is not None else holdout,
+            targets=targets or ALL_LINEAR,
+        )
+        require_absent(output)
+        loaded, tokenizer = _load(model, dtype, device)
+        parts = (
+            None if save_every is None else Parts(folder=output.with_name(f".{output.name}.sums"), batches=save_every)
+        )
+        found = collect_profile(loaded, source, tokenizer, purpose=purpose, parts=parts, **vars(settings))
+        if ordinary_data is not None:
+            ordinary = _ordinary(loaded, ordinary_data, tokenizer, settings, found, parts)
+            found = with_retention(found, ordinary, ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight)
+        found.save(output, encoding)
+        typer.echo(_summary(found, output))
+        if push_to_hub is not None:
+            base = None if Path(model).exists() else model
+            address = found.push_to_hub(push_to_hub, storage=encoding, base_model=base, private=private or None)
+            typer.echo(f"Uploaded: {address}")
+        if parts is not None:
+            shutil.rmtree(parts.folder)
+
+
+def _source(
+    safety_data: Path | None, task_data: Path | None, ordinary_data: Path | None, holdout: float | None
+) -> tuple[Path, str]:
+    if safety_data is not None and task_data is None:
+        return safety_data, "safety data"
+    if task_data is None or safety_data is not None:
+        raise ConfigurationError("give one of --safety-data and --task-data; each makes a profile of its own")
+    if ordinary_data is not None or holdout is not None:
+        raise ConfigurationError("--ordinary-data and --holdout go with --safety-data, and have no effect on a task")
+    return task_data, "task data"
+
+
+def _size(memory: str | None) -> int | str | None:
+    return int(memory) if memory is not None and memory.isdecimal() else memory
+
+
+def _ordinary(
+    model: PreTrainedModel,
+    data: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CaptureSettings,
+    found: SafetyProfile,
+    parts: Parts | None,
+) -> SafetyProfile:
+    read = {**vars(settings), "holdout": 0.0, "parts": parts, "digests": found.header.base}
+    return collect_profile(model, data, tokenizer, purpose="ordinary data", **read)
+
+
+def _load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"--model {name!r} cannot be loaded as a language model on --device {device!r} ({error})"
+        ) from error
+    return model, tokenizer
+
+
+def _summary(found: SafetyProfile, output: Path) -> str:
+    header, held_out = found.header, found.held_out
+    aside = "none" if held_out is None else str(len(held_out.sequences))
+    size = sum(path.stat().st_size for path in output.iterdir())
+    lines = [
+        f"{header.architecture}: {len(found.moments)} moments of {header.sequences} sequences "
+        f"({header.tokens} tokens), {aside} held out to measure by",
+        *(f"  not covered: {name}: {reason}" for name, reason in header.skipped.items()),
+        f"Written: {output} ({size / 2**20:.1f} MiB)",
+    ]
+    return "\n".join(lines)
