@@ -91,6 +91,21 @@ def test_bfloat16_is_no_better_where_inputs_are_smaller():
     assert relative(through(Bfloat16(), total * scale * scale[:, None]) / scale / scale[:, None], total) < 1e-2
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("size", [1e-25, 1e-23, 3e-22, 1e-18, 1e-12])
+def test_inputs_whose_squares_are_lost_in_float32_do_no_harm(kind, size):
+    inputs = torch.randn(80, 40)
+    inputs[:, :3] *= size
+    inputs[:, 3:] *= torch.arange(1, 38) ** -2.0
+    total = inputs.T @ inputs
+    require_moment(total, "it")
+    found = through(kind, total)
+    require_moment(found, "it")
+    limit = {"bfloat16": 2.0**-7, "eigenbasis": 0.05}.get(kind.name, 0.0)
+    assert relative(found, total) <= limit
+    torch.testing.assert_close(found.diagonal(), total.diagonal(), rtol=2e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize(("size", "tokens"), [(100, 30), (100, 500)])
 def test_the_eigenbasis_is_as_near_as_eigenvectors_found_in_full(size, tokens):
     total = moment(size, tokens)

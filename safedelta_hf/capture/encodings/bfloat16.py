@@ -13,14 +13,16 @@ from safedelta_hf.capture.encodings.packing import pack_upper, packed_size, unpa
 SMALLEST_RAISE: Final = 2.0**-24
 """First share by which the diagonal is raised if the moment has no factor."""
 RAISE_FACTOR: Final = 4.0
+NOTHING: Final = 1e-12
+"""Mean square of an input, in units of the mean over inputs, below which its size does not count."""
 
 
 @dataclass(frozen=True)
 class Bfloat16(Encoding):
     """The upper triangular `U` of `H = U^T U`, in bfloat16.
 
-    The moment itself must not be rounded so: entries that are off by 2^-9 of themselves move the small eigenvalues by
-    2^-9 of the large ones, far below zero. What a rounded factor gives is positive semi-definite whatever the rounding,
+    The moment itself must not be rounded so: entries that are off by 2^-8 of themselves move the small eigenvalues by
+    2^-8 of the large ones, far below zero. What a rounded factor gives is positive semi-definite whatever the rounding,
     and its small eigenvalues move by the square of that. Where a moment is singular, its diagonal is raised by the
     least share of itself that gives it a factor, about 10^-6.
     """
@@ -48,9 +50,12 @@ class Bfloat16(Encoding):
             Its factor.
         """
         diagonal = total.diagonal()
-        scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-        factor = _factor(total * scale * scale[:, None])  # inputs of any size are treated alike
-        return {"factor": pack_upper((factor * diagonal.sqrt()).to(torch.bfloat16))}
+        # Inputs of any size are treated alike, but for those whose squares are too small for float32 to tell.
+        size = diagonal.clamp_min(NOTHING * float(diagonal.mean())).sqrt()
+        is_active = diagonal > 0
+        scale = torch.where(is_active, 1.0 / size, 0.0)
+        factor = _factor(total * scale * scale[:, None] + torch.diag((~is_active).float()))
+        return {"factor": pack_upper((factor * torch.where(is_active, size, 0.0)).to(torch.bfloat16))}
 
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Read a moment.
@@ -66,9 +71,9 @@ class Bfloat16(Encoding):
 
 
 def _factor(scaled: Tensor) -> Tensor:
-    share = 0.0
+    share, diagonal = 0.0, scaled.diagonal().clone()
     while True:
-        scaled.diagonal().fill_(1.0 + share)
+        scaled.diagonal().copy_(diagonal + share)
         found = torch.linalg.cholesky_ex(scaled, upper=True)
         if not found.info:
             factor: Tensor = found.L

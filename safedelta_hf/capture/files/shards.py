@@ -20,6 +20,7 @@ SHARD_BYTES: Final = 8 * 2**20
 """Small moments share a file of up to this size; a larger one has its own. A file is read whole to check its digest."""
 _STRIP: Final = 512
 _NAMES: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_UNDERFLOW: Final = 1e-12
 _ROUNDING: Final = 0.02
 """How far entries may be from what a positive semi-definite symmetric matrix allows, as bfloat16 leaves them."""
 
@@ -111,7 +112,8 @@ def require_moment(total: Tensor, key: str) -> None:
         raise ValueError(f"moment {key!r} holds NaN, Inf or a negative square")
     if total.dim() == 1:
         return
-    root = diagonal.sqrt()
+    # The squares of tiny inputs are zero in float32, while their products with others are not.
+    root = (diagonal + _UNDERFLOW * diagonal.mean()).sqrt()
     for start in range(0, len(total), _STRIP):
         rows = total[start : start + _STRIP]
         allowed = root[start : start + _STRIP, None] * root
