@@ -7,7 +7,6 @@ still read and factored for every layer.
 """
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -18,8 +17,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import safedelta_hf
-from safedelta_hf import adjust_adapter_files
+from safedelta_hf import SafetyProfile, adjust_adapter_files
+from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
 from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.records import ProfileHeader, Role, Use
 
 MOMENTS = {
     "self_attn.q_proj": "attention",
@@ -53,17 +54,18 @@ def main() -> None:
     parser.add_argument("--rule", default="SafeDelta")
     parser.add_argument("--strength", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--storage", default="triangular")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rule = getattr(safedelta_hf, options.rule)(strength=options.strength)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_adapter(Path(folder) / "adapter", options)
-        write_profile(Path(folder) / "profile", options)
+        profile = repeated_profile(Path(folder) / "profile", options)
         before = peak()
         started, processed = time.perf_counter(), time.process_time()
         report = adjust_adapter_files(
-            Path(folder) / "adapter", profile=Path(folder) / "profile", output=Path(folder) / "adjusted", rule=rule
+            Path(folder) / "adapter", profile=profile, output=Path(folder) / "adjusted", rule=rule
         )
         seconds, busy = time.perf_counter() - started, time.process_time() - processed
     print(report.summary())
@@ -94,33 +96,45 @@ def write_adapter(folder: Path, options: argparse.Namespace) -> None:
     LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(str(folder))
 
 
-def write_profile(folder: Path, options: argparse.Namespace) -> None:
-    """A profile of random moments, of which each file stands for all layers."""
-    folder.mkdir()
+def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile:
+    """A profile whose moments are those of one layer on disk, read again for each of the others."""
     hidden, inner = options.hidden, options.inner
-    for name, columns in {"attention": hidden, "output": hidden, "mlp": hidden, "down": inner}.items():
-        save_file({"total": random_moment(columns).total}, folder / f"{name}.safetensors")
-    uses, moments, names = [], {}, []
-    for layer in range(options.layers):
-        for name in MOMENTS:
-            parameter, key = f"model.layers.{layer}.{name}.weight", f"{layer}.{MOMENTS[name]}"
-            names.append(parameter)
-            uses.append({"parameter": parameter, "role": "linear", "moment": key, "part": None})
-            moments[key] = {"key": key, "file": f"{MOMENTS[name]}.safetensors", "sequences": 128, "tokens": 20000}
-    header = {
-        "architecture": "LlamaForCausalLM",
-        "base": dict.fromkeys(names, ""),
-        "dtypes": dict.fromkeys(names, "bfloat16"),
-        "tokenizer": None,
-        "data": "",
-        "sequences": 128,
-        "tokens": 20000,
-        "skipped": {},
-        "retention": None,
-        "format_version": safedelta_hf.records.ProfileHeader.format_version,
+    layer = {"attention": hidden, "output": hidden, "mlp": hidden, "down": inner}
+    parameters = {
+        f"model.layers.{number}.{name}.weight": f"{number}.{moment}"
+        for number in range(options.layers)
+        for name, moment in MOMENTS.items()
     }
-    content = {"header": header, "uses": uses, "moments": list(moments.values()), "held_out": None}
-    (folder / "profile.json").write_text(json.dumps(content))
+    header = ProfileHeader(
+        architecture="LlamaForCausalLM",
+        base=dict.fromkeys(parameters, ""),
+        dtypes=dict.fromkeys(parameters, "bfloat16"),
+        tokenizer=None,
+        data="",
+        sequences=128,
+        tokens=20000,
+        skipped={},
+    )
+    uses = tuple(Use(parameter=name, role=Role.LINEAR, moment=key) for name, key in parameters.items())
+    moments = HeldMoments({name: random_moment(columns) for name, columns in layer.items()})
+    SafetyProfile(header=header, uses=(), moments=moments).save(folder, options.storage)
+    del moments
+    return SafetyProfile(header=header, uses=uses, moments=Repeated(SafetyProfile.load(folder).moments, options.layers))
+
+
+class Repeated(MomentsByKey):
+    """The moments of one layer under the keys of many."""
+
+    def __init__(self, moments: Moments, layers: int) -> None:
+        super().__init__({f"{number}.{key}": None for number in range(layers) for key in moments})
+        self._moments = moments
+
+    def __getitem__(self, key: str) -> InputMoment:
+        return self._moments[key.partition(".")[2]]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a moment."""
+        return self._moments.shape(key.partition(".")[2])
 
 
 def random_moment(columns: int) -> InputMoment:
