@@ -1,7 +1,5 @@
 """The processes of a run that work on one model: all collectives stand here."""
 
-import io
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safedelta_hf.errors import RankError
+from safedelta_hf.parcels import packed_value, unpacked_value
 
 T = TypeVar("T")
 
@@ -158,7 +157,7 @@ class Ranks:
         tensors: list[Tensor] = []
         packed: list[Any] = [None]
         if self.rank == owner:
-            packed = [(_pack(value, tensors), [(t.shape, t.dtype, t.device.type) for t in tensors])]
+            packed = [(packed_value(value, tensors), [(t.shape, t.dtype, t.device.type) for t in tensors])]
         self.check_in()
         with self._in_contact():
             dist.broadcast_object_list(packed, src=owner, group=self._control)
@@ -170,7 +169,7 @@ class Ranks:
                 self.check_in()  # once there is memory for it on all ranks
                 with self._in_contact():
                     dist.broadcast(moved, src=owner)
-        return value if self.rank == owner else _unpack(packed[0][0], tensors)
+        return value if self.rank == owner else unpacked_value(packed[0][0], tensors)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -295,35 +294,3 @@ def _is_told(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_id(self, value: Any) -> int | None:  # noqa: ANN401
-        if not isinstance(value, Tensor):
-            return None
-        self._tensors.append(value.detach())
-        return len(self._tensors) - 1
-
-
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, number: Any) -> Tensor:  # noqa: ANN401
-        tensor: Tensor = self._tensors[number]
-        return tensor
-
-
-def _pack(value: object, tensors: list[Tensor]) -> bytes:
-    file = io.BytesIO()
-    _Packer(file, tensors).dump(value)
-    return file.getvalue()
-
-
-def _unpack(packed: bytes, tensors: Sequence[Tensor]) -> Any:  # noqa: ANN401
-    return _Unpacker(io.BytesIO(packed), tensors).load()

@@ -50,7 +50,11 @@ def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
 
 def _is_of_run(folder: Path, state: TrainerState) -> bool:
     name, path = name_of_run(state), folder / RUN_FILE
-    return name is not None and path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("run") == name
+    return name is not None and path.is_file() and path.read_bytes() == _entry(name)
+
+
+def _entry(name: str | None) -> bytes:
+    return json.dumps({"run": name}).encode()
 
 
 def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folder: Path, state: TrainerState) -> None:
@@ -73,8 +77,7 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
         if held.ranks.is_main:
             with complete_or_absent(folder, replacing=_is_of_run(folder, state)) as unfinished:
                 _save(unwrapped_shards(model), weights, processing_class, unfinished)
-                run = {"run": name_of_run(state), "step": state.global_step}
-                (unfinished / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+                (unfinished / RUN_FILE).write_bytes(_entry(name_of_run(state)))
 
 
 def _save(
