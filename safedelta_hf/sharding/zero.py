@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.sharding.holding import Piece, Watcher
 from safedelta_hf.sharding.hooks import fetched_by_hooks
 from safedelta_hf.sharding.whole import WholeParameters
@@ -44,10 +45,23 @@ class PartitionedParameters(WholeParameters):
 
     Args:
         model: The model.
+
+    Raises:
+        ConfigurationError: DeepSpeed keeps frozen weights quantised.
     """
 
     kind: ClassVar[str] = "ZeRO-3"
     collective = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        for name in self.names:
+            # Gathered alone, such a parameter is a row of codes.
+            if hasattr(getattr(self.parameter(name), "ds_tensor", None), "ds_quant_scale"):
+                raise ConfigurationError(
+                    f"{name}: DeepSpeed keeps it quantised (zero_quantized_nontrainable_weights), and its values "
+                    "cannot be read; train without that setting"
+                )
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole parameter.

@@ -49,6 +49,13 @@ def test_fsdp2_holds_what_one_process_holds(fsdp2, check):
     require(fsdp2, check)
 
 
+ZERO = [
+    *(f"{stage}-{layout}" for stage in (1, 2, 3) for layout in ("plain", "optimizer_offloaded")),
+    "3-always_freed",
+    "3-offloaded",
+]
+
+
 @pytest.fixture(scope="module")
 def zero():
     if importlib.util.find_spec("deepspeed") is None:
@@ -59,8 +66,8 @@ def zero():
 @pytest.mark.parametrize(
     "check",
     [
-        *every("1-plain", "2-plain", "3-plain", "3-always_freed"),
-        *(f"{layout}.master" for layout in ("1-plain", "2-plain", "3-plain", "3-always_freed")),
+        *every(*ZERO),
+        *(f"{layout}.master" for layout in ZERO),
         *(f"{stage}-bfloat16.{name}" for stage in (1, 2, 3) for name in ("read", "read_after_write", "master")),
         *(f"{stage}-bfloat16.the_next_step_starts_from_what_was_written" for stage in (1, 2, 3)),
         *(f"{stage}-frozen.{name}" for stage in (1, 2, 3) for name in ("write", "training")),

@@ -74,10 +74,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     for stage in map(int, sys.argv[1:]):
         kind = "ZeRO-3" if stage == 3 else "ZeRO-1/2"
-        layouts = {"plain": {}}
+        layouts = {"plain": {}, "optimizer_offloaded": {"offload_optimizer": {"device": "cpu"}}}
         if stage == 3:
             # Parameters below this size stay gathered between forward passes; by default, all of this model are.
             layouts["always_freed"] = {"stage3_param_persistence_threshold": 0}
+            layouts["offloaded"] = {"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
         for name, zero in layouts.items():
             model, twin = Tower(), Tower()
             engine = engine_of(model, stage, zero=zero)
