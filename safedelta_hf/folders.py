@@ -51,7 +51,7 @@ def resumable(folder: Path) -> Iterator[Path]:
         OutputError: Another process is writing the same folder, or the folder is there already.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.parent / f".{folder.name}.unfinished"
+    unfinished = unfinished_of(folder)
     # Beside the folder, not in it, so that renaming the folder does not take the lock along.
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     try:
@@ -94,7 +94,7 @@ def complete_file(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
-        _flush(part)
+        sync(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -113,12 +113,28 @@ def finish(unfinished: Path, folder: Path) -> None:
     for path in unfinished.iterdir():
         if path.is_file():
             path.chmod(0o644)
-    _flush(unfinished)
+    sync(unfinished)
     os.replace(unfinished, folder)
 
 
-def _flush(path: Path) -> None:
-    # A rename may reach the disk before the bytes that it names.
+def unfinished_of(folder: Path) -> Path:
+    """Where a folder is made until it is complete.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        A hidden one beside it.
+    """
+    return folder.parent / f".{folder.name}.unfinished"
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is safe on disk: a rename may reach it before the bytes that it names.
+
+    Args:
+        path: The file or folder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,6 +9,7 @@ import torch
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import AdjustmentError, ConfigurationError
+from safedelta_hf.folders import unfinished_of
 from safedelta_hf.pipeline.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.pipeline.loop import Adjustment
 from safedelta_hf.pipeline.prepared import PreparedMoments
@@ -17,7 +18,7 @@ from safedelta_hf.records import RuleRecord, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import MergeRule, Rule, SafeDelta
 from safedelta_hf.weights.checkpoint import CheckpointStore
-from safedelta_hf.weights.checkpoint_folder import CheckpointFolder, work_folder
+from safedelta_hf.weights.checkpoint_folder import CheckpointFolder
 from safedelta_hf.weights.identity import files_identity, folder_identity, header_identity, source_identity
 
 
@@ -80,7 +81,7 @@ def adjust_checkpoint(
     except OSError as error:
         raise AdjustmentError(
             f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "
-            f"stays in {str(work_folder(output))!r}, and the same call goes on from there"
+            f"stays in {str(unfinished_of(output))!r}, and the same call goes on from there"
         ) from error
     header = checkpoint.profile.header
     return Report(

@@ -10,11 +10,12 @@ from rich.table import Column, Table
 
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError
+from safedelta_hf.folders import unfinished_of
 from safedelta_hf.pipeline.plan import plan_parameters
 from safedelta_hf.records import Plan, PlanEntry, Treatment
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.adapter_folder import CONFIG_FILE
-from safedelta_hf.weights.checkpoint_folder import require_absent, work_folder
+from safedelta_hf.weights.checkpoint_folder import require_absent
 from safedelta_hf.weights.checkpoint_pair import CheckpointPair
 from safedelta_hf.weights.companions import Companions, companions
 from safedelta_hf.weights.tensor_files import TensorFiles
@@ -63,7 +64,7 @@ class CheckpointPlan:
     @property
     def is_begun(self) -> bool:
         """Whether an earlier run was stopped and left what it had finished."""
-        return work_folder(self.output).exists()
+        return unfinished_of(self.output).exists()
 
     def table(self) -> str:
         """The plan as a table for a terminal.

@@ -13,7 +13,7 @@ from safedelta_hf.names import parameter_aliases
 from safedelta_hf.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
 from safedelta_hf.sharding.held import HeldModel
-from safedelta_hf.weights.delta import MatrixDelta, unreached
+from safedelta_hf.weights.delta import MatrixDelta
 
 
 def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> Plan:
@@ -121,6 +121,28 @@ def _plan_entry(
     adjusted = tuple(use for use in uses if actions[use] is Action.ADJUST)
     reason = unreached(shape, adjusted)
     return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, uses=adjusted)
+
+
+def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
+    """What no use of a parameter covers.
+
+    Args:
+        shape: Shape of the parameter.
+        uses: How it is used.
+
+    Returns:
+        A sentence for the report; empty if all of it is covered.
+    """
+    entries = torch.Size(shape).numel()
+    parts = {use.part for use in uses if use.part is not None}
+    covered = sum(part.rows * part.columns for part in parts)
+    if any(use.part is None for use in uses) or covered >= entries:
+        return ""
+    size = max(part.rows * part.columns for part in parts)
+    if entries % size == 0 and covered == size * len(parts):
+        total = entries // size
+        return f"the safety data never reached {total - len(parts)} of its {total} parts, which keep their delta"
+    return f"the safety data never reached {entries - covered} of its {entries} entries, which keep their delta"
 
 
 def require_decisions(entries: Sequence[PlanEntry]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from safedelta_hf.errors import CheckpointError
+from safedelta_hf.folders import complete_file, sync, unfinished_of
 from safedelta_hf.records import ParameterRecord
-from safedelta_hf.weights.shard_parts import ShardParts, sync, write_all
+from safedelta_hf.weights.shard_parts import ShardParts, write_all
 from safedelta_hf.weights.tensor_files import TensorFiles
 
 MANIFEST_FILE = "manifest.json"
@@ -43,7 +44,7 @@ class CheckpointFolder:
         self._original = original
         self._manifest = json.loads(json.dumps(manifest))
         self._progress = progress
-        self._work = work_folder(output)
+        self._work = unfinished_of(output)
         self._model = self._work / MODEL_FOLDER
         self._parts = ShardParts(self._model, original)
         self._lock = FileLock(self._work / LOCK_FILE, timeout=0)
@@ -165,11 +166,8 @@ class CheckpointFolder:
             return "malformed"
 
     def _write_manifest(self) -> None:
-        unfinished = self._work / f"{MANIFEST_FILE}.part"
-        with unfinished.open("wb") as stream:
+        with complete_file(self._work / MANIFEST_FILE) as part, part.open("wb") as stream:
             write_all(stream.fileno(), json.dumps(self._manifest, indent=1).encode())
-        sync(unfinished)
-        os.replace(unfinished, self._work / MANIFEST_FILE)
 
     def _read_finished(self) -> list[tuple[ParameterRecord, list[str], str]]:
         path = self._work / FINISHED_FILE
@@ -200,18 +198,6 @@ class CheckpointFolder:
         )
 
 
-def work_folder(output: Path) -> Path:
-    """Where an output is made until it is complete.
-
-    Args:
-        output: The folder to write.
-
-    Returns:
-        A hidden folder beside it.
-    """
-    return output.parent / f".{output.name}.unfinished"
-
-
 def require_absent(output: Path) -> None:
     """Make sure that an output can be written.
 
@@ -221,7 +207,7 @@ def require_absent(output: Path) -> None:
     Raises:
         CheckpointError: It exists, and no unfinished run can have left it.
     """
-    if output.exists() and not work_folder(output).exists():
+    if output.exists() and not unfinished_of(output).exists():
         raise CheckpointError(_taken(output))
 
 

@@ -287,25 +287,3 @@ def recombine(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> T
         A new tensor in the dtype of the fine-tuned weight.
     """
     return torch.where(adjusted == delta, tuned, (base.to(torch.float32) + adjusted).to(tuned.dtype))
-
-
-def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
-    """What no use of a parameter covers.
-
-    Args:
-        shape: Shape of the parameter.
-        uses: How it is used.
-
-    Returns:
-        A sentence for the report; empty if all of it is covered.
-    """
-    entries = torch.Size(shape).numel()
-    parts = {use.part for use in uses if use.part is not None}
-    covered = sum(part.rows * part.columns for part in parts)
-    if any(use.part is None for use in uses) or covered >= entries:
-        return ""
-    size = max(part.rows * part.columns for part in parts)
-    if entries % size == 0 and covered == size * len(parts):
-        total = entries // size
-        return f"the safety data never reached {total - len(parts)} of its {total} parts, which keep their delta"
-    return f"the safety data never reached {entries - covered} of its {entries} entries, which keep their delta"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.errors import CheckpointError
+from safedelta_hf.folders import sync
 from safedelta_hf.weights.tensor_files import StoredTensor, TensorFiles, data_start
 
 PART = ".part"
@@ -130,19 +131,6 @@ def write_all(descriptor: int, content: "bytes | memoryview") -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(descriptor, left[:CHUNK]) :]
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is safe on disk.
-
-    Args:
-        path: The file or folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _begins(part: Path, header: bytes, size: int) -> bool:

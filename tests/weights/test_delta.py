@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from safedelta_hf.core.transform import Dense
+from safedelta_hf.pipeline.plan import unreached
 from safedelta_hf.records import Part, Role, Use
-from safedelta_hf.weights.delta import DenseDelta, MatrixDelta, recombine, unreached
+from safedelta_hf.weights.delta import DenseDelta, MatrixDelta, recombine
 
 SHAPES = {
     Role.LINEAR: (5, 3),
