@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(module: str, *arguments: object, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+def torchrun(module: str, *arguments: object, processes: int = 2, timeout: float = 400) -> subprocess.CompletedProcess:
     """Run a module of the tests under torchrun; the caller looks at what comes back."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,7 +25,7 @@ def accelerate_launch(module: str, *arguments: object, processes: int = 2) -> su
     return run([*launcher, *defaults, "--main_process_port", "0", "-m", module, *map(str, arguments)])
 
 
-def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
+def run(command: list[str], timeout: float = 400) -> subprocess.CompletedProcess:
     """Run a command at the root of the repository, with one thread for each process."""
     return subprocess.run(
         command,

@@ -27,7 +27,7 @@ def run(python, folder, kind, *kill):
     """Run the script in a process of its own; returns how it ended."""
     process = python.Process(target=resuming.main, args=("single", folder, kind, *kill))
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
@@ -107,7 +107,7 @@ def test_a_run_on_two_processes_that_is_killed_and_started_again_ends_bit_for_bi
     whole, folder = prepared(tmp_path / "whole"), prepared(tmp_path / "killed")
     both = f"{whole},{folder}"
     for folders, *kill in [(both, "step", 3, 1), (folder, "replace", 35)]:
-        done = torchrun("tests.distributed.resuming", backend, folders, "full", *kill, timeout=200)
+        done = torchrun("tests.distributed.resuming", backend, folders, "full", *kill, timeout=400)
         assert done.returncode != 0
         assert "SIGKILL" in done.stderr, done.stderr[-4000:]
         assert not (folder / "final").exists()
