@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_checkpoint
+from safedelta_hf.capture.moments import MomentsByKey
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.records import ProfileHeader, Role, Use
 from safedelta_hf.weights.fingerprint import digest
@@ -37,10 +37,11 @@ READS = {
 SEQUENCES = 128
 
 
-class RandomMoments(Mapping[str, InputMoment]):
+class RandomMoments(MomentsByKey):
     """Moments that are made when they are asked for: one for each width and kind, whatever the key."""
 
     def __init__(self, widths: dict[str, tuple[int, bool]]) -> None:
+        super().__init__(widths)
         self._widths = widths
 
     def __getitem__(self, key: str) -> InputMoment:
@@ -49,11 +50,10 @@ class RandomMoments(Mapping[str, InputMoment]):
         total = rows.square().sum(0) if is_diagonal else rows.T @ rows
         return InputMoment(total=total, sequences=SEQUENCES, tokens=len(rows))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._widths)
-
-    def __len__(self) -> int:
-        return len(self._widths)
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a moment."""
+        width, is_diagonal = self._widths[key]
+        return (width,) if is_diagonal else (width, width)
 
 
 def parameters(options: argparse.Namespace, layers: int) -> dict[str, tuple[tuple[int, ...], Role, str, int]]:
