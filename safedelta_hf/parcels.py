@@ -9,15 +9,18 @@ from torch import Tensor
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor], known: Sequence[Tensor]) -> None:
         super().__init__(file)
-        self._tensors = tensors
+        self._tensors, self._known = tensors, known
 
     def persistent_id(self, value: Any) -> int | None:  # noqa: ANN401
         if not isinstance(value, Tensor):
             return None
-        self._tensors.append(value.detach())
-        return len(self._tensors) - 1
+        for number, one in enumerate((*self._known, *self._tensors)):
+            if one is value:
+                return number
+        self._tensors.append(value)
+        return len(self._known) + len(self._tensors) - 1
 
 
 class _Unpacker(pickle.Unpickler):
@@ -30,18 +33,19 @@ class _Unpacker(pickle.Unpickler):
         return tensor
 
 
-def packed_value(value: object, tensors: list[Tensor]) -> bytes:
+def packed_value(value: object, tensors: list[Tensor], known: Sequence[Tensor] = ()) -> bytes:
     """Everything of a value but its tensors.
 
     Args:
         value: Anything that can be pickled.
-        tensors: Grows by its tensors.
+        tensors: Grows by its tensors, but for the known ones.
+        known: Tensors that the others have already.
 
     Returns:
         What `unpacked_value` needs beside them.
     """
     file = io.BytesIO()
-    _Packer(file, tensors).dump(value)
+    _Packer(file, tensors, known).dump(value)
     return file.getvalue()
 
 
@@ -50,7 +54,7 @@ def unpacked_value(packed: bytes, tensors: Sequence[Tensor]) -> Any:  # noqa: AN
 
     Args:
         packed: What `packed_value` returned on another process of the same run.
-        tensors: Its tensors, in order.
+        tensors: The known ones and its own, in order.
 
     Returns:
         The value.

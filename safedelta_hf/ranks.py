@@ -141,35 +141,41 @@ class Ranks:
                 with self._in_contact():
                     dist.reduce(moved, dst=owner)
 
-    def broadcast(self, value: T, owner: int, device: torch.device | None = None) -> T:
+    def broadcast(
+        self, value: T, owner: int, device: torch.device | None = None, known: list[Tensor] | None = None
+    ) -> T:
         """Give all ranks what one of them has.
 
         Args:
             value: Anything that can be pickled; tensors in it travel as such. Looked at on the owner alone.
             owner: The rank that has it.
             device: Where the others want its tensors; as on the owner if None.
+            known: Tensors that travelled in broadcasts before with the same list, and need not again; grows.
 
         Returns:
             The owner's value.
         """
         if self._control is None:
             return value
+        known = [] if known is None else known
         tensors: list[Tensor] = []
         packed: list[Any] = [None]
         if self.rank == owner:
-            packed = [(packed_value(value, tensors), [(t.shape, t.dtype, t.device.type) for t in tensors])]
+            packed = [(packed_value(value, tensors, known), [(t.shape, t.dtype, t.device.type) for t in tensors])]
         self.check_in()
         with self._in_contact():
             dist.broadcast_object_list(packed, src=owner, group=self._control)
         if self.rank != owner:
             tensors = [torch.empty(shape, dtype=dtype, device=device or kind) for shape, dtype, kind in packed[0][1]]
-        tensors = [tensor.contiguous() for tensor in tensors]
+        known.extend(tensors)
         for tensor in tensors:
-            with self._exchanged(tensor.flatten().view(torch.uint8)) as moved:  # backends know few data types
+            with self._exchanged(
+                tensor.detach().contiguous().flatten().view(torch.uint8)
+            ) as moved:  # backends know few data types
                 self.check_in()  # once there is memory for it on all ranks
                 with self._in_contact():
                     dist.broadcast(moved, src=owner)
-        return value if self.rank == owner else unpacked_value(packed[0][0], tensors)
+        return value if self.rank == owner else unpacked_value(packed[0][0], known)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Temporary folders that no killed process leaves for ever."""
 
+import hashlib
+import platform
 import secrets
 import shutil
 from pathlib import Path
@@ -13,7 +15,7 @@ PREFIX = "_safedelta-"
 class ScratchFolder:
     """A temporary folder that belongs to this process; if it is killed, the next one made beside it cleans up.
 
-    A lock beside the folder tells whether its process lives, on whatever machine.
+    A lock beside the folder tells whether its process lives.
 
     Args:
         parent: Where to make it; made as well.
@@ -25,7 +27,7 @@ class ScratchFolder:
     def __init__(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
-        self.path = parent / f"{PREFIX}{secrets.token_hex(6)}"
+        self.path = parent / f"{_own_prefix()}{secrets.token_hex(6)}"
         self._lock = FileLock(_lock_of(self.path))
         self._lock.acquire()  # before there is a folder, so that nobody takes it for an abandoned one
         try:
@@ -46,12 +48,14 @@ class ScratchFolder:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the temporary folders of processes that were killed.
+    """Remove the temporary folders of processes of this machine that were killed.
+
+    Those of another may be in use: on some file systems that machines share, neither sees the locks of the other.
 
     Args:
         parent: Where to look.
     """
-    for path in parent.glob(f"{PREFIX}*.lock"):
+    for path in parent.glob(f"{_own_prefix()}*.lock"):
         lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
@@ -60,6 +64,11 @@ def remove_abandoned(parent: Path) -> None:
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def _own_prefix() -> str:
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    return f"{PREFIX}{machine}-"
 
 
 def _lock_of(scratch: Path) -> Path:

@@ -103,7 +103,9 @@ def capture_moments(
         read = reading.read(storage, share_moments=share_moments)
         if read.findings.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
-            read = reading.read(storage.anew(), share_moments=False)
+            read.sums.clear()
+            storage = storage.anew()
+            read = reading.read(storage, share_moments=False)
         return _put_together(read, subject, ranks, len(sequences))
 
 
@@ -183,7 +185,7 @@ def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -
     untargeted = findings.untargeted(subject.chosen)
     _require_products(subject.model, uses, untargeted, subject.targets)
     device = input_device(subject.model)
-    reduction = Reduction(ranks=ranks, storage=read.storage, device=device, places=subject.places, sequences=sequences)
+    reduction = Reduction(ranks=ranks, storage=read.storage, device=device, sequences=sequences)
     unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
     used = {use.parameter for use in uses}
     return Capture(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from safedelta_hf.capture.forward import arguments_of, input_device, require_fit
@@ -58,6 +59,8 @@ def response_losses(
         for number, sequence in enumerate(sequences):
             if all(label == IGNORED for label in sequence.labels[1:]):
                 raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
+        # A data-parallel wrapper would exchange buffers, which ranks without a sequence take no part in.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         require_fit(model, [sequence.input_ids for sequence in sequences], "sequences")
         # Equal sequences have equal losses, and are computed once.
         share = share_of(list(dict.fromkeys(sequences)), batch_size, ranks, collective=holding.collective)

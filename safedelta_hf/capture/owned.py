@@ -7,7 +7,6 @@ from safedelta_hf.capture.moments import MomentsByKey
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError
 from safedelta_hf.ranks import Ranks
-from safedelta_hf.records import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +80,3 @@ class OwnedMoments(MomentsByKey):
     def held(self) -> Mapping[str, InputMoment]:
         """The moments that this rank owns."""
         return self._held
-
-
-def owner_of(parameter: str, part: Part | None, places: Mapping[str, int], size: int) -> int:
-    """The rank that owns the moment of a use: the same for all profiles of a model.
-
-    Args:
-        parameter: Canonical name of the parameter whose inputs are summed.
-        part: Which part of it.
-        places: Number of each parameter with two dimensions or more, in the model's order, by name.
-        size: Number of ranks.
-
-    Returns:
-        The rank. Neighbours, be they layers or experts, have different ones.
-    """
-    return (places.get(parameter, 0) + (0 if part is None else part.start // (part.rows * part.columns))) % size

@@ -1,5 +1,6 @@
 """Moments of all ranks put together after a capture, each on one of them, and moved between them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from safedelta_hf.capture.findings import Findings, UseOf, common_keys, merged
 from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
-from safedelta_hf.capture.owned import OwnedMoment, OwnedMoments, owner_of
+from safedelta_hf.capture.owned import OwnedMoment, OwnedMoments
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.ranks import Ranks
@@ -37,14 +38,12 @@ class Reduction:
         ranks: The ranks.
         storage: Where this rank holds its moments.
         device: Where moments are exchanged: a device of the same type on all ranks.
-        places: Number of each parameter with two dimensions or more, in the model's order, by name.
         sequences: Number of sequences that were read, over all ranks.
     """
 
     ranks: Ranks
     storage: MomentStorage
     device: torch.device
-    places: Mapping[str, int]
     sequences: int
 
     def moments(self, sums: dict[UseOf, Tensor], findings: Findings, wanted: frozenset[str]) -> Moments:
@@ -60,11 +59,13 @@ class Reduction:
         """
         entries: dict[str, OwnedMoment] = {}
         held: dict[str, InputMoment] = {}
+        loads = [0] * self.ranks.size
         for use, key in findings.keys.items():
             own = sums.pop(use, None)
             if key not in wanted:
                 continue
-            owner = owner_of(use[0], use[2], self.places, self.ranks.size)
+            owner = loads.index(min(loads))
+            loads[owner] += math.prod(findings.shapes[key])
             entries[key] = OwnedMoment(shape=findings.shapes[key], owner=owner)
             total = self._summed(own, findings.shapes[key], owner)
             if total is not None:

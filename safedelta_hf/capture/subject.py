@@ -75,12 +75,6 @@ class Subject:
         return frozenset(filter(self.targets.include, self.matrices))
 
     @property
-    def places(self) -> dict[str, int]:
-        """Number of each weight with two dimensions or more, by name."""
-        names = (name for name, weight in self.matrices.items() if weight.ndim >= 2)
-        return {name: number for number, name in enumerate(names)}
-
-    @property
     def head(self) -> str | None:
         """Name of the output projection's weight, if the model has one."""
         return _head(self.model, self.weights.followed.values())

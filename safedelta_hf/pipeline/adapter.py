@@ -80,7 +80,7 @@ def adjust_adapter(
         _require_room(model, config, new_adapter_name)
     try:
         if new_adapter_name is not None:
-            _copy_adapter(model, config, adapter_name, new_adapter_name)
+            _copy_adapter(model, config, adapter_name, new_adapter_name, tensors)
         parts = adapter_parts(model, new_adapter_name or adapter_name, tensors) + trained_in_place
         journal = Journal(workspace, held.ranks)
         store = AdapterStore(
@@ -221,11 +221,11 @@ def _require_room(model: nn.Module, config: Any, new_name: str) -> None:  # noqa
         )
 
 
-def _copy_adapter(model: Any, config: Any, name: str, new_name: str) -> None:  # noqa: ANN401
+def _copy_adapter(model: Any, config: Any, name: str, new_name: str, tensors: WholeTensors) -> None:  # noqa: ANN401
     # The values are overwritten below, so a costly or data-driven initialisation is left out.
     model.add_adapter(new_name, _with(config, init_lora_weights=True))
     model.peft_config[new_name] = _with(config)
-    for old, new in zip(adapter_parts(model, name), adapter_parts(model, new_name), strict=True):
+    for old, new in zip(adapter_parts(model, name, tensors), adapter_parts(model, new_name, tensors), strict=True):
         for source, target in zip(old.tensors().values(), new.tensors().values(), strict=True):
             target.data = source.detach().clone()
 

@@ -14,9 +14,13 @@ from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import Use
 from safedelta_hf.rules.rule import LayerMoments, Rule, State, TransformRule
 from safedelta_hf.weights.delta import DeltaMatrix
+from safedelta_hf.weights.sharded import ShardedMatrix
 
 Key = tuple[str, str | None]
 """Of the safety moment and of the task moment."""
+
+AHEAD = 4
+"""Moments that are looked at for each other rank, to find one that it can factor meanwhile."""
 
 Made = tuple[Transform, tuple[str, ...]]
 """The transform of a delta, and numerical trouble met in preparing it."""
@@ -80,7 +84,7 @@ class PreparedMoments:
             device: Where its delta is.
         """
         needed = dict.fromkeys(map(self._key, uses))  # in order, which is the same on all ranks
-        for key, hessian in list(self._hessians.items()):
+        for key, hessian in reversed(list(self._hessians.items())):  # passes go from the first to the last
             is_spare = key not in needed and self._held_bytes() > self._memory
             if is_spare or hessian.device != device:
                 del self._hessians[key]
@@ -123,9 +127,13 @@ class PreparedMoments:
             self._prepare_from(key, device)
         if self._ranks.rank == owner:
             state = self._states[key]
-            made = rule.transform(state, _AskedStatistics(matrix, self._ranks)), state.notes
-            return self._ranks.broadcast(made, owner)
-        while isinstance(told := self._ranks.broadcast(None, owner, device), _Question):
+            # Of a delta that its owner has whole, there is nothing to ask the others.
+            known: list[Tensor] = []
+            asked = _AskedStatistics(matrix, self._ranks, known) if isinstance(matrix, ShardedMatrix) else matrix
+            made = rule.transform(state, asked), state.notes
+            return self._ranks.broadcast(made, owner, known=known)
+        known = []
+        while isinstance(told := self._ranks.broadcast(None, owner, device, known), _Question):
             matrix.column_energy(told.transform)
         assert told is not None, "the owner has made it"
         return told
@@ -138,7 +146,7 @@ class PreparedMoments:
             device: Where its delta is.
         """
         first = self._positions.get(key)
-        self._ahead = [] if first is None else self._order[first + 1 : first + self._ranks.size]
+        self._ahead = [] if first is None else self._next_of_others(first)
         for each in (key, *self._ahead):
             if each in self._prepared:
                 continue
@@ -149,6 +157,15 @@ class PreparedMoments:
                 safety = self._hessians.get(each)
                 safety = self._profile.moments[each[0]].hessian(device) if safety is None else safety
                 self._states[each] = self._rule.prepare(LayerMoments(safety=safety, task=task))
+
+    def _next_of_others(self, first: int) -> list[Key]:
+        # The next large moment of each other rank, if it comes soon.
+        busy, found = {self._owner(self._order[first])}, []
+        for key in self._order[first + 1 : first + 1 + AHEAD * (self._ranks.size - 1)]:
+            if self._owner(key) not in busy and len(self._profile.moments.shape(key[0])) > 1:
+                busy.add(self._owner(key))
+                found.append(key)
+        return found
 
     def _task_hessian(self, key: Key, owner: int, device: torch.device) -> Tensor | None:
         if self._task is None:
@@ -190,10 +207,11 @@ class _AskedStatistics:
     Args:
         matrix: The delta; every rank has it, or some of it.
         ranks: The ranks, of which the others answer questions.
+        known: Tensors that the others were told of already; grows.
     """
 
-    def __init__(self, matrix: DeltaMatrix, ranks: Ranks) -> None:
-        self._matrix, self._ranks = matrix, ranks
+    def __init__(self, matrix: DeltaMatrix, ranks: Ranks, known: list[Tensor]) -> None:
+        self._matrix, self._ranks, self._known = matrix, ranks, known
         self.rows = matrix.rows
 
     def column_energy(self, transform: Transform | None = None) -> Tensor:
@@ -205,7 +223,7 @@ class _AskedStatistics:
         Returns:
             [columns] float32.
         """
-        self._ranks.broadcast(_Question(transform), self._ranks.rank)
+        self._ranks.broadcast(_Question(transform), self._ranks.rank, known=self._known)
         return self._matrix.column_energy(transform)
 
 

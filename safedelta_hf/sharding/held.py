@@ -74,10 +74,12 @@ class HeldParameter:
     Attributes:
         holding: Holds it.
         name: Its name there.
+        lent: Whether it is replaced for a while only.
     """
 
     holding: Holding
     name: str
+    lent: bool = False
 
     @property
     def piece(self) -> Piece:
@@ -103,7 +105,8 @@ class HeldParameter:
         Args:
             value: Of its shape.
         """
-        self.holding.write(self.name, value)
+        replace = self.holding.lend if self.lent else self.holding.write
+        replace(self.name, value)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,10 @@ class Holding(Protocol):
         """Replace that part; the value has its shape, in any dtype, on any device."""
         ...
 
+    def lend(self, name: str, value: Tensor) -> None:
+        """Replace that part for a while: what an optimizer keeps of the parameter stays as it is."""
+        ...
+
     def shown_to(self, watcher: Watcher) -> AbstractContextManager[None]:
         """Tell a watcher which tensors hold the parameters while the model runs."""
         ...

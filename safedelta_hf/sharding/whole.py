@@ -105,6 +105,15 @@ class WholeParameters:
         with torch.no_grad():
             self.parameter(name).copy_(value)
 
+    def lend(self, name: str, value: Tensor) -> None:
+        """Replace that part for a while: what an optimizer keeps of the parameter stays as it is.
+
+        Args:
+            name: Its name.
+            value: Of its shape.
+        """
+        self.write(name, value)
+
     @contextmanager
     def shown_to(self, watcher: Watcher) -> Iterator[None]:
         """Tell a watcher which tensors hold the parameters while the model runs.

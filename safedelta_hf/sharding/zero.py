@@ -37,6 +37,15 @@ class MirroredParameters(WholeParameters):
         super().write(name, value)
         safe_set_full_fp32_param(self.parameter(name), value)
 
+    def lend(self, name: str, value: Tensor) -> None:
+        """Replace a parameter for a while: the master copy, which may hold more digits, stays as it is.
+
+        Args:
+            name: Its name.
+            value: Of its shape, the same on all ranks.
+        """
+        super().write(name, value)
+
 
 class PartitionedParameters(WholeParameters):
     """ZeRO 3: each rank holds an equal part of each parameter laid flat, cut anywhere within a row.
@@ -115,6 +124,19 @@ class PartitionedParameters(WholeParameters):
             parameter.copy_(value)
             if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
                 _write_master(parameter, value)
+
+    def lend(self, name: str, value: Tensor) -> None:
+        """Replace a parameter for a while: the master copy, which may hold more digits, stays as it is.
+
+        Args:
+            name: Its name.
+            value: Of its shape, the same on all ranks.
+        """
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameter = self.parameter(name)
+        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(value)
 
     @contextmanager
     def shown_to(self, watcher: Watcher) -> Iterator[None]:

@@ -160,7 +160,8 @@ class FilesOrMemoryBase:
     """Base weights that stand in files where they can be read again, and copies of the others.
 
     Args:
-        held: The base model as it is now; of each parameter, this process copies the piece that it holds.
+        held: The base model as it is now; each process copies the pieces that it holds, and of parameters that all of
+            them hold whole its share. All of them read the same weights in the same order.
         digests: Digest of each of its parameters.
         revision: Revision in the Hub cache.
         avoid: Folder whose files may be overwritten by the training, and so are not relied on.
@@ -171,29 +172,31 @@ class FilesOrMemoryBase:
     ) -> None:
         files = _usable_files(held.model, revision, avoid)
         self._files = files if held.ranks.all(files is not None) else None
+        self._ranks = held.ranks
+        self._keepers: dict[str, int | None] = {}
         self._memory: dict[str, Tensor] = {}
         for name in held.names:
             trained = held.holding.parameter(name).requires_grad
             if trained and not (self._files and self._is_in(self._files, held, name, digests[name])):
-                self._memory[name] = held.holding.read(name).to("cpu", copy=True)
+                self._keep(name, held.holding.read(name), whole=held.holding.piece(name).is_whole)
 
     @property
     def copied(self) -> tuple[str, ...]:
         """Names of the weights that are held as copies."""
-        return tuple(self._memory)
+        return tuple(self._keepers)
 
     @property
     def reopen(self) -> Mapping[str, str | None] | None:
         """The files, unless a copy was needed."""
-        return None if self._files is None or self._memory else self._files.reopen
+        return None if self._files is None or self._keepers else self._files.reopen
 
     @property
     def source(self) -> str:
         """Where the weights come from."""
-        copies = f"{len(self._memory)} weights copied to host memory at train start"
+        copies = f"{len(self._keepers)} weights copied to host memory at train start"
         if self._files is None:
             return copies
-        return f"{self._files.source}, {copies}" if self._memory else self._files.source
+        return f"{self._files.source}, {copies}" if self._keepers else self._files.source
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """The base weight of a canonical name.
@@ -208,13 +211,23 @@ class FilesOrMemoryBase:
         Raises:
             BaseWeightsError: It was frozen when training started and is in no file.
         """
-        if name in self._memory:
-            return self._memory[name]
+        if name in self._keepers:
+            own, keeper = self._memory.get(name), self._keepers[name]
+            weight = own if keeper is None else self._ranks.broadcast(own, keeper)
+            assert weight is not None, "its keeper has it"
+            return weight
         if self._files is None:
             raise BaseWeightsError(
                 f"{name}: was frozen at train start, so no copy was kept; pass base=<the base model>"
             )
         return self._files.read(name, piece)
+
+    def _keep(self, name: str, weight: Tensor, *, whole: bool) -> None:
+        # What each process holds whole, one of them keeps for all, in turn.
+        keeper = len(self._keepers) % self._ranks.size if whole else None
+        self._keepers[name] = keeper
+        if keeper in (None, self._ranks.rank):
+            self._memory[name] = weight.to("cpu", copy=True)
 
     def _is_in(self, files: "CheckpointBase", held: HeldModel, name: str, expected: str) -> bool:
         if not held.ranks.all(files.has(name, held.holding.shape(name))):

@@ -13,7 +13,7 @@ from torch import Tensor
 from safedelta_hf.errors import RestoreError
 from safedelta_hf.ranks import Ranks, is_shared
 from safedelta_hf.scratch import ScratchFolder
-from safedelta_hf.sharding.held import HeldModel, LooseTensor
+from safedelta_hf.sharding.held import HeldModel, HeldParameter, LooseTensor
 from safedelta_hf.sharding.holding import Piece
 from safedelta_hf.weights.base import BaseWeights
 
@@ -69,7 +69,14 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         scratch, self._scratch = self._opened(), None
-        # A rank that failed where the others cannot know it has nobody to put parameters back with.
+        if error is not None and not is_shared(error) and self._replaced:
+            # A rank that failed where the others cannot know it has nobody to put parameters back with.
+            error.add_note(
+                "weights were being replaced; those from before are safetensors files, by parameter name, in "
+                f"{str(scratch.path)!r} of each process that kept any"
+            )
+            scratch.keep()
+            return
         if error is not None and is_shared(error):
             try:
                 self._put_back(scratch.path)
@@ -164,6 +171,7 @@ def standing_in(held: HeldModel, names: Iterable[str], base: BaseWeights, folder
     """
     with Journal(folder, held.ranks) as journal, held.ranks.together():
         for name in names:
-            journal.replace(name, held.parameter(name), base.read(name, held.holding.piece(name)))
+            parameter = HeldParameter(held.holding, name, lent=True)
+            journal.replace(name, parameter, base.read(name, parameter.piece))
         yield
         journal.restore()
