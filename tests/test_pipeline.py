@@ -250,7 +250,7 @@ def test_one_hessian_of_many_experts_is_held_at_a_time(monkeypatch):
     held = []
     hold = PreparedMoments.hold
     monkeypatch.setattr(
-        PreparedMoments, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._held)))
+        PreparedMoments, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._hessians)))
     )
     adjust(tiny.perturbed(copy.deepcopy(base)), base)
     assert max(held) == 1

@@ -58,3 +58,7 @@ def test_accelerate_launch_starts_it_too(single, tmp_path):
     done = accelerate_launch("tests.distributed.training", "ddp", tmp_path, "full")
     assert done.returncode == 0, done.stderr[-4000:]
     assert difference(*(load_file(folder / "full.safetensors") for folder in (single, tmp_path))) < TOLERANCE
+
+
+def test_second_adapters_on_shards_and_wrapped_models_are_adjusted():
+    assert "both passed" in passes("tests.distributed.wrapped")
