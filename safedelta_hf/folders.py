@@ -109,12 +109,22 @@ def finish(unfinished: Path, folder: Path) -> None:
         folder: Its own name.
     """
     # Temporary folders, and safetensors files, are made for their owner alone.
-    unfinished.chmod(0o755)
+    allowed = ~_umask()
     for path in unfinished.iterdir():
         if path.is_file():
-            path.chmod(0o644)
+            path.chmod(0o666 & allowed)
+            sync(path)
+    unfinished.chmod(0o777 & allowed)
     sync(unfinished)
     os.replace(unfinished, folder)
+    sync(folder.parent)
+
+
+def _umask() -> int:
+    # It can only be read by setting it; what another thread makes meanwhile is closed to others, not open to all.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def unfinished_of(folder: Path) -> Path:

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 from filelock import FileLock
 
+from safedelta_hf import folders
 from safedelta_hf.errors import OutputError
 from safedelta_hf.folders import complete_file, complete_or_absent, resumable
 
@@ -50,10 +53,25 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert (tmp_path / "folder" / "file").exists()
 
 
-def test_others_may_read_what_was_written(tmp_path):
+@pytest.mark.parametrize("write", [resumable, complete_or_absent])
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o027, 0o750), (0o002, 0o775)])
+def test_those_may_read_what_was_written_whom_the_umask_lets(tmp_path, write, mask, mode):
+    before = os.umask(mask)
+    try:
+        with write(tmp_path / "folder") as unfinished:
+            (unfinished / "file").touch(mode=0o600)
+    finally:
+        assert os.umask(before) == mask
+    assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == mode & 0o666
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == mode
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(folders, "sync", lambda path: done.append((path.name, (tmp_path / "folder").exists())))
     with resumable(tmp_path / "folder") as unfinished:
-        (unfinished / "file").touch(mode=0o600)
-    assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o644
+        (unfinished / "file").touch()
+    assert done == [("file", False), (".folder.unfinished", False), (tmp_path.name, True)]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -18,6 +18,7 @@ from safedelta_hf.capture.owned import OwnedMoments
 from safedelta_hf.capture.reduction import BroughtToMain
 from safedelta_hf.capture.storage import MomentStorage
 from safedelta_hf.errors import ProfileError
+from safedelta_hf.ranks import Ranks
 from safedelta_hf.records import ProfileHeader, Use
 
 DEFAULT_STORAGE = "triangular"
@@ -84,7 +85,7 @@ class SafetyProfile:
         What is written stands in `.NAME.unfinished` beside the folder until it is complete. If that is interrupted,
         the same call goes on where it stopped, and ends with the same bytes.
 
-        Where the moments are in the memory of several processes, all of them call this, and the main one writes.
+        In a run of several processes all of them call this, and the main one writes.
 
         Args:
             folder: A folder that does not exist yet.
@@ -93,20 +94,21 @@ class SafetyProfile:
 
         Raises:
             ConfigurationError: There is no such storage.
-            OutputError: The folder exists, or another process is writing it.
+            OutputError: The folder exists, cannot be written, or another process is writing it.
             ProfileError: A moment is not one, so the profile could not be read again.
             RankError: Another process failed.
         """  # noqa: DOC502 - raised by the functions called
         encoding = encoding_of(storage)
-        if not isinstance(self.moments, OwnedMoments):
-            self._write(Path(folder), self.moments, encoding)
-            return
-        brought = BroughtToMain(self.moments)
-        with self.moments.ranks.together():
-            if self.moments.ranks.is_main:
-                self._write(Path(folder), brought, encoding)
-            else:
+        ranks = self._ranks()
+        brought = BroughtToMain(self.moments) if isinstance(self.moments, OwnedMoments) else None
+        with ranks.together():
+            if ranks.is_main:
+                self._write(Path(folder), self.moments if brought is None else brought, encoding)
+            elif brought is not None:
                 brought.follow(keys_in_order(self.moments, encoding))
+
+    def _ranks(self) -> Ranks:
+        return self.moments.ranks if isinstance(self.moments, OwnedMoments) else Ranks.of_run()
 
     def _write(self, folder: Path, moments: Moments, storage: Encoding) -> None:
         write_profile(folder, moments, storage, header=self.header, uses=self.uses, held_out=self.held_out)
@@ -166,6 +168,7 @@ class SafetyProfile:
         """Upload the profile to the Hub, in one commit; `SafetyProfile.load(repo_id)` opens it.
 
         The safety data that was held out goes along, tokenised: make the repository private if the data is.
+        In a run of several processes all of them call this, and the main one uploads.
 
         Args:
             repo_id: `organisation/name`, or a name of your own; made if it does not exist. A profile that is there is
@@ -184,11 +187,16 @@ class SafetyProfile:
         Raises:
             ConfigurationError: There is no such storage.
             ProfileError: The Hub refuses or cannot be reached.
+            RankError: Another process failed.
         """  # noqa: DOC502 - raised by the functions called
         encoding = encoding_of(storage)
+        ranks, address = self._ranks(), ""
         with tempfile.TemporaryDirectory(prefix="safedelta-") as parent:
             folder = Path(parent) / "profile"
             self.save(folder, encoding)
-            write_card(folder, self.header, storage=str(encoding), name=repo_id, base_model=base_model)
-            repository = Repository(name=repo_id, revision=revision, token=token)
-            return repository.upload(folder, private=private, message=commit_message, create_pr=create_pr)
+            with ranks.together():
+                if ranks.is_main:
+                    write_card(folder, self.header, storage=str(encoding), name=repo_id, base_model=base_model)
+                    repository = Repository(name=repo_id, revision=revision, token=token)
+                    address = repository.upload(folder, private=private, message=commit_message, create_pr=create_pr)
+        return ranks.broadcast(address, owner=0)

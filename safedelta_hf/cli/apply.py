@@ -8,7 +8,7 @@ import typer
 
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.options import RULE_HELP, chosen_rule
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.pipeline import adjust_adapter_files, adjust_checkpoint, plan_checkpoint
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
@@ -60,6 +60,7 @@ def apply(
     with one_line_errors():
         given = context.params
         _require_one_kind(given)
+        _require_place(report)
         shared: dict[str, Any] = {
             "profile": profile,
             "output": output,
@@ -94,8 +95,19 @@ def _require_one_kind(given: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"{options}: only with {kind}")
 
 
+def _require_place(report: Path | None) -> None:
+    # An adjustment takes hours, and its report is written last.
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise ConfigurationError(f"--report {str(report)!r}: is a folder, or in one that does not exist; name a file")
+
+
 def _finish(done: Report, output: Path, report: Path | None) -> None:
-    if report is not None:
-        done.save(report)
     typer.echo(done.summary())
     typer.echo(f"Written: {output}")
+    if report is not None:
+        try:
+            done.save(report)
+        except OSError as error:
+            raise OutputError(
+                f"--report {str(report)!r} cannot be written ({error}); {str(output)!r} is complete without it"
+            ) from error

@@ -1,22 +1,26 @@
 """`safedelta profile`: collect a profile of a base model, from files to files or to the Hub."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from safedelta_hf.capture.encodings import ENCODINGS, encoding_of
+from safedelta_hf.capture.encodings import ENCODINGS, Encoding, encoding_of
 from safedelta_hf.capture.parts import Parts
 from safedelta_hf.capture.profile import DEFAULT_STORAGE, SafetyProfile
 from safedelta_hf.capture.retention import with_retention
+from safedelta_hf.capture.safety_data import read_safety_data
 from safedelta_hf.capture.settings import CaptureSettings
 from safedelta_hf.capture.targets import ALL_LINEAR
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.options import one_of
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
 from safedelta_hf.folders import require_absent
 from safedelta_hf.pipeline import collect_profile
 
@@ -80,8 +84,11 @@ def profile(
         source, purpose = _source(safety_data, task_data, ordinary_data, holdout)
         if ordinary_data is None and ordinary_weight is not None:
             raise ConfigurationError("--ordinary-weight has no effect without --ordinary-data")
+        if ordinary_weight is not None and not 0 < ordinary_weight < math.inf:
+            raise ConfigurationError(f"--ordinary-weight {ordinary_weight:g} must be a positive number")
         if private and push_to_hub is None:
             raise ConfigurationError("--private has no effect without --push-to-hub")
+        _require_name(push_to_hub)
         one_of(dict.fromkeys(DTYPES), dtype, "--dtype")
         encoding = encoding_of(storage)
         settings = CaptureSettings(
@@ -94,7 +101,11 @@ def profile(
             targets=targets or ALL_LINEAR,
         )
         require_absent(output)
-        loaded, tokenizer = _load(model, dtype, device)
+        tokenizer = _loaded(AutoTokenizer, model)
+        _require_readable(source, tokenizer, max_length, purpose)
+        if ordinary_data is not None:
+            _require_readable(ordinary_data, tokenizer, max_length, "ordinary data")
+        loaded: PreTrainedModel = _loaded(AutoModelForCausalLM, model, dtype=dtype, device_map=device)
         parts = (
             None if save_every is None else Parts(folder=output.with_name(f".{output.name}.sums"), batches=save_every)
         )
@@ -104,12 +115,14 @@ def profile(
             found = with_retention(found, ordinary, ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight)
         found.save(output, encoding)
         typer.echo(_summary(found, output))
-        if push_to_hub is not None:
-            base = None if Path(model).exists() else model
-            address = found.push_to_hub(push_to_hub, storage=encoding, base_model=base, private=private or None)
-            typer.echo(f"Uploaded: {address}")
-        if parts is not None:
-            shutil.rmtree(parts.folder)
+        try:
+            if push_to_hub is not None:
+                base = None if Path(model).exists() else model
+                address = _pushed(found, output, push_to_hub, storage=encoding, base_model=base, private=private)
+                typer.echo(f"Uploaded: {address}")
+        finally:
+            if parts is not None:
+                shutil.rmtree(parts.folder)  # what is uploaded is read from there
 
 
 def _source(
@@ -140,15 +153,41 @@ def _ordinary(
     return collect_profile(model, data, tokenizer, purpose="ordinary data", **read)
 
 
-def _load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _loaded(kind: Any, name: str, **how: str) -> Any:  # noqa: ANN401 - a model or a tokenizer
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        return kind.from_pretrained(name, **how)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"--model {name!r} cannot be loaded as a language model on --device {device!r} ({error})"
+        device = f" on --device {how['device_map']!r}" if how else ""
+        raise ConfigurationError(f"--model {name!r} cannot be loaded as a language model{device} ({error})") from error
+
+
+def _require_readable(data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int | None, purpose: str) -> None:
+    try:
+        read_safety_data(data, tokenizer, max_length, purpose=purpose)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{purpose}: {str(data)!r} cannot be read ({error}); give a JSON-lines file") from error
+
+
+def _require_name(repository: str | None) -> None:
+    try:
+        if repository is not None:
+            validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigurationError(f"--push-to-hub {repository!r} is no name of a repository ({error})") from error
+
+
+def _pushed(
+    found: SafetyProfile, output: Path, name: str, *, storage: Encoding, base_model: str | None, private: bool
+) -> str:
+    how: dict[str, Any] = {"storage": str(storage), "base_model": base_model, **({"private": True} if private else {})}
+    try:
+        return found.push_to_hub(name, **how)
+    except (OSError, ProfileError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in how.items())
+        raise ProfileError(
+            f"{error}. The profile is saved in {str(output)!r} all the same; upload it with "
+            f"SafetyProfile.load({str(output)!r}).push_to_hub({name!r}, {given})"
         ) from error
-    return model, tokenizer
 
 
 def _summary(found: SafetyProfile, output: Path) -> str:

@@ -1,11 +1,13 @@
 """What will happen to each parameter, decided from names and shapes before any weight is touched."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from safedelta_hf.capture.collect import DIAGONAL
 from safedelta_hf.capture.moments import Moments
 from safedelta_hf.capture.profile import SafetyProfile
 from safedelta_hf.errors import CoverageError, ProfileError
@@ -77,7 +79,7 @@ def plan_parameters(
         One entry for each parameter; those that read the same moment stand together.
 
     Raises:
-        ProfileError: The profile knows nothing of one of them.
+        ProfileError: The profile knows nothing of one of them, or uses it as its shape does not allow.
     """
     unknown = sorted(set(shapes) - set(profile.header.base) - set(profile.header.parametrised))
     if unknown:
@@ -109,6 +111,8 @@ def _plan_entry(
     profile: SafetyProfile,
     treatment: Treatment,
 ) -> PlanEntry:
+    for use in uses:
+        _require_fit(use, shape)
     if not uses:
         action = None if treatment.uncovered == "error" else Action(treatment.uncovered)
         reason = profile.header.skipped.get(name, "no supported layer uses it")
@@ -121,6 +125,21 @@ def _plan_entry(
     adjusted = tuple(use for use in uses if actions[use] is Action.ADJUST)
     reason = unreached(shape, adjusted)
     return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, uses=adjusted)
+
+
+def _require_fit(use: Use, shape: tuple[int, ...]) -> None:
+    if use.part is None:
+        fits = use.role in DIAGONAL or len(shape) >= 2
+    else:
+        part = use.part
+        last = part.start + (part.rows - 1) * part.row_stride + (part.columns - 1) * part.column_stride
+        fits = max(last + 1, part.rows * part.columns) <= math.prod(shape)
+    if not fits:
+        where = "whole" if use.part is None else f"in {use.part}"
+        raise ProfileError(
+            f"{use.parameter}: has the shape {list(shape)}, the profile uses it as {use.role}, {where}, which does not "
+            "fit; the profile is malformed or was made for another model: collect it again"
+        )
 
 
 def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:

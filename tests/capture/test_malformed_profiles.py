@@ -163,6 +163,7 @@ def test_every_field_of_another_type_missing_or_out_of_range(malformed, original
 
 
 FILE = ("moments", 0, "file")
+PART = {"start": 0, "rows": 1, "columns": 1, "row_stride": 1, "column_stride": 1}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,12 @@ FILE = ("moments", 0, "file")
         (("uses", 0, "parameter"), "another", "no parameter"),
         (("uses", 0, "role"), "magic", "magic"),
         (("uses", 0, "role"), "linear", "another kind"),
-        (("uses", 0, "part"), {"start": -1, "rows": 1, "columns": 1, "row_stride": 1, "column_stride": 1}, "negative"),
+        *(
+            (("uses", 0, "part"), {**PART, name: number}, message)
+            for name in PART
+            for number, message in ((-1, "negative"), (0, "without rows"), (2**48, "beyond"), (2**62, "beyond"))
+            if (name, number) != ("start", 0)
+        ),
         (("held_out", "losses"), lambda losses: losses[1:], "held_out"),
         (("held_out", "sequences", 0, "labels"), [1], "held_out"),
         (("held_out", "sequences", 0, "input_ids"), [], "held_out"),
@@ -394,6 +400,24 @@ def test_a_signed_file_that_declares_huge_or_impossible_tensors(malformed, origi
     moments = json.loads(header(originals / "float32").read_text())["moments"]
     names = [f"{moment['key']}/total" for moment in moments if moment["file"] == moments[0]["file"]]
     malformed(lambda folder: with_head(folder, dict.fromkeys(names, described)), "float32")
+
+
+@pytest.mark.parametrize("place", ["version", "unknown", "sequences"])
+def test_a_header_that_is_nested_as_deep_as_can_be_read(malformed, place):
+    def change(folder, depth):
+        nested = "[" * depth + "]" * depth
+        text = header(folder).read_text()
+        changed = {
+            "version": text.replace('"format_version": 3', f'"format_version": {nested}'),
+            "unknown": text.removesuffix("}") + f', "unknown": {nested}}}',
+            "sequences": text.replace('"sequences": 12', f'"sequences": {nested}'),
+        }[place]
+        assert changed != text
+        header(folder).write_text(changed)
+
+    # Somewhere between these depths one step of the reader after the other reaches its limit.
+    for depth in range(300, 1100, 25):
+        malformed(lambda folder, depth=depth: change(folder, depth), match="nested|digest|format version")
 
 
 def test_files_that_were_swapped(malformed):

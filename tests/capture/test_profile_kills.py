@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from safedelta_hf import SafetyProfile
 from safedelta_hf.capture.files import shards
@@ -96,6 +97,52 @@ def test_a_damaged_file_of_an_interrupted_save_is_written_again(tmp_path, small_
     first.write_bytes(data)
     profile.save(tmp_path / "profile")
     assert contents(tmp_path / "profile") == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null",
+        b"[1]",
+        b"{}",
+        b"3",
+        b'{"name": 3}',
+        b'{"name": "x", "file": {}, "contents": ""}',
+        b"\xff\xfe",
+        b"[" * 9999,
+    ],
+)
+def test_a_damaged_journal_of_an_interrupted_save_is_no_obstacle(tmp_path, small_shards, monkeypatch, line):
+    profile = tiny_profile()
+    profile.save(tmp_path / "expected")
+    interrupted(profile, tmp_path / "profile", monkeypatch)
+    journal = tmp_path / ".profile.unfinished" / "done.jsonl"
+    journal.write_bytes(b"\n".join([line, *journal.read_bytes().splitlines(), line]))
+    before = stamps(journal.parent)
+    profile.save(tmp_path / "profile")
+    assert before and stamps(tmp_path / "profile") == before
+    assert contents(tmp_path / "profile") == contents(tmp_path / "expected")
+
+
+def test_a_folder_of_another_writer_is_left_alone_and_named(tmp_path):
+    (tmp_path / ".profile.unfinished" / "parts").mkdir(parents=True)
+    with pytest.raises(OutputError, match="holds the folder 'parts'"):
+        tiny_profile().save(tmp_path / "profile")
+    assert [path.name for path in (tmp_path / ".profile.unfinished").iterdir()] == ["parts"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
+def test_a_disk_that_cannot_be_written_is_named_and_the_same_call_goes_on(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    profile = tiny_profile()
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "save_file", fail)
+        with pytest.raises(OutputError, match="profile' cannot be written .*No space left.* the same call goes on"):
+            profile.save(tmp_path / "profile")
+    profile.save(tmp_path / "profile")
+    assert same_moments(SafetyProfile.load(tmp_path / "profile"), profile)
 
 
 def test_two_writers_do_not_share_a_folder(tmp_path):

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
+from safedelta_hf.cli import apply as command
 from safedelta_hf.cli.main import app
 from tests import adapters, tiny
 
@@ -44,6 +45,17 @@ def test_errors_end_with_one_line_and_status_1(folder):
         result = apply(folder, *options)
         assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
     assert not list((folder / "output").iterdir())
+
+
+def test_a_report_that_cannot_be_written_is_found_before_the_work(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "adjust_adapter_files", lambda *_, **__: pytest.fail("the work was done"))
+        for report in (folder / "absent" / "report.json", folder):
+            result = apply(folder, "--report", report)
+            assert result.exit_code == 1 and f"--report {str(report)!r}" in result.output, result.output
+    (folder / "report.json").symlink_to(folder / "absent" / "report.json")
+    result = apply(folder, "--report", folder / "report.json")
+    assert result.exit_code == 1 and "is complete without it" in result.output and (folder / "output").exists()
 
 
 def test_a_rule_that_merges_weights_is_refused_in_one_line(folder):

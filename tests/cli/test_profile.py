@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from safedelta_hf import SafetyProfile, collect_profile
 from safedelta_hf.capture import parts
+from safedelta_hf.capture.files.hub import Repository
 from safedelta_hf.cli import profile as command
 from safedelta_hf.cli.main import app
+from safedelta_hf.errors import ProfileError
 from safedelta_hf.testbed import ALIGNED_MODEL, CASES, load_aligned, safety_data
 from safedelta_hf.testbed.data import ordinary_data
 from tests.capture.saved_profiles import contents, same_moments
@@ -98,12 +100,37 @@ def test_it_goes_to_the_hub_as_well(files, monkeypatch):
         assert same_moments(found, SafetyProfile.load(files / "profile"))
 
 
+def test_what_the_hub_refuses_is_saved_all_the_same_and_can_be_uploaded_as_it_says(files, monkeypatch):
+    def refuse(*_, **__):
+        raise ProfileError("profile: the Hub refuses")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Repository, "upload", refuse)
+        result = run(*arguments(files, "--push-to-hub=org/profile", "--private", "--save-every=4"))
+    assert result.exit_code == 1 and "the Hub refuses" in result.output and "is saved in" in result.output
+    assert not (files / ".profile.sums").exists()
+    with connected(monkeypatch) as hub:
+        eval(result.output.splitlines()[-1].partition("upload it with ")[2])
+        found = SafetyProfile.load("org/profile", cache_dir=files / "cache")
+        assert hub.private["org/profile"] in (True, "private")
+        assert same_moments(found, SafetyProfile.load(files / "profile"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--task-data=x.jsonl"], "give one of --safety-data and --task-data"),
         (["--ordinary-weight=1"], "--ordinary-weight has no effect"),
         (["--private"], "--private has no effect"),
+        (["--push-to-hub=no name"], "--push-to-hub 'no name' is no name of a repository"),
+        (["--push-to-hub=a/b/c"], "--push-to-hub 'a/b/c' is no name of a repository"),
+        *(
+            (["--ordinary-data=x", f"--ordinary-weight={weight}"], "must be a positive")
+            for weight in (-1, 0, "nan", "inf")
+        ),
+        (["--ordinary-data=absent"], "ordinary data: there is no file 'absent'"),
+        (["--ordinary-data=/proc/self/mem"], "ordinary data: '/proc/self/mem' cannot be read"),
+        (["--max-length=1"], "safety data: "),
         (["--dtype=int3"], "--dtype 'int3' is not one of"),
         (["--storage=zip"], "storage='zip' is not one of"),
         (["--storage=eigenbasis"], "needs a rank"),
@@ -113,14 +140,14 @@ def test_it_goes_to_the_hub_as_well(files, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_one_line_before_anything_is_loaded(files, monkeypatch, options, message):
-    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(command.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     result = run(*arguments(files, *options))
     assert result.exit_code == 1 and len(result.output.splitlines()) == 1
     assert result.output.startswith("safedelta: ") and message in result.output
 
 
 def test_a_folder_that_is_there_is_not_overwritten(files, monkeypatch):
-    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(command.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (files / "profile").mkdir()
     (files / "profile" / "precious").touch()
     result = run(*arguments(files))

@@ -15,11 +15,11 @@ from safedelta_hf.capture.files.plain import record
 from safedelta_hf.capture.held_out import HeldOut
 from safedelta_hf.capture.safety_data import IGNORED
 from safedelta_hf.errors import ConfigurationError, ProfileError
-from safedelta_hf.records import ProfileHeader, Use
+from safedelta_hf.records import Part, ProfileHeader, Use
 
 HEADER_FILE: Final = "profile.json"
-HEADER_LIMIT: Final = 256 * 2**20
-"""Bytes of a header file, at most: it is read whole."""
+HEADER_LIMIT: Final = 32 * 2**20
+"""Bytes of a header file, at most: it is read whole, and parsing it takes many times as much memory."""
 FORMAT_VERSION: Final = 3
 SHARD_PATTERN: Final = "moments-*-of-*.safetensors"
 
@@ -27,6 +27,8 @@ _SHARD_NAME: Final = re.compile(r"moments-\d{5}-of-\d{5}\.safetensors", re.ASCII
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LARGEST_SIDES: Final = {1: 2**31, 2: 2**17}
 """Of diagonal and of full moments: a full one of more would take over 64 GiB, however small it is stored."""
+
+_LARGEST_INDEX: Final = 2**48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +129,14 @@ class Content:
             ValueError: It is something else, or has been changed.
         """
         try:
-            content: Any = json.loads(text)
+            return cls._parsed(text)
         except RecursionError as error:
+            # Reading, digesting and describing it each go down as deep as it is nested.
             raise ValueError("it is nested without end") from error
+
+    @classmethod
+    def _parsed(cls, text: bytes) -> "Content":
+        content: Any = json.loads(text)
         if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
             raise ValueError("it has no 'header'")
         version = content["header"].get("format_version")
@@ -203,8 +210,16 @@ def _require_uses(uses: Iterable[Use], moments: Mapping[str, StoredMoment], head
             raise ValueError(f"{use.parameter!r} is no parameter of the base")
         if (use.role in DIAGONAL) != (len(moments[use.moment].shape) == 1):
             raise ValueError(f"{use.parameter!r} is used as {use.role}, its moment has another kind of shape")
-        if use.part is not None and min(vars(use.part).values()) < 0:
-            raise ValueError(f"{use.parameter!r} has a part with negative numbers")
+        if use.part is not None:
+            _require_part(use.parameter, use.part)
+
+
+def _require_part(parameter: str, part: Part) -> None:
+    counts = part.rows, part.columns, part.row_stride, part.column_stride
+    if part.start < 0 or min(counts) < 1:
+        raise ValueError(f"{parameter!r} has a part with negative numbers, or without rows, columns or steps")
+    if max(part.start, *counts) >= _LARGEST_INDEX:
+        raise ValueError(f"{parameter!r} has a part that lies beyond any parameter")
 
 
 def _require_held_out(held_out: HeldOut | None) -> None:

@@ -1,14 +1,18 @@
 """Writing a profile: file by file, so that a killed run goes on where it stopped."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from safedelta_hf.capture.encodings import Encoding, encoding_for
 from safedelta_hf.capture.files.content import HEADER_FILE, Content, StoredFile, StoredMoment
+from safedelta_hf.capture.files.plain import record
 from safedelta_hf.capture.files.shards import (
     digest_of_file,
     digest_of_values,
@@ -18,7 +22,7 @@ from safedelta_hf.capture.files.shards import (
 )
 from safedelta_hf.capture.held_out import HeldOut
 from safedelta_hf.capture.moments import Moments
-from safedelta_hf.errors import ProfileError
+from safedelta_hf.errors import OutputError, ProfileError, SafeDeltaError
 from safedelta_hf.folders import complete_file, resumable
 from safedelta_hf.records import ProfileHeader, Use
 
@@ -49,9 +53,10 @@ def write_profile(
 
     Raises:
         ProfileError: The profile is not one that could be read again.
-        OutputError: The folder exists, or another process is writing it.
+        OutputError: The folder exists, cannot be written, or another process is writing it.
     """  # noqa: DOC502 - raised by the folder
-    with resumable(folder) as unfinished:
+    with _failing_by_name(folder), resumable(folder) as unfinished:
+        _require_own(unfinished)
         journal = _Journal(unfinished / _DONE)
         shards = shards_of(moments, storage)
         files: dict[str, StoredFile] = {}
@@ -69,6 +74,27 @@ def write_profile(
         for path in unfinished.iterdir():
             if path.name not in {*shards, HEADER_FILE}:
                 path.unlink()
+
+
+@contextmanager
+def _failing_by_name(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafeDeltaError:
+        raise
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+        raise OutputError(
+            f"profile: {str(folder)!r} cannot be written ({error}); once that is mended, the same call goes on"
+        ) from error
+
+
+def _require_own(unfinished: Path) -> None:
+    strangers = sorted(path.name for path in unfinished.iterdir() if path.is_dir() and not path.is_symlink())
+    if strangers:
+        raise OutputError(
+            f"{str(unfinished)!r}: holds the folder {strangers[0]!r}, which is of no profile; something else was being "
+            "written under that name: finish or remove it, or choose another name"
+        )
 
 
 def keys_in_order(moments: Moments, storage: Encoding) -> list[str]:
@@ -113,18 +139,25 @@ def _shard(
     return file, entries
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    name: str
+    file: StoredFile
+    contents: str
+
+
 class _Journal:
     """Which files an interrupted run finished, and of what."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines: dict[str, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        self._lines: dict[str, _Line] = {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                described = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the run was killed while it wrote this line
-            self._lines[described["name"]] = described
+                described = record(_Line, json.loads(line), _DONE)
+            except (ValueError, RecursionError):
+                continue  # the run was killed while it wrote this line, or it was damaged since
+            self._lines[described.name] = described
 
     def found(self, path: Path, contents: str) -> StoredFile | None:
         """Look up a file.
@@ -137,10 +170,11 @@ class _Journal:
             Its size and digest, if it is there, intact, and holds just that.
         """
         line = self._lines.get(path.name)
-        if line is None or line["contents"] != contents or not path.is_file():
+        if line is None or line.contents != contents or not path.is_file():
             return None
-        file = StoredFile(**line["file"])
-        return file if digest_of_file(path) == file.digest else None
+        if path.stat().st_size != line.file.bytes or digest_of_file(path) != line.file.digest:
+            return None
+        return line.file
 
     def add(self, path: Path, file: StoredFile, contents: str) -> None:
         """Remember a file that is complete.
@@ -150,6 +184,6 @@ class _Journal:
             file: Its size and digest.
             contents: What it holds.
         """
-        line = json.dumps({"name": path.name, "file": asdict(file), "contents": contents})
+        line = json.dumps(asdict(_Line(name=path.name, file=file, contents=contents)))
         with self._path.open("a", encoding="utf-8") as journal:
             journal.write(f"\n{line}")  # the line before may have been cut short
