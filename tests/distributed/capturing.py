@@ -5,6 +5,7 @@ python -m tests.distributed.capturing BACKEND FOLDER [failing]
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from safedelta_hf import SafetyProfile, collect_profile
+from safedelta_hf.capture.files.hub import Repository
 from safedelta_hf.capture.likelihood import response_losses
 from safedelta_hf.capture.owned import OwnedMoments
 from safedelta_hf.capture.retention import with_retention
@@ -206,6 +208,23 @@ def what_is_saved_is_what_a_single_process_saves(shard, ranks, folder):
     assert "exists already" in str(error), error
     assert is_shared(error)
     retention_is_that_of_a_single_process(shard, ranks, loaded, expected)
+    loaded.save(folder / "again")
+    assert list(SafetyProfile.load(folder / "again").moments.values())
+    for profile in (found, loaded):
+        what_is_uploaded_is_whole_and_of_the_main_process(profile, ranks, expected)
+
+
+def what_is_uploaded_is_whole_and_of_the_main_process(profile, ranks, expected):
+    uploaded = []
+
+    def upload(repository, folder, **_):
+        uploaded.append(len(list(SafetyProfile.load(folder).moments.values())))
+        assert (folder / "README.md").exists()
+        return f"address of rank {ranks.rank}"
+
+    with mock.patch.object(Repository, "upload", upload):
+        assert profile.push_to_hub("org/profile") == "address of rank 0"
+    assert uploaded == ([len(expected.moments)] if ranks.is_main else [])
 
 
 def retention_is_that_of_a_single_process(shard, ranks, loaded, expected):
