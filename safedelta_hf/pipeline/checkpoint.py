@@ -90,7 +90,7 @@ def adjust_checkpoint(
         base=checkpoint.base.source,
         sequences=header.sequences,
         tokens=header.tokens,
-        parameters=tuple(folder.finished[name] for name in checkpoint.names),
+        parameters=tuple(folder.record(name) for name in checkpoint.names),
     )
 
 

@@ -8,11 +8,13 @@ import shutil
 import signal
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from safedelta_hf import Ridge, SafeDelta, Treatment
-from safedelta_hf.errors import CheckpointError, SafeDeltaError
+from safedelta_hf.errors import CheckpointError, OutputError, SafeDeltaError
+from safedelta_hf.weights import checkpoint_folder
 from safedelta_hf.weights.checkpoint import CheckpointStore
+from safedelta_hf.weights.checkpoint_folder import CheckpointFolder
 from safedelta_hf.weights.tensor_files import TensorFiles
 from tests import checkpoints, tiny
 from tests.checkpoints import contents
@@ -250,10 +252,118 @@ def test_a_work_folder_with_a_malformed_manifest_is_left_alone(manifest, stopped
 
 
 def test_two_runs_do_not_write_the_same_output(stopped, untouched):
-    with FileLock(stopped.work / "lock"), pytest.raises(CheckpointError, match="another process is writing"):
+    with FileLock(stopped.folder / ".output.lock"), pytest.raises(CheckpointError, match="another process is writing"):
         stopped.adjust()
     stopped.adjust()
     assert contents(stopped.output) == untouched[1]
+    assert not (stopped.folder / ".output.lock").exists()
+
+
+def test_the_lock_is_held_until_the_work_folder_is_gone(stopped, monkeypatch):
+    remove, seen = shutil.rmtree, []
+
+    def watched(path, **settings):
+        if path == stopped.work:
+            with pytest.raises(Timeout):
+                FileLock(stopped.folder / ".output.lock", timeout=0).acquire()
+            seen.append(path)
+        remove(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    stopped.adjust()
+    assert seen == [stopped.work]
+
+
+@pytest.mark.parametrize("left", ["all", "model", "finished.jsonl", "neither"])
+def test_a_work_folder_without_a_manifest_is_begun_anew(left, stopped, untouched, monkeypatch):
+    (stopped.work / "manifest.json").unlink()
+    if left in ("model", "neither"):
+        (stopped.work / "finished.jsonl").unlink()
+    if left in ("finished.jsonl", "neither"):
+        shutil.rmtree(stopped.work / "model")
+    names, found = deltas_of(stopped, monkeypatch)
+    assert len(names) == 12 and found == untouched[1] and not stopped.work.exists()
+
+
+def test_a_work_folder_of_another_kind_is_left_alone(stopped):
+    shutil.rmtree(stopped.work)
+    stopped.work.mkdir()
+    (stopped.work / "done.jsonl").write_text("a profile")
+    with pytest.raises(CheckpointError, match=r"something else .*'done.jsonl'; finish that, or remove the folder"):
+        stopped.adjust()
+    assert contents(stopped.work) == {"done.jsonl": b"a profile"}
+    shutil.rmtree(stopped.work)
+    stopped.adjust()
+
+
+def test_a_profile_is_not_saved_into_the_work_folder_of_a_model(stopped, untouched):
+    before = contents(stopped.work)
+    with pytest.raises(OutputError, match=r"something else .*'model'; finish that, or remove the folder"):
+        stopped.profile.save(stopped.output)
+    assert contents(stopped.work) == before
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def ended_before_the_clean_up(case, monkeypatch):
+    """Have the output complete, and the work folder beside it as a killed run leaves it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **settings: None)
+        return case.adjust()
+
+
+def test_a_complete_output_is_reported_by_the_next_run(stopped, monkeypatch):
+    report = ended_before_the_clean_up(stopped, monkeypatch)
+    assert stopped.work.exists() and stopped.adjust().to_dict() == report.to_dict() and not stopped.work.exists()
+
+
+def test_a_complete_output_without_its_records_is_an_error(stopped, untouched, monkeypatch):
+    ended_before_the_clean_up(stopped, monkeypatch)
+    lines = finished_lines(stopped)
+    (stopped.work / "finished.jsonl").write_bytes(b"".join(lines[:-1]))
+    name = json.loads(lines[-1])["record"]["parameter"]
+    with pytest.raises(CheckpointError, match=f"^{name}: .* is complete, and the record .* is lost; remove the folder"):
+        stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_what_a_run_has_finished_is_on_the_disk_before_the_output_is_there(stopped, monkeypatch):
+    steps, sync, replace = [], checkpoint_folder.sync, os.replace
+
+    def synced(path):
+        steps.append(path)
+        sync(path)
+
+    def replaced(source, target):
+        steps.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint_folder, "sync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    stopped.adjust()
+    assert steps.index(stopped.work / "finished.jsonl") < steps.index(stopped.output)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_stale_part_of_a_shard_does_not_take_its_place(kind, stopped, untouched):
+    shard = next(iter(TensorFiles(stopped.tuned).paths))
+    stale = stopped.tuned / f"{shard}.part"
+    if kind == "folder":
+        stale.mkdir()
+        stale = stale / f"{shard}.part"
+    stale.write_bytes((stopped.tuned / shard).read_bytes())
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_a_companion_never_replaces_a_shard(stopped, tmp_path):
+    files = TensorFiles(stopped.tuned)
+    shard = next(iter(files.paths))
+    (stopped.tuned / f"{shard}.part").write_text("stale")
+    with CheckpointFolder(tmp_path / "other", files, {}, progress=False) as folder:
+        with pytest.raises(CheckpointError, match=rf"{shard}\.part' stands in the way.*rename or remove it"):
+            folder.complete([f"{shard}.part"])
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_output_that_appeared_meanwhile_is_not_replaced(stopped):

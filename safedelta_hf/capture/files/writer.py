@@ -18,7 +18,7 @@ from safedelta_hf.capture.files.shards import (
 )
 from safedelta_hf.capture.held_out import HeldOut
 from safedelta_hf.capture.moments import Moments
-from safedelta_hf.errors import ProfileError
+from safedelta_hf.errors import OutputError, ProfileError
 from safedelta_hf.folders import complete_file, resumable
 from safedelta_hf.records import ProfileHeader, Use
 
@@ -52,6 +52,7 @@ def write_profile(
         OutputError: The folder exists, or another process is writing it.
     """  # noqa: DOC502 - raised by the folder
     with resumable(folder) as unfinished:
+        _require_own(unfinished)
         journal = _Journal(unfinished / _DONE)
         shards = shards_of(moments, storage)
         files: dict[str, StoredFile] = {}
@@ -69,6 +70,16 @@ def write_profile(
         for path in unfinished.iterdir():
             if path.name not in {*shards, HEADER_FILE}:
                 path.unlink()
+
+
+def _require_own(unfinished: Path) -> None:
+    # A profile is files alone; a model that is adjusted in files may have been begun under the same name.
+    for path in unfinished.iterdir():
+        if path.is_dir():
+            raise OutputError(
+                f"{str(unfinished)!r} is left of something else that was being written, it holds the folder "
+                f"{path.name!r}; finish that, or remove the folder, or choose another name"
+            )
 
 
 def keys_in_order(moments: Moments, storage: Encoding) -> list[str]:
