@@ -6,11 +6,14 @@ import os
 import random
 import shutil
 import signal
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from filelock import FileLock, Timeout
 
-from safedelta_hf import Ridge, SafeDelta, Treatment
+from safedelta_hf import Ridge, SafeDelta, SafetyProfile, Treatment
+from safedelta_hf.capture.moments import HeldMoments
 from safedelta_hf.errors import CheckpointError, OutputError, SafeDeltaError
 from safedelta_hf.weights import checkpoint_folder
 from safedelta_hf.weights.checkpoint import CheckpointStore
@@ -38,7 +41,8 @@ class Killer:
                 if name == "write":
                     function(values[0], bytes(values[1])[: len(values[1]) // 2])
                 elif self.at % 2:
-                    function(*values, **settings)
+                    with suppress(OSError):
+                        function(*values, **settings)
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*values, **settings)
 
@@ -132,23 +136,27 @@ def untouched(tmp_path_factory):
     return case, complete
 
 
+def stop_at(case, monkeypatch, left, **settings):
+    keep, records = CheckpointStore.keep, []
+
+    def interrupted(self, record):
+        if len(records) == left:
+            raise KeyboardInterrupt
+        records.append(record)
+        keep(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            case.adjust(**settings)
+
+
 @pytest.fixture
 def stopped(untouched, tmp_path, monkeypatch):
     """A run that was interrupted after half of its weights."""
     shutil.copytree(untouched[0].folder, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
     case = checkpoints.Case(tmp_path, untouched[0].model, untouched[0].profile)
-    keep, left = CheckpointStore.keep, [6]
-
-    def interrupted(self, record):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        keep(self, record)
-
-    monkeypatch.setattr(CheckpointStore, "keep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        case.adjust()
-    monkeypatch.undo()
+    stop_at(case, monkeypatch, 6)
     return case
 
 
@@ -218,13 +226,37 @@ def test_what_an_earlier_run_copied_and_is_gone_since_is_not_in_the_output(stopp
     assert contents(stopped.output) == untouched[1]
 
 
+def stored_otherwise(case):
+    case.profile.save(case.folder / "compressed", "eigenbasis:2")
+    return SafetyProfile.load(case.folder / "compressed")
+
+
+LAYER = "model.layers.0.self_attn"
+
+
+def with_uses(profile):
+    """Read another moment for one of the parameters."""
+    moments = {use.parameter: use.moment for use in profile.uses}
+    moments[f"{LAYER}.q_proj.weight"] = moments[f"{LAYER}.o_proj.weight"]
+    return replace(profile, uses=tuple(replace(use, moment=moments[use.parameter]) for use in profile.uses))
+
+
+def held(profile, factor=1.0):
+    """The same profile in memory, as if it had just been collected; one moment is another."""
+    moments = {key: replace(moment, total=moment.total.clone()) for key, moment in profile.moments.items()}
+    next(iter(moments.values())).total.mul_(factor)
+    return replace(profile, moments=HeldMoments(moments))
+
+
 CHANGES = {
     "rule": lambda case: {"rule": Ridge(strength=2.0)},
     "rule again": lambda case: {"rule": SafeDelta(strength=1.0)},
     "treatment": lambda case: {"treatment": Treatment(norms="keep")},
     "tuned": lambda case: os.utime(next(case.tuned.glob("*.safetensors")), (1, 1)),
     "base": lambda case: os.utime(next(case.base.glob("*.safetensors")), (1, 1)),
-    "profile": lambda case: os.utime(case.folder / "profile" / "profile.json", (1, 1)),
+    "profile in memory": lambda case: {"profile": case.profile},
+    "profile otherwise stored": lambda case: {"profile": stored_otherwise(case)},
+    "profile with another use": lambda case: {"profile": with_uses(SafetyProfile.load(case.folder / "profile"))},
     "task": lambda case: {"task": case.folder / "profile"},
 }
 
@@ -240,6 +272,27 @@ def test_a_run_with_other_inputs_does_not_go_on_from_there(change, stopped):
     assert contents(stopped.work) == before and not stopped.output.exists()
     shutil.rmtree(stopped.work)
     stopped.adjust(**settings)
+
+
+def test_a_run_with_the_same_profile_in_another_place_goes_on_from_there(stopped, untouched, tmp_path, monkeypatch):
+    shutil.copytree(stopped.folder / "profile", tmp_path / "elsewhere")
+    shutil.rmtree(stopped.folder / "profile")
+    stop_at(stopped, monkeypatch, 2, profile=SafetyProfile.load(tmp_path / "elsewhere"))
+    assert len(finished_lines(stopped)) == 6 + 2
+    stopped.adjust(profile=tmp_path / "elsewhere")
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_a_run_with_a_profile_in_memory_goes_on_with_the_same_values_alone(stopped, monkeypatch):
+    shutil.rmtree(stopped.work)
+    stop_at(stopped, monkeypatch, 6, profile=held(stopped.profile))
+    for other in (held(stopped.profile, factor=1.001), stored_otherwise(stopped), stopped.folder / "profile"):
+        with pytest.raises(CheckpointError, match="had another profile; repeat that run"):
+            stopped.adjust(profile=other)
+    stop_at(stopped, monkeypatch, 2, profile=held(stopped.profile))
+    assert len(finished_lines(stopped)) == 6 + 2
+    stopped.adjust(profile=held(stopped.profile))
+    assert stopped.output.exists()
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
