@@ -50,19 +50,37 @@ def resumable(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: Another process is writing the same folder, or the folder is there already.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_of(folder)
-    # Beside the folder, not in it, so that renaming the folder does not take the lock along.
+    with locked(folder):
+        require_absent(folder)
+        unfinished.mkdir(exist_ok=True)
+        yield unfinished
+        finish(unfinished, folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only one who writes a folder, be it under its own name or as `.NAME.unfinished`.
+
+    Args:
+        folder: The folder; its parents are made.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: Another process is writing it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, not in it, so that renaming or removing the folder does not take the lock along.
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise OutputError(f"{str(folder)!r}: another process is writing it; wait, or choose another name") from error
     try:
-        require_absent(folder)
-        unfinished.mkdir(exist_ok=True)
-        yield unfinished
-        finish(unfinished, folder)
+        yield
+        # While it is held: who opened it before finds that it has lost its name, and opens another.
         Path(lock.lock_file).unlink(missing_ok=True)
     finally:
         lock.release()

@@ -1,7 +1,11 @@
 """Moments by key, wherever they are: in memory, on disk, summed as they are read, or on another rank."""
 
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+
+import torch
 
 from safedelta_hf.core.moment import InputMoment
 
@@ -25,6 +29,20 @@ class Moments(Mapping[str, InputMoment]):
         Raises:
             KeyError: There is no such moment.
         """
+
+    def identity(self) -> str:
+        """What tells these moments from others.
+
+        Returns:
+            A digest of their values, each of which is read once.
+        """
+        result = hashlib.sha256()
+        for key, moment in self.items():
+            total = moment.total.detach().cpu().contiguous()
+            told = [key, str(total.dtype), list(total.shape), moment.sequences, moment.tokens]
+            result.update(json.dumps(told).encode())
+            result.update(total.reshape(-1).view(torch.uint8).numpy().data)
+        return result.hexdigest()
 
 
 class MomentsByKey(Moments):

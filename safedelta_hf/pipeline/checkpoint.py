@@ -19,7 +19,7 @@ from safedelta_hf.report import Report
 from safedelta_hf.rules import MergeRule, Rule, SafeDelta
 from safedelta_hf.weights.checkpoint import CheckpointStore
 from safedelta_hf.weights.checkpoint_folder import CheckpointFolder
-from safedelta_hf.weights.identity import files_identity, folder_identity, header_identity, source_identity
+from safedelta_hf.weights.identity import Identity, files_identity, profile_identity, source_identity
 
 
 def adjust_checkpoint(
@@ -69,7 +69,7 @@ def adjust_checkpoint(
         )
         opened_task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
         prepared = PreparedMoments(checkpoint.profile, rule, opened_task)
-        manifest = _manifest(checkpoint, rule, profile, task, opened_task, str(place))
+        manifest = _manifest(checkpoint, rule, opened_task, str(place))
         with CheckpointFolder(output, checkpoint.tuned, manifest, progress=progress) as folder:
             if not folder.is_complete:
                 store = CheckpointStore(checkpoint.pair, checkpoint.profile.header, folder, place)
@@ -90,7 +90,7 @@ def adjust_checkpoint(
         base=checkpoint.base.source,
         sequences=header.sequences,
         tokens=header.tokens,
-        parameters=tuple(folder.finished[name] for name in checkpoint.names),
+        parameters=tuple(folder.record(name) for name in checkpoint.names),
     )
 
 
@@ -103,23 +103,20 @@ def _usable_device(device: torch.device | str) -> torch.device:
         ) from error
 
 
-def _manifest(
-    checkpoint: CheckpointPlan,
-    rule: Rule,
-    profile: SafetyProfile | str | Path,
-    task: SafetyProfile | str | Path | None,
-    opened_task: SafetyProfile | None,
-    device: str,
-) -> dict[str, Any]:
+def _manifest(checkpoint: CheckpointPlan, rule: Rule, task: SafetyProfile | None, device: str) -> dict[str, Any]:
     sources: Sequence[object] = rule.sources if isinstance(rule, MergeRule) else ()
     return {
         "rule": {"name": rule.name, "settings": rule.settings},
         "treatment": asdict(checkpoint.treatment),
         "base": files_identity(checkpoint.base),
         "tuned": files_identity(checkpoint.tuned),
-        "profile": [header_identity(checkpoint.profile.header), folder_identity(profile)],
-        "task": None if opened_task is None else [header_identity(opened_task.header), folder_identity(task)],
+        "profile": _identity(checkpoint.profile),
+        "task": None if task is None else _identity(task),
         "further models": [source_identity(source) for source in sources],
         "device": device,
         "version of torch": torch.__version__,
     }
+
+
+def _identity(profile: SafetyProfile) -> Identity:
+    return profile_identity(profile.header, profile.uses, profile.moments.identity())

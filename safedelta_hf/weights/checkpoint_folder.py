@@ -4,25 +4,27 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from safedelta_hf.errors import CheckpointError
-from safedelta_hf.folders import complete_file, sync, unfinished_of
+from safedelta_hf.errors import CheckpointError, OutputError
+from safedelta_hf.folders import complete_file, locked, sync, unfinished_of
 from safedelta_hf.records import ParameterRecord
 from safedelta_hf.weights.shard_parts import ShardParts, write_all
-from safedelta_hf.weights.tensor_files import TensorFiles
+from safedelta_hf.weights.tensor_files import INDEX_FILE, TensorFiles
 
 MANIFEST_FILE = "manifest.json"
 FINISHED_FILE = "finished.jsonl"
-LOCK_FILE = "lock"
 MODEL_FOLDER = "model"
+
+_OWN = frozenset([MANIFEST_FILE, f"{MANIFEST_FILE}.part", FINISHED_FILE, MODEL_FOLDER, INDEX_FILE])
+"""All that a work folder of this kind can hold."""
 
 
 class CheckpointFolder:
@@ -47,24 +49,22 @@ class CheckpointFolder:
         self._work = unfinished_of(output)
         self._model = self._work / MODEL_FOLDER
         self._parts = ShardParts(self._model, original)
-        self._lock = FileLock(self._work / LOCK_FILE, timeout=0)
+        self._lock = ExitStack()
         self._written: set[str] = set()
         self.finished: dict[str, ParameterRecord] = {}
         self.is_complete = False
 
     def __enter__(self) -> "CheckpointFolder":
         require_absent(self._output)
-        self._work.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise CheckpointError(
-                f"output: another process is writing {str(self._output)!r} ({str(self._work)!r} is locked); wait for it"
-            ) from error
+            self._lock.enter_context(locked(self._output))
+        except OutputError as error:
+            raise CheckpointError(f"output: {error}") from error
         try:
+            self._work.mkdir(exist_ok=True)
             self._take_up()
         except BaseException:
-            self._lock.release()
+            self._lock.close()
             raise
         return self
 
@@ -74,7 +74,7 @@ class CheckpointFolder:
         # A run that stopped half-way is worth keeping, but for one that never got anywhere.
         if self.is_complete or not self.finished:
             shutil.rmtree(self._work, ignore_errors=True)
-        self._lock.release()
+        self._lock.close()
 
     def write(self, name: str, value: Tensor) -> None:
         """Write another value than the original has.
@@ -106,10 +106,18 @@ class CheckpointFolder:
 
         Args:
             companions: Files of the original's folder that belong to it.
+
+        Raises:
+            CheckpointError: One of them has the name of a file that is being written.
         """
         source = Path(self._original.source)
         for name in companions:
             target = self._model / name
+            if target.exists():
+                raise CheckpointError(
+                    f"output: {str(source / name)!r} stands in the way, the output has weights in a file of that name "
+                    "until it is complete; rename or remove it"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
             sync(target)
@@ -120,11 +128,36 @@ class CheckpointFolder:
             sync(unfinished)
             os.replace(unfinished, self._model / index.name)
         sync(self._model)
+        # The next run takes its report from there if this one ends between the renaming and the clean-up.
+        if (finished := self._work / FINISHED_FILE).exists():
+            sync(finished)
+        sync(self._work)
         os.replace(self._model, self._output)
         sync(self._output.parent)
         self.is_complete = True
 
+    def record(self, name: str) -> ParameterRecord:
+        """What was done with a weight, in this run or an earlier one.
+
+        Args:
+            name: Canonical name.
+
+        Returns:
+            Its record.
+
+        Raises:
+            CheckpointError: There is none: the output was completed by a run that ended before it could report, and
+                what it had noted down is damaged.
+        """
+        if name not in self.finished:
+            raise CheckpointError(
+                f"{name}: {str(self._output)!r} is complete, and the record of what was done with this weight is lost; "
+                "remove the folder and run again for a report"
+            )
+        return self.finished[name]
+
     def _take_up(self) -> None:
+        self._require_own()
         manifest, is_renamed = self._read_manifest(), self._output.exists() and not self._model.exists()
         lines = self._read_finished() if manifest == self._manifest else []
         if is_renamed and lines:
@@ -136,8 +169,8 @@ class CheckpointFolder:
             if is_renamed:
                 shutil.rmtree(self._work, ignore_errors=True)
             raise CheckpointError(_taken(self._output))
-        if manifest is None and not self._model.exists():
-            self._write_manifest()
+        if manifest is None:
+            self._begin()
         elif manifest != self._manifest:
             raise CheckpointError(self._begun_otherwise(manifest))
         self._model.mkdir(exist_ok=True)
@@ -148,6 +181,21 @@ class CheckpointFolder:
         ):
             if set(names) <= self._original.tensors.keys() and self._parts.digest(names) == digest:
                 self.finished[record.parameter] = record
+
+    def _require_own(self) -> None:
+        # Another kind of folder may have been begun under the same name.
+        if strangers := sorted({path.name for path in self._work.iterdir()} - _OWN):
+            raise CheckpointError(
+                f"output: {str(self._work)!r} is left of something else that was being written, it holds "
+                f"{strangers[0]!r}; finish that, or remove the folder, or choose another output"
+            )
+
+    def _begin(self) -> None:
+        # What stands there without a manifest is left of a removal that was interrupted.
+        if self._model.exists():
+            shutil.rmtree(self._model)
+        (self._work / FINISHED_FILE).unlink(missing_ok=True)
+        self._write_manifest()
 
     def _clear(self) -> None:
         # What stands beside the weights is copied again at the end; it may have changed meanwhile.

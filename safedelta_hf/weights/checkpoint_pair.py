@@ -1,5 +1,6 @@
 """A base and a fine-tuned checkpoint of one model, matched by name, shape and type from headers alone."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -217,6 +218,7 @@ def _found(files: TensorFiles, header: ProfileHeader, aliases: Mapping[str, tupl
             if name not in layout:
                 raise CheckpointError(_absence(name, files, header))
             found[name] = layout[name]
+            _require_covered(name, found[name], files, header)
         _require_readable(name, found[name], files, header)
     return found
 
@@ -238,6 +240,15 @@ def _absence(name: str, files: TensorFiles, header: ProfileHeader) -> str:
         "it loads them, load the model, save it with save_pretrained(..., save_original_format=False) and give that "
         "folder"
     )
+
+
+def _require_covered(name: str, stored: Stored, files: TensorFiles, header: ProfileHeader) -> None:
+    count, covered = math.prod(stored.shape), sum(math.prod(piece.shape) for piece in stored.pieces)
+    if not stored.pieces or covered != count:
+        raise CheckpointError(
+            f"{_absence(name, files, header)}; its layout is not known (transformers saves {covered} of its {count} "
+            "entries)"
+        )
 
 
 def _require_readable(name: str, stored: Stored, files: TensorFiles, header: ProfileHeader) -> None:

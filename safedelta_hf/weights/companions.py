@@ -26,8 +26,9 @@ WEIGHT_FILES = (
     "*.npz",
     "*.distcp",
     "*.pkl",
+    "*.part",
 )
-"""Weights as they were tuned, in any format, and states of optimizer, scheduler and random numbers."""
+"""Weights as they were tuned, in any format or half written, and states of optimizer, scheduler and random numbers."""
 
 TRAINER_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
 """What Trainer and DeepSpeed need to go on with a training."""

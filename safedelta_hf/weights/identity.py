@@ -1,15 +1,15 @@
-"""What tells one set of inputs from another without reading them: names, sizes and times of files."""
+"""What tells one set of inputs from another: names, sizes and times of model files, digests of what is in memory."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records import ProfileHeader, Use
 from safedelta_hf.weights.fingerprint import fingerprint
 from safedelta_hf.weights.tensor_files import TensorFiles
 
@@ -34,7 +34,7 @@ def folder_identity(folder: object) -> Identity:
     """What tells the files of a folder from others.
 
     Args:
-        folder: The folder; anything else, such as a profile in memory, has none.
+        folder: The folder; anything else has none.
 
     Returns:
         Name, size and time of last change of each file; None for what is no folder.
@@ -58,16 +58,18 @@ def source_identity(source: object) -> Identity:
     return folder_identity(source)
 
 
-def header_identity(header: ProfileHeader) -> Identity:
-    """What tells a profile from others.
+def profile_identity(header: ProfileHeader, uses: Sequence[Use], moments: str) -> Identity:
+    """What tells a profile from others, wherever it is.
 
     Args:
         header: Its header.
+        uses: How each covered parameter is used.
+        moments: What tells its moments from others.
 
     Returns:
         A digest.
     """
-    return _digest(asdict(header))
+    return _digest([asdict(header), [asdict(use) for use in uses], moments])
 
 
 def _digest(values: Identity) -> str:

@@ -104,16 +104,21 @@ class TensorFiles:
         The file is not mapped: a mapping that torch can use counts as memory in full, and a file may be larger.
 
         Args:
-            name: As in the files, of a type that torch has.
+            name: As in the files.
             rows: The slices along the first dimension to read, from one to before another; None for all.
 
         Returns:
             A new tensor in host memory, in the dtype of the file.
 
         Raises:
-            CheckpointError: The file cannot be read.
+            CheckpointError: The file cannot be read, or the tensor is of a type that is not read.
         """
         place = self.tensors[name]
+        if place.dtype not in TYPES:
+            raise CheckpointError(
+                f"{name}: stored as {place.dtype} in {str(place.path)!r}, which is not read; save the model with it in "
+                f"one of {', '.join(TYPES)}"
+            )
         shape, start, stop = place.shape, place.start, place.stop
         if rows is not None and shape:
             size = (stop - start) // max(shape[0], 1)

@@ -83,7 +83,7 @@ FAULTS = {
     "prepare_lora": (("safedelta_hf.rules.safe_delta.SafeDelta.prepare", 1, 1, 2), "lora", "end"),
     "journal_folder": ((f"{JOURNAL}.ScratchFolder", 1, 1, 2), "full", "end"),
     "disk_full": ((f"{JOURNAL}.save_file", 1, 0, 5), "full", "end"),
-    "putting_back": ((f"{JOURNAL}.Journal._original", 1, 1, 3), "full", "mixed"),
+    "putting_back": ((f"{JOURNAL}.Journal._original", 1, 1, 1), "full", "mixed"),
     "rescue": (("safedelta_hf.hf.tuned._save", 0, 0, 1), "full", "end"),
 }
 

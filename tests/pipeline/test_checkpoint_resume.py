@@ -1,125 +1,22 @@
-"""A run that is killed anywhere leaves nothing that loads, and the next one ends with the same bytes as any other."""
+"""A run takes up what a stopped one left, if it was made from the same inputs, and nothing else."""
 
 import json
-import multiprocessing
 import os
-import random
 import shutil
-import signal
+from dataclasses import replace
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from safedelta_hf import Ridge, SafeDelta, Treatment
-from safedelta_hf.errors import CheckpointError, SafeDeltaError
+from safedelta_hf import Ridge, SafeDelta, SafetyProfile, Treatment
+from safedelta_hf.capture.moments import HeldMoments
+from safedelta_hf.errors import CheckpointError, OutputError
+from safedelta_hf.weights import checkpoint_folder
 from safedelta_hf.weights.checkpoint import CheckpointStore
+from safedelta_hf.weights.checkpoint_folder import CheckpointFolder
 from safedelta_hf.weights.tensor_files import TensorFiles
-from tests import checkpoints, tiny
+from tests import checkpoints
 from tests.checkpoints import contents
-
-STEPS = ("write", "sendfile", "replace", "fsync", "truncate", "mkdir", "unlink", "rmdir")
-"""Everything by which a run changes what is on disk."""
-
-
-class Killer:
-    """Ends the process as `kill -9` does, in the midst of one of its steps."""
-
-    def __init__(self, at: int) -> None:
-        self.steps, self.at = 0, at
-        for name in STEPS:
-            setattr(os, name, self._wrapped(name, getattr(os, name)))
-
-    def _wrapped(self, name, function):
-        def step(*values, **settings):
-            self.steps += 1
-            if self.steps == self.at:
-                if name == "write":
-                    function(values[0], bytes(values[1])[: len(values[1]) // 2])
-                elif self.at % 2:
-                    function(*values, **settings)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*values, **settings)
-
-        return step
-
-
-def run_killed(case, at, queue=None):
-    killer = Killer(at)
-    case.adjust()
-    if queue is not None:
-        queue.put(killer.steps)
-
-
-def in_child(*values):
-    child = multiprocessing.get_context("fork").Process(target=run_killed, args=values)
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-def steps_of(case):
-    queue = multiprocessing.get_context("fork").SimpleQueue()
-    assert in_child(case, 0, queue) == 0
-    return queue.get()
-
-
-@pytest.fixture(scope="module", params=["4KB", "50GB"], ids=["sharded", "one file"])
-def reference(request, tmp_path_factory):
-    """A case, what an undisturbed run makes of it, its report, and the number of its steps."""
-    case = checkpoints.case(tmp_path_factory.mktemp("kills"), "one layer", shards=request.param)
-    steps = steps_of(case)
-    found = contents(case.output)
-    shutil.rmtree(case.output)
-    report = case.adjust()
-    assert contents(case.output) == found
-    shutil.rmtree(case.output)
-    return case, found, report, steps
-
-
-def assert_nothing_incomplete_loads(case, complete):
-    for folder in (case.output, case.work, case.work / "model"):
-        if not folder.exists():
-            continue
-        for opens in (TensorFiles, tiny.loaded):
-            try:
-                opens(folder)
-            except (SafeDeltaError, OSError, ValueError):
-                assert folder != case.output
-            else:
-                assert contents(folder) == complete
-
-
-def finished(case, complete, report):
-    """Run until the end, as often as it takes."""
-    try:
-        assert case.adjust().to_dict() == report.to_dict()
-    except CheckpointError as error:
-        # Killed while the work folder of a complete output was being removed.
-        assert "exists already" in str(error)
-    assert contents(case.output) == complete and not case.work.exists()
-    shutil.rmtree(case.output)
-
-
-def test_killed_at_any_step_nothing_loads_and_the_next_run_ends_with_the_same_bytes(reference):
-    case, complete, report, steps = reference
-    assert steps >= 30
-    for point in range(1, steps + 1):
-        assert in_child(case, point) == -signal.SIGKILL
-        assert_nothing_incomplete_loads(case, complete)
-        finished(case, complete, report)
-
-
-def test_killed_again_and_again_it_still_arrives(reference):
-    case, complete, report, steps = reference
-    draw = random.Random(0)
-    for _ in range(4):
-        while not case.output.exists() and in_child(case, draw.randrange(10, steps // 2)) == -signal.SIGKILL:
-            assert_nothing_incomplete_loads(case, complete)
-        if case.output.exists() and not case.work.exists():
-            assert contents(case.output) == complete
-            shutil.rmtree(case.output)
-        else:
-            finished(case, complete, report)
 
 
 @pytest.fixture(scope="module")
@@ -130,23 +27,27 @@ def untouched(tmp_path_factory):
     return case, complete
 
 
+def stop_at(case, monkeypatch, left, **settings):
+    keep, records = CheckpointStore.keep, []
+
+    def interrupted(self, record):
+        if len(records) == left:
+            raise KeyboardInterrupt
+        records.append(record)
+        keep(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            case.adjust(**settings)
+
+
 @pytest.fixture
 def stopped(untouched, tmp_path, monkeypatch):
     """A run that was interrupted after half of its weights."""
     shutil.copytree(untouched[0].folder, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
     case = checkpoints.Case(tmp_path, untouched[0].model, untouched[0].profile)
-    keep, left = CheckpointStore.keep, [6]
-
-    def interrupted(self, record):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        keep(self, record)
-
-    monkeypatch.setattr(CheckpointStore, "keep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        case.adjust()
-    monkeypatch.undo()
+    stop_at(case, monkeypatch, 6)
     return case
 
 
@@ -216,13 +117,37 @@ def test_what_an_earlier_run_copied_and_is_gone_since_is_not_in_the_output(stopp
     assert contents(stopped.output) == untouched[1]
 
 
+def stored_otherwise(case):
+    case.profile.save(case.folder / "compressed", "eigenbasis:2")
+    return SafetyProfile.load(case.folder / "compressed")
+
+
+LAYER = "model.layers.0.self_attn"
+
+
+def with_uses(profile):
+    """Read another moment for one of the parameters."""
+    moments = {use.parameter: use.moment for use in profile.uses}
+    moments[f"{LAYER}.q_proj.weight"] = moments[f"{LAYER}.o_proj.weight"]
+    return replace(profile, uses=tuple(replace(use, moment=moments[use.parameter]) for use in profile.uses))
+
+
+def held(profile, factor=1.0):
+    """The same profile in memory, as if it had just been collected; one moment is another."""
+    moments = {key: replace(moment, total=moment.total.clone()) for key, moment in profile.moments.items()}
+    next(iter(moments.values())).total.mul_(factor)
+    return replace(profile, moments=HeldMoments(moments))
+
+
 CHANGES = {
     "rule": lambda case: {"rule": Ridge(strength=2.0)},
     "rule again": lambda case: {"rule": SafeDelta(strength=1.0)},
     "treatment": lambda case: {"treatment": Treatment(norms="keep")},
     "tuned": lambda case: os.utime(next(case.tuned.glob("*.safetensors")), (1, 1)),
     "base": lambda case: os.utime(next(case.base.glob("*.safetensors")), (1, 1)),
-    "profile": lambda case: os.utime(case.folder / "profile" / "profile.json", (1, 1)),
+    "profile in memory": lambda case: {"profile": case.profile},
+    "profile otherwise stored": lambda case: {"profile": stored_otherwise(case)},
+    "profile with another use": lambda case: {"profile": with_uses(SafetyProfile.load(case.folder / "profile"))},
     "task": lambda case: {"task": case.folder / "profile"},
 }
 
@@ -240,6 +165,27 @@ def test_a_run_with_other_inputs_does_not_go_on_from_there(change, stopped):
     stopped.adjust(**settings)
 
 
+def test_a_run_with_the_same_profile_in_another_place_goes_on_from_there(stopped, untouched, tmp_path, monkeypatch):
+    shutil.copytree(stopped.folder / "profile", tmp_path / "elsewhere")
+    shutil.rmtree(stopped.folder / "profile")
+    stop_at(stopped, monkeypatch, 2, profile=SafetyProfile.load(tmp_path / "elsewhere"))
+    assert len(finished_lines(stopped)) == 6 + 2
+    stopped.adjust(profile=tmp_path / "elsewhere")
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_a_run_with_a_profile_in_memory_goes_on_with_the_same_values_alone(stopped, monkeypatch):
+    shutil.rmtree(stopped.work)
+    stop_at(stopped, monkeypatch, 6, profile=held(stopped.profile))
+    for other in (held(stopped.profile, factor=1.001), stored_otherwise(stopped), stopped.folder / "profile"):
+        with pytest.raises(CheckpointError, match="had another profile; repeat that run"):
+            stopped.adjust(profile=other)
+    stop_at(stopped, monkeypatch, 2, profile=held(stopped.profile))
+    assert len(finished_lines(stopped)) == 6 + 2
+    stopped.adjust(profile=held(stopped.profile))
+    assert stopped.output.exists()
+
+
 @pytest.mark.parametrize("manifest", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_work_folder_with_a_malformed_manifest_is_left_alone(manifest, stopped):
     (stopped.work / "manifest.json").write_bytes(manifest)
@@ -250,10 +196,118 @@ def test_a_work_folder_with_a_malformed_manifest_is_left_alone(manifest, stopped
 
 
 def test_two_runs_do_not_write_the_same_output(stopped, untouched):
-    with FileLock(stopped.work / "lock"), pytest.raises(CheckpointError, match="another process is writing"):
+    with FileLock(stopped.folder / ".output.lock"), pytest.raises(CheckpointError, match="another process is writing"):
         stopped.adjust()
     stopped.adjust()
     assert contents(stopped.output) == untouched[1]
+    assert not (stopped.folder / ".output.lock").exists()
+
+
+def test_the_lock_is_held_until_the_work_folder_is_gone(stopped, monkeypatch):
+    remove, seen = shutil.rmtree, []
+
+    def watched(path, **settings):
+        if path == stopped.work:
+            with pytest.raises(Timeout):
+                FileLock(stopped.folder / ".output.lock", timeout=0).acquire()
+            seen.append(path)
+        remove(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    stopped.adjust()
+    assert seen == [stopped.work]
+
+
+@pytest.mark.parametrize("left", ["all", "model", "finished.jsonl", "neither"])
+def test_a_work_folder_without_a_manifest_is_begun_anew(left, stopped, untouched, monkeypatch):
+    (stopped.work / "manifest.json").unlink()
+    if left in ("model", "neither"):
+        (stopped.work / "finished.jsonl").unlink()
+    if left in ("finished.jsonl", "neither"):
+        shutil.rmtree(stopped.work / "model")
+    names, found = deltas_of(stopped, monkeypatch)
+    assert len(names) == 12 and found == untouched[1] and not stopped.work.exists()
+
+
+def test_a_work_folder_of_another_kind_is_left_alone(stopped):
+    shutil.rmtree(stopped.work)
+    stopped.work.mkdir()
+    (stopped.work / "done.jsonl").write_text("a profile")
+    with pytest.raises(CheckpointError, match=r"something else .*'done.jsonl'; finish that, or remove the folder"):
+        stopped.adjust()
+    assert contents(stopped.work) == {"done.jsonl": b"a profile"}
+    shutil.rmtree(stopped.work)
+    stopped.adjust()
+
+
+def test_a_profile_is_not_saved_into_the_work_folder_of_a_model(stopped, untouched):
+    before = contents(stopped.work)
+    with pytest.raises(OutputError, match=r"something else .*'model'; finish that, or remove the folder"):
+        stopped.profile.save(stopped.output)
+    assert contents(stopped.work) == before
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def ended_before_the_clean_up(case, monkeypatch):
+    """Have the output complete, and the work folder beside it as a killed run leaves it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **settings: None)
+        return case.adjust()
+
+
+def test_a_complete_output_is_reported_by_the_next_run(stopped, monkeypatch):
+    report = ended_before_the_clean_up(stopped, monkeypatch)
+    assert stopped.work.exists() and stopped.adjust().to_dict() == report.to_dict() and not stopped.work.exists()
+
+
+def test_a_complete_output_without_its_records_is_an_error(stopped, untouched, monkeypatch):
+    ended_before_the_clean_up(stopped, monkeypatch)
+    lines = finished_lines(stopped)
+    (stopped.work / "finished.jsonl").write_bytes(b"".join(lines[:-1]))
+    name = json.loads(lines[-1])["record"]["parameter"]
+    with pytest.raises(CheckpointError, match=f"^{name}: .* is complete, and the record .* is lost; remove the folder"):
+        stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_what_a_run_has_finished_is_on_the_disk_before_the_output_is_there(stopped, monkeypatch):
+    steps, sync, replace = [], checkpoint_folder.sync, os.replace
+
+    def synced(path):
+        steps.append(path)
+        sync(path)
+
+    def replaced(source, target):
+        steps.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint_folder, "sync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    stopped.adjust()
+    assert steps.index(stopped.work / "finished.jsonl") < steps.index(stopped.output)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_stale_part_of_a_shard_does_not_take_its_place(kind, stopped, untouched):
+    shard = next(iter(TensorFiles(stopped.tuned).paths))
+    stale = stopped.tuned / f"{shard}.part"
+    if kind == "folder":
+        stale.mkdir()
+        stale = stale / f"{shard}.part"
+    stale.write_bytes((stopped.tuned / shard).read_bytes())
+    stopped.adjust()
+    assert contents(stopped.output) == untouched[1]
+
+
+def test_a_companion_never_replaces_a_shard(stopped, tmp_path):
+    files = TensorFiles(stopped.tuned)
+    shard = next(iter(files.paths))
+    (stopped.tuned / f"{shard}.part").write_text("stale")
+    with CheckpointFolder(tmp_path / "other", files, {}, progress=False) as folder:
+        with pytest.raises(CheckpointError, match=rf"{shard}\.part' stands in the way.*rename or remove it"):
+            folder.complete([f"{shard}.part"])
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_output_that_appeared_meanwhile_is_not_replaced(stopped):

@@ -6,6 +6,7 @@ import torch
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.names import parameter_names
 from safedelta_hf.records import ProfileHeader
+from safedelta_hf.weights import stored_layout
 from safedelta_hf.weights.checkpoint_pair import CheckpointPair
 from safedelta_hf.weights.tensor_files import TensorFiles
 from tests import architectures
@@ -26,21 +27,26 @@ KINDS = {
 """Architectures, and whether their files name or split any weight otherwise than the model does."""
 
 
-def assert_found(key, folder):
-    """Returns whether any weight is stored otherwise than in the model."""
-    model = architectures.tiny_model(key)
-    model.save_pretrained(folder, max_shard_size="50KB")
-    weights = {name: parameter.detach() for parameter, name in parameter_names(model).items()}
-    header = ProfileHeader(
+def header_of(model):
+    dtypes = {name: str(weight.dtype).removeprefix("torch.") for weight, name in parameter_names(model).items()}
+    return ProfileHeader(
         architecture=type(model).__name__,
-        base=dict.fromkeys(weights, ""),
-        dtypes={name: str(weight.dtype).removeprefix("torch.") for name, weight in weights.items()},
+        base=dict.fromkeys(dtypes, ""),
+        dtypes=dtypes,
         tokenizer=None,
         data="",
         sequences=1,
         tokens=1,
         skipped={},
     )
+
+
+def assert_found(key, folder):
+    """Returns whether any weight is stored otherwise than in the model."""
+    model = architectures.tiny_model(key)
+    model.save_pretrained(folder, max_shard_size="50KB")
+    weights = {name: parameter.detach() for parameter, name in parameter_names(model).items()}
+    header = header_of(model)
     files = TensorFiles(folder)
     if key in REFUSED:
         with pytest.raises(CheckpointError, match="save_original_format=False"):
@@ -69,3 +75,23 @@ def test_weights_of_every_architecture_are_found_and_put_back(key, tmp_path):
     except Exception as error:
         pytest.skip(f"no tiny model: {error}")
     assert_found(key, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["one piece", "all pieces"])
+def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, monkeypatch):
+    model = architectures.tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    revert = stored_layout.revert_weight_conversion
+
+    def incomplete(*values):
+        saved = revert(*values)
+        experts = [name for name in saved if ".experts." in name]
+        for name in experts[:1] if lost == "one piece" else experts:
+            del saved[name]
+        return saved
+
+    files, header = TensorFiles(tmp_path), header_of(model)
+    CheckpointPair(files, files, header)
+    monkeypatch.setattr(stored_layout, "revert_weight_conversion", incomplete)
+    with pytest.raises(CheckpointError, match=r"experts.*transformers saves \d+ of its \d+ entries"):
+        CheckpointPair(files, files, header)

@@ -1,7 +1,10 @@
 """Reading a profile: the header at once, each moment when it is asked for."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from safedelta_hf.capture.files.content import HEADER_FILE, HEADER_LIMIT, SHARD_PATTERN, Content, StoredMoment
@@ -75,6 +78,16 @@ class MomentFiles(MomentsByKey):
             What the header says.
         """
         return self._entries[key].shape
+
+    def identity(self) -> str:
+        """What tells these moments from others, wherever their files are.
+
+        Returns:
+            A digest of what the header says of them: the digest of each file, and what is in it. None is read.
+        """
+        files = {name: asdict(file) for name, file in self._files.items()}
+        entries = [asdict(entry) for entry in self._entries.values()]
+        return hashlib.sha256(json.dumps([files, entries], sort_keys=True).encode()).hexdigest()
 
     def _require_intact(self, name: str, path: Path) -> None:
         status = path.stat()
