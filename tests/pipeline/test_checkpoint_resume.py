@@ -242,7 +242,7 @@ def test_a_work_folder_of_another_kind_is_left_alone(stopped):
 
 def test_a_profile_is_not_saved_into_the_work_folder_of_a_model(stopped, untouched):
     before = contents(stopped.work)
-    with pytest.raises(OutputError, match=r"something else .*'model'; finish that, or remove the folder"):
+    with pytest.raises(OutputError, match=r"holds the folder 'model', which is of no profile"):
         stopped.profile.save(stopped.output)
     assert contents(stopped.work) == before
     stopped.adjust()
