@@ -1,18 +1,16 @@
 """Safe Delta for Hugging Face: fine-tune an aligned model and keep its refusals."""
 
-from safedelta_hf.capture.encodings import Eigenbasis
-from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.retention import with_retention
+from safedelta_hf.adapter.adjust import adjust_adapter
+from safedelta_hf.adapter.files import adjust_adapter_files
+from safedelta_hf.adapter.refactor import refactor_adapter
+from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.checkpoint.adjust import adjust_checkpoint
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.hf.evaluation import EvaluationCallback
-from safedelta_hf.pipeline import (
-    adjust_adapter,
-    adjust_adapter_files,
-    adjust_checkpoint,
-    adjust_model,
-    collect_profile,
-    refactor_adapter,
-)
+from safedelta_hf.model.adjust import adjust_model
+from safedelta_hf.profile.encodings import Eigenbasis
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.retention import with_retention
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import (

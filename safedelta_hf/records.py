@@ -311,3 +311,7 @@ class StrengthSearch:
             "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
         }
         return told[self.outcome]
+
+
+DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
+"""Roles whose inputs do not mix."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import tiny
+from tests.fixtures import tiny
 
 torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)

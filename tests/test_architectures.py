@@ -9,7 +9,7 @@ import torch
 from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.capture.observer import every_product_visible
 from safedelta_hf.records import Role
-from tests import architectures, tiny
+from tests.fixtures import architectures, tiny
 
 REPRESENTATIVE = {
     "bloom", "deepseek_v3", "falcon_mamba", "gemma2", "gpt2", "gpt_oss", "jamba", "lfm2", "llama", "llama4_text",

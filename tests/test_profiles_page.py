@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from safedelta_hf.cli.main import app
 from safedelta_hf.testbed import ALIGNED_MODEL, safety_data
-from tests.fake_hub import connected
+from tests.fixtures.fake_hub import connected
 
 PAGE = Path(__file__).parent.parent / "docs" / "profiles.md"
 

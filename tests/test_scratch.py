@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.scratch import ScratchFolder
+from safedelta_hf.folders import ScratchFolder, complete_or_absent
 
 
 def killed(parent):

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_adapter_files
-from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
 from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.profile.moments import HeldMoments, Moments, MomentsByKey
 from safedelta_hf.records import ProfileHeader, Role, Use
 
 MOMENTS = {

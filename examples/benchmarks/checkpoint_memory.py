@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_checkpoint
-from safedelta_hf.capture.moments import MomentsByKey
 from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.profile.moments import MomentsByKey
 from safedelta_hf.records import ProfileHeader, Role, Use
-from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.weights.digest import digest
 
 READS = {
     "self_attn.q_proj": "attention",

@@ -18,15 +18,15 @@ import torch
 from transformers import PreTrainedModel
 
 from safedelta_hf import Ridge, SafeDelta, SafetyProfile, TaskRidge, adjust_model
-from safedelta_hf.capture.encodings import encoding_for, encoding_of
-from safedelta_hf.core.loss import quadratic_loss
+from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.core.transform import Dense
-from safedelta_hf.names import parameter_names
+from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.modules.names import parameter_names
+from safedelta_hf.profile.encodings import encoding_for, encoding_of
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
-from safedelta_hf.weights.delta import MatrixDelta
 
 CPU = torch.device("cpu")
 BEHAVIOURS = ("attack_success", "new_skill", "old_skills")

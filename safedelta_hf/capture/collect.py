@@ -1,210 +1,168 @@
-"""One pass of the base model over the safety data."""
+"""A safety profile of a model in memory."""
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
+from transformers import PreTrainedModel
 
-from safedelta_hf.capture.collector import MomentCollector
-from safedelta_hf.capture.findings import Findings, UseOf
-from safedelta_hf.capture.forward import arguments_of, input_device, require_fit
-from safedelta_hf.capture.moments import Moments
-from safedelta_hf.capture.observer import Observer, every_product_visible
-from safedelta_hf.capture.packed import packed_products
-from safedelta_hf.capture.parametrised import computed_weights
-from safedelta_hf.capture.reduction import Reduction, findings_of_all
-from safedelta_hf.capture.safety_data import SafetySequence
-from safedelta_hf.capture.shares import Share, forward_guard, share_of
-from safedelta_hf.capture.storage import MomentStorage
-from safedelta_hf.capture.subject import Subject
-from safedelta_hf.capture.targets import Targets
-from safedelta_hf.capture.undisturbed import undisturbed, without_adapters
-from safedelta_hf.errors import CaptureError, ConfigurationError
-from safedelta_hf.names import class_name
-from safedelta_hf.ranks import Ranks
-from safedelta_hf.records import Role, Use
-from safedelta_hf.sharding.detect import holding_of
-from safedelta_hf.sharding.holding import Holding
+from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
+from safedelta_hf.capture.reading import Capture, capture_moments
+from safedelta_hf.capture.resume import Parts
+from safedelta_hf.data.dataset import (
+    ProcessingClass,
+    SafetySequence,
+    digest_of,
+    read_safety_data,
+    tokenizer_digest,
+)
+from safedelta_hf.data.refusals import HeldOut, split
+from safedelta_hf.distributed.model import Holding
+from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.modules.names import class_name, unwrapped
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.storage import MomentStorage
+from safedelta_hf.weights.digest import data_types, fingerprint
 
-DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
-"""Roles whose inputs do not mix."""
+DEFAULT_HOLDOUT = 0.25
 
 
-@dataclass(frozen=True, kw_only=True)
-class Capture:
-    """What one pass over the safety data found.
-
-    Attributes:
-        uses: How each covered parameter is used.
-        moments: Moments by key, in host memory; in a run of several processes each on its owner.
-        skipped: Reason by parameter name for those that cannot be covered.
-        parametrised: Names of the parameters that a weight is computed from, by its canonical name.
-        storage: What holds the moments; their files, if any, live as long.
-    """
-
-    uses: tuple[Use, ...]
-    moments: Moments
-    skipped: Mapping[str, str]
-    parametrised: Mapping[str, tuple[str, ...]]
-    storage: MomentStorage
-
-
-def capture_moments(
+def collect_profile(
     model: nn.Module,
-    sequences: Sequence[SafetySequence],
+    safety_dataset: str | Path | Iterable[Mapping[str, Any]],
+    processing_class: ProcessingClass | None = None,
     *,
-    storage: MomentStorage,
     batch_size: int = 8,
+    max_length: int | None = None,
+    moment_memory: int | str | None = None,
+    offload_folder: str | Path | None = None,
     share_moments: bool = True,
+    holdout: float | None = None,
     purpose: str = "safety data",
-    targets: Targets | None = None,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    digests: Mapping[str, str] | None = None,
+    parts: Parts | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
     holding: Holding | None = None,
-) -> Capture:
-    """Read the safety data once and sum the moments of every layer.
+) -> SafetyProfile:
+    """Let the base model read the safety data, and keep the second moments of every layer's inputs.
 
-    Sequences are batched with others of exactly their length, so no padding ever enters a moment, whatever shapes a
-    model's layers see. The model is left as it was, also after an exception.
-
-    In a run of several processes all of them call this, with the same data. Each reads its part, and then each moment
-    is summed up on one of them.
+    In a run of several processes all of them call this together, with the same data: each reads its part, and each
+    moment ends on one of them. `SafetyProfile.save`, also called by all, writes them to one folder.
 
     Args:
-        model: The base model, on any device; where forward passes are collective, as it is called in training.
-        sequences: Tokenised safety data.
-        storage: Where the moments are held while they are summed.
-        batch_size: Sequences per forward pass, at most.
+        model: The base (aligned) model; it is left as it was. Adapters on it are disabled meanwhile.
+        safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
+            a JSON-lines file, in any form that TRL takes.
+        processing_class: Tokenizer or processor; not needed for tokenised data.
+        batch_size: Safety sequences per forward pass, at most; batches hold sequences of one length and no padding.
+        max_length: Safety sequences are cut to this many tokens.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
         share_moments: Whether layers that read the same tensor share one moment.
-        purpose: What errors and the progress bar call the data.
-        targets: Which linear weights are read; all of them if None.
-        progress: Whether to show a progress bar, on the main rank.
-        ranks: The ranks that share the work; None for those of the run.
+        holdout: Share of the safety data to keep out of the moments, in [0, 1): rules with `strength="auto"` measure
+            refusals by it. None for a quarter, of at least 16 examples that a transformers model reads, else nothing.
+        purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
+            the same way.
+        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
+            PEFT, matched at their end; or a regular expression that matches whole names.
+        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
+        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
+        digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
+        parts: Read the data in parts, and keep their sum in a folder, so that a killed run goes on there: the same
+            call goes on where it stopped. The moments are read from that folder until it is removed. For one process.
+        progress: Whether to show a progress bar, on the main process.
+        ranks: The processes that share the work; None for those of the run.
         holding: How they hold the model's parameters; None to find out.
 
     Returns:
-        The moments, and what could not be covered.
+        The profile, with its moments in host memory or mapped from the offload folder.
 
     Raises:
-        CaptureError: The model has no linear layer, or none was reached, or it is an encoder-decoder model.
-        ConfigurationError: The targets choose none of its linear weights, or it is sharded and has weights that are
-            computed from parameters.
-        RankError: Another rank failed.
-    """  # noqa: DOC502 - raised by the functions called
+        ConfigurationError: A setting is outside its range.
+        DataError: The safety data is empty, has no responses, or does not fit the model.
+        CaptureError: The model has no linear layer.
+        NumericalError: Weights or activations hold NaN or Inf.
+        RankError: Another process failed.
+    """  # noqa: DOC502 - raised by the rooms below
+    chosen = CaptureSettings(
+        batch_size=batch_size,
+        max_length=max_length,
+        moment_memory=moment_memory,
+        offload_folder=offload_folder,
+        share_moments=share_moments,
+        holdout=holdout,
+        targets=targets,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+    )
     ranks = ranks or Ranks.of_run()
+    if parts is not None and ranks.size > 1:
+        raise ConfigurationError(
+            f"parts: read by one process, and this run has {ranks.size}; leave them out here, or collect in one process"
+        )
     with ranks.together():
         holding = holding or holding_of(model)
-        subject = Subject.of(model, holding, targets or Targets())
-        require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
-        share = share_of(sequences, batch_size, ranks, collective=holding.collective)
-        reading = _Reading(subject, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
-        read = reading.read(storage, share_moments=share_moments)
-        if read.findings.unshared and ranks.size > 1:
-            # Whether products always read the same tensor cannot be told from a part of the data.
-            read.sums.clear()
-            storage = storage.anew()
-            read = reading.read(storage, share_moments=False)
-        return _put_together(read, subject, ranks, len(sequences))
+        # Where forward passes are collective, the outermost module has a part in them.
+        model = model if holding.collective else unwrapped(model)
+        sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
+        sequences, aside = split(sequences, _share_held_out(model, chosen.holdout, len(sequences)))
+        if chosen.holdout and not aside:
+            raise DataError(
+                f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or "
+                "holdout=0"
+            )
+        _require_same(sequences + aside, ranks, purpose)
+        made_of = {
+            "architecture": class_name(model),
+            "base": dict(digests) if digests is not None else fingerprint(model),
+            "dtypes": data_types(model),
+            "tokenizer": tokenizer_digest(processing_class),
+        }
 
+        def read(part: Sequence[SafetySequence]) -> Capture:
+            return capture_moments(
+                model,
+                part,
+                storage=MomentStorage(chosen.budget, chosen.offload_folder),
+                batch_size=chosen.batch_size,
+                share_moments=chosen.share_moments,
+                purpose=purpose,
+                targets=chosen.chosen,
+                progress=progress,
+                ranks=ranks,
+                holding=holding,
+            )
 
-@dataclass(frozen=True)
-class _Read:
-    """What was read.
-
-    Attributes:
-        findings: What all ranks found.
-        sums: Moments of this rank's share.
-        storage: What holds them.
-    """
-
-    findings: Findings
-    sums: dict[UseOf, Tensor]
-    storage: MomentStorage
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Lets a model read this rank's share of the data.
-
-    Attributes:
-        subject: The model.
-        share: The data.
-        ranks: The ranks that read.
-        title: What the progress bar says; None for none.
-    """
-
-    subject: Subject
-    share: Share
-    ranks: Ranks
-    title: str | None
-
-    def read(self, storage: MomentStorage, *, share_moments: bool) -> _Read:
-        subject = self.subject
-        collector = MomentCollector(
-            subject.matrices,
-            storage,
-            head=subject.head,
-            chosen=subject.chosen,
-            share=share_moments,
+        capture = read(sequences) if parts is None else parts.capture(sequences, chosen, read, made_of)
+        held_out = None
+        if aside:
+            held_out = HeldOut.measured(model, aside, chosen.batch_size, ranks=ranks, holding=holding)
+        return capture.profile(
+            held_out,
+            **made_of,
+            data=digest_of(sequences),
+            sequences=len(sequences),
+            tokens=sum(len(sequence.input_ids) for sequence in sequences),
         )
-        observer = Observer(collector, subject.matrices)
-        computed = subject.weights.followed.values()
-        with (
-            without_adapters(subject.model),
-            undisturbed(subject.model),
-            every_product_visible(subject.model),
-            subject.holding.shown_to(observer),
-            packed_products(subject.model, observer),
-            computed_weights(computed, observer),
-        ):
-            self._run(observer, collector)
-        findings = findings_of_all(collector.findings(observer.unread), self.ranks)
-        return _Read(findings, collector.take(), storage)
-
-    def _run(self, observer: Observer, collector: MomentCollector) -> None:
-        model, collective = self.subject.model, self.subject.holding.collective
-        self.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
-        for batch, counts in tqdm(self.share, desc=self.title, unit="batch", disable=self.title is None):
-            with forward_guard(self.ranks, self.subject.holding):
-                arguments = arguments_of(model, batch)
-                given = [value for value in arguments.values() if isinstance(value, Tensor)]
-                observer.start_batch(len(batch), len(batch[0].input_ids), given)
-                with observer if counts else nullcontext():
-                    model(**arguments)
-            if collector.shared is not None and collector.shared.is_void and not collective:
-                return
 
 
-def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -> Capture:
-    findings = read.findings
-    if findings.unshared:
-        raise CaptureError(f"{findings.unshared}; pass share_moments=False")
-    uses = findings.uses(tuple(subject.matrices), subject.chosen)
-    untargeted = findings.untargeted(subject.chosen)
-    _require_products(subject.model, uses, untargeted, subject.targets)
-    device = input_device(subject.model)
-    reduction = Reduction(ranks=ranks, storage=read.storage, device=device, sequences=sequences)
-    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
-    used = {use.parameter for use in uses}
-    return Capture(
-        uses=tuple(uses),
-        moments=reduction.moments(read.sums, findings, frozenset(use.moment for use in uses)),
-        skipped=subject.reasons(used, {**findings.unread, **unchosen}),
-        parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
-        storage=read.storage,
-    )
-
-
-def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
-    kind = class_name(model)
-    if not uses:
-        raise CaptureError(f"{kind}: the safety data reached no weight; is forward() the right entry?")
-    if untargeted and all(use.role in DIAGONAL for use in uses):
-        raise ConfigurationError(
-            f"targets={targets.names!r}, layers_to_transform={targets.layers_to_transform!r} choose none of the "
-            f"{len(untargeted)} linear weights of {kind}, such as {min(untargeted)}"
+def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: str) -> None:
+    if len(set(ranks.gather(digest_of(sequences)))) > 1:
+        raise DataError(
+            f"{purpose}: the processes of this run were given different examples; give all of them the whole data, in "
+            "the same order, and each will read a part of it"
         )
-    if all(use.role in DIAGONAL for use in uses):
-        raise CaptureError(f"{kind} has no linear layer that the safety data reaches, so nothing to adjust")
+
+
+def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:
+    if asked is not None:
+        return asked
+    # Fewer say little about an upper quantile, and a module of another kind may return no logits.
+    return DEFAULT_HOLDOUT if isinstance(unwrapped(model), PreTrainedModel) and examples >= 16 else 0.0

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.findings import Findings, UseOf, free_key
-from safedelta_hf.capture.origin import Origin
 from safedelta_hf.capture.sharing import SharedInputs
-from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.capture.uses import Findings, UseOf, free_key
+from safedelta_hf.capture.views import Origin
 from safedelta_hf.core.moment import add_outer_
 from safedelta_hf.errors import NumericalError
+from safedelta_hf.profile.storage import MomentStorage
 from safedelta_hf.records import Part, Role
 
 

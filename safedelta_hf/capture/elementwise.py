@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.origin import Origin
-from safedelta_hf.capture.readings import Arguments, Handler, Readings
+from safedelta_hf.capture.reader import Arguments, Handler, Readings
+from safedelta_hf.capture.views import Origin
 
 aten = torch.ops.aten
 

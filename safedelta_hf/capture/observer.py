@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.operations import HANDLERS, slopes_of
 from safedelta_hf.capture.reader import Reader
-from safedelta_hf.names import unwrapped
+from safedelta_hf.modules.names import unwrapped
 
 aten = torch.ops.aten
 

@@ -3,16 +3,168 @@
 Modules, einsum, parametrisations and fused layers all end in these, so a weight is seen wherever it is multiplied.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from safedelta_hf.capture.elementwise import ELEMENTWISE
-from safedelta_hf.capture.products import PRODUCTS
-from safedelta_hf.capture.readings import Arguments, Handler, Readings
+from safedelta_hf.capture.elementwise import ELEMENTWISE, added
+from safedelta_hf.capture.reader import Arguments, Handler, Readings
+from safedelta_hf.capture.views import Origin
+from safedelta_hf.records import Role
+
+
+def patches(
+    inputs: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Unfold the inputs of a convolution, of any number of spatial dimensions.
+
+    Args:
+        inputs: [batch, channels, *sizes], or without the batch.
+        kernel: Size of the kernel along each spatial dimension.
+        stride: Likewise.
+        padding: Zeros on both sides, likewise.
+        dilation: Likewise.
+        groups: Groups of channels.
+
+    Returns:
+        [groups, outputs, channels / groups * positions], in the order of the flattened kernel.
+    """
+    spatial = len(kernel)
+    if inputs.ndim == spatial + 1:
+        inputs = inputs[None]
+    padded = nn.functional.pad(inputs, [side for size in reversed(padding) for side in (size, size)])
+    for number, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        padded = padded.unfold(2 + number, spread * (size - 1) + 1, step)[..., ::spread]
+    # [batch, channels, *outputs, *positions]
+    batch, channels = padded.shape[:2]
+    split = padded.reshape(batch, groups, channels // groups, *padded.shape[2:])
+    places = range(3, 3 + spatial)
+    ordered = split.permute(1, 0, *places, 2, *range(3 + spatial, 3 + 2 * spatial))
+    return ordered.reshape(groups, -1, ordered.shape[2 + spatial :].numel())
+
 
 aten = torch.ops.aten
+
+
+def _matrix_product(see: Readings, left: Any, right: Any) -> bool:  # noqa: ANN401
+    # Either may be the weight: [tokens, in] @ [in, out], or [out, in] @ [in, tokens].
+    if see.is_data(left):
+        return _product(see, right.T, left)
+    return see.is_data(right) and _product(see, left, right.T)
+
+
+def _product(see: Readings, matrix: Tensor, inputs: Tensor) -> bool:
+    weight = see.origin(matrix)
+    if weight is not None:
+        see.product(weight, inputs)
+        return True
+    found = see.sorted_origin(matrix)
+    if found is not None:
+        see.product(found[0], inputs[:, found[1][1]])
+    return True
+
+
+def _transposed(weight: Origin) -> Origin:
+    return replace(weight, shape=weight.shape[::-1], strides=weight.strides[::-1])
+
+
+def _mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    return _matrix_product(see, given["self"], given["mat2"])
+
+
+def _addmm(see: Readings, given: Arguments, result: Tensor) -> bool:
+    if (given["alpha"], given["beta"]) != (1, 1):
+        return False
+    return added(see, given["self"], result) and _matrix_product(see, given["mat1"], given["mat2"])
+
+
+def _linear(see: Readings, given: Arguments, result: Tensor) -> bool:
+    inputs, weight = given["input"], see.origin(given["weight"])
+    if weight is None or not see.is_data(inputs):
+        return False
+    see.product(weight, inputs.reshape(-1, inputs.shape[-1]))
+    return given.get("bias") is None or added(see, given["bias"], result)
+
+
+def _mv(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    matrix, vector = see.origin(given["self"]), see.origin(given["vec"])
+    if matrix is not None and see.is_data(given["vec"]):
+        see.product(matrix, given["vec"][None])
+        return True
+    if vector is not None and see.is_data(given["self"]):
+        row = replace(vector, shape=(1, *vector.shape), strides=(0, *vector.strides))
+        see.product(row, given["self"])
+        return True
+    return False
+
+
+def _bmm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    return _batched(see, given["self"], given["mat2"])
+
+
+def _baddbmm(see: Readings, given: Arguments, result: Tensor) -> bool:
+    if (given["alpha"], given["beta"]) != (1, 1):
+        return False
+    return added(see, given["self"], result) and _batched(see, given["batch1"], given["batch2"])
+
+
+def _batched(see: Readings, left: Tensor, right: Tensor) -> bool:
+    return all([_matrix_product(see, *pair) for pair in zip(left, right, strict=True)])
+
+
+def _grouped_mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    inputs, ends = given["self"], given.get("offs")
+    weight = see.origin(given["mat2"])
+    if weight is None or ends is None or not see.is_data(inputs) or inputs.ndim != 2 or len(weight.shape) != 3:
+        return False
+    starts = [0, *ends.tolist()]
+    for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        see.product(_transposed(weight.select(0, index)), inputs[start:stop])
+    return True
+
+
+def _convolution(see: Readings, given: Arguments, result: Tensor) -> bool:
+    weight, groups = see.origin(given["weight"]), given["groups"]
+    covered = given["bias"] is None or added(see, given["bias"], result, dimension=1)
+    if weight is None or not see.is_data(given["input"]):
+        return weight is None and covered
+    if given["transposed"] or not weight.is_plain:
+        return False
+    # [groups, tokens, in * positions]: each group of outputs reads channels of its own.
+    read = patches(given["input"], weight.shape[2:], given["stride"], given["padding"], given["dilation"], groups)
+    if weight.shape[1] == 1 and groups > 1:
+        # One channel for each output. No matrix for each channel, but the diagonals of all of them. For a positive
+        # semi-definite H of k columns, H <= k diag(H): the loss is bounded from above.
+        squares = read.float().square().sum(1) * read.shape[-1]
+        see.scale(weight, squares.repeat_interleave(weight.shape[0] // groups, 0).reshape(weight.shape), read.shape[1])
+        return covered
+    rows, columns = weight.shape[0] // groups, read.shape[-1]
+    for group in range(groups):
+        start = weight.start + group * rows * columns
+        piece = replace(weight, start=start, shape=(rows, columns), strides=(columns, 1))
+        see.product(piece, read[group], Role.CONVOLUTION)
+    return covered
+
+
+PRODUCTS: dict[Any, Handler] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.mv.default: _mv,
+    aten.linear.default: _linear,
+    aten._grouped_mm.default: _grouped_mm,
+    aten.convolution.default: _convolution,
+}
+"""What each of them does with its weights."""
 
 
 def slopes_of(func: Any, given: Arguments) -> Tensor | None:  # noqa: ANN401

@@ -1,18 +1,16 @@
 """Moments of all ranks put together after a capture, each on one of them, and moved between them."""
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.findings import Findings, UseOf, common_keys, merged
-from safedelta_hf.capture.moments import HeldMoments, Moments, MomentsByKey
-from safedelta_hf.capture.owned import OwnedMoment, OwnedMoments
-from safedelta_hf.capture.storage import MomentStorage
+from safedelta_hf.capture.uses import Findings, UseOf, common_keys, merged
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.ranks import Ranks
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.profile.moments import HeldMoments, Moments, OwnedMoment, OwnedMoments
+from safedelta_hf.profile.storage import MomentStorage
 
 
 def findings_of_all(own: Findings, ranks: Ranks) -> Findings:
@@ -86,64 +84,3 @@ class Reduction:
         if moved is not own:
             own.copy_(moved)
         return own.cpu()
-
-
-def moved(moments: OwnedMoments, wanted: Mapping[str, tuple[str, int]]) -> dict[str, InputMoment]:
-    """Bring moments to other ranks; all ranks do it together.
-
-    Args:
-        moments: Moments by key.
-        wanted: For each that is wanted, under a key of the caller's, its own key and the rank that is to have it.
-
-    Returns:
-        Those that this rank is to have, by the caller's keys.
-    """
-    ranks, held = moments.ranks, {}
-    for name, (key, receiver) in wanted.items():
-        moment = _brought(moments, key, receiver)
-        if moment is not None and receiver == ranks.rank:
-            held[name] = moment
-    return held
-
-
-class BroughtToMain(MomentsByKey):
-    """Moments that are brought to the main rank when it asks for them, while the others follow.
-
-    Args:
-        moments: Moments by key, each on its owner.
-    """
-
-    def __init__(self, moments: OwnedMoments) -> None:
-        super().__init__(moments)
-        self._moments = moments
-
-    def __getitem__(self, key: str) -> InputMoment:
-        moment = _brought(self._moments, key, 0)
-        assert moment is not None, "it was brought here"
-        return moment
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a moment.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            Its shape.
-        """
-        return self._moments.shape(key)
-
-    def follow(self, keys: Iterable[str]) -> None:
-        """Take part, on every other rank, in what the main one asks for.
-
-        Args:
-            keys: What that will be, in order.
-        """
-        for key in keys:
-            _brought(self._moments, key, 0)
-
-
-def _brought(moments: OwnedMoments, key: str, receiver: int) -> InputMoment | None:
-    owner, ranks = moments.owner(key), moments.ranks
-    moment = moments[key] if owner == ranks.rank else None
-    return moment if owner == receiver else ranks.broadcast(moment, owner)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from safedelta_hf.capture.identity import storage_key, weak_storage
+from safedelta_hf.capture.tensors import storage_key, weak_storage
 
 
 @dataclass

@@ -12,12 +12,12 @@ from transformers.utils import logging
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import load_model
 from safedelta_hf.cli.options import RULE_HELP, one_of, parsed_strength
+from safedelta_hf.compare import ComparisonFile, Entrants, Subject, compare, draw, enter, markdown
+from safedelta_hf.compare.points import RESULTS
+from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
+from safedelta_hf.compare.scenarios import ModelSubject
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import Questions, model_digest
-from safedelta_hf.evaluation.comparison import ComparisonFile, Entrants, Subject, compare, draw, enter, markdown
-from safedelta_hf.evaluation.comparison.model import UTILITIES as OWN_UTILITIES
-from safedelta_hf.evaluation.comparison.model import ModelSubject
-from safedelta_hf.evaluation.comparison.points import RESULTS
 from safedelta_hf.evaluation.questions import EvaluationSettings
 from safedelta_hf.evaluation.task import load_function
 from safedelta_hf.rules import RULES

@@ -1,12 +1,14 @@
 """Damped curvature of the safety loss and its factor."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import NumericalError
 
 
@@ -97,3 +99,16 @@ def factorise(hessian: Float[Tensor, "i i"], damping: float) -> Curvature:
     damped = damp(hessian, damping)
     lower, retried = cholesky(damped.flip(0, 1))
     return Curvature(hessian=damped, factor=lower.flip(0, 1), retried=retried)
+
+
+def quadratic_loss(inner: Callable[[Transform], float], hessian: Tensor) -> float:
+    """`q(D) = 1/2 tr(D H D^T)`, the rise of the output-reconstruction loss that a delta causes.
+
+    Args:
+        inner: Inner product of the delta with its transform, summed over all rows wherever they are.
+        hessian: `H` [in, in], or its diagonal [in].
+
+    Returns:
+        The loss, at least zero for a positive semi-definite `H`.
+    """
+    return 0.5 * inner(Dense(matrix=hessian))

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from safedelta_hf.core.compensation import SweepRatios, SweepResidual
 from safedelta_hf.core.curvature import Curvature
-from safedelta_hf.core.sweep import SweepRatios, SweepResidual
 from safedelta_hf.core.transform import Transform
 
 PAPER_ROWS = 4096

@@ -7,8 +7,7 @@ from safedelta_hf.evaluation.generation import generate_responses
 from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
 from safedelta_hf.evaluation.judge import Judge, ModelJudge
 from safedelta_hf.evaluation.likelihood import Likelihood, refusal_likelihood
-from safedelta_hf.evaluation.prompts import Prompt, read_prompts
-from safedelta_hf.evaluation.questions import Questions
+from safedelta_hf.evaluation.questions import Prompt, Questions, read_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score
 from safedelta_hf.evaluation.scoring import (
     REFUSAL_PHRASES,

@@ -8,11 +8,11 @@ from typing import Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safedelta_hf.capture.likelihood import response_losses
-from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
+from safedelta_hf.data.dataset import IGNORED, SafetySequence
+from safedelta_hf.data.refusals import response_losses
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.generation import prompt_tokens
-from safedelta_hf.evaluation.prompts import Prompt
+from safedelta_hf.evaluation.questions import Prompt
 
 RUN: Final = 3
 """Length of the runs of tokens whose repetition is counted."""

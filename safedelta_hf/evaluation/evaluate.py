@@ -15,8 +15,7 @@ from safedelta_hf.evaluation.generation import generate_responses
 from safedelta_hf.evaluation.harness import harness_scores, require_tasks
 from safedelta_hf.evaluation.judge import Judge, judgements
 from safedelta_hf.evaluation.likelihood import refusal_likelihood
-from safedelta_hf.evaluation.prompts import Prompt, digest_of_prompts
-from safedelta_hf.evaluation.questions import EvaluationSettings, Questions
+from safedelta_hf.evaluation.questions import EvaluationSettings, Prompt, Questions, digest_of_prompts
 from safedelta_hf.evaluation.responses import ResponseFile
 from safedelta_hf.evaluation.result import Evaluation, Score, average, share
 from safedelta_hf.evaluation.scoring import is_refusal

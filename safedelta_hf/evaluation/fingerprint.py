@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from torch import nn
 
-from safedelta_hf.capture.safety_data import ProcessingClass, tokenizer_digest
+from safedelta_hf.data.dataset import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.weights.fingerprint import digest
+from safedelta_hf.weights.digest import digest
 
 _INCIDENTAL: Final = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 """Parts of a configuration that do not change what the model says, or, like the data type, that its weights tell."""

@@ -8,9 +8,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safedelta_hf.capture.forward import require_fit
-from safedelta_hf.capture.undisturbed import undisturbed
+from safedelta_hf.data.batches import require_fit
 from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.modules.evaluating import undisturbed
 
 Chat = Sequence[Mapping[str, str]]
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from safedelta_hf.capture.undisturbed import undisturbed
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.result import CONFIDENCE, Score, normal_deviate
+from safedelta_hf.modules.evaluating import undisturbed
 
 PREFIX: Final = "lm_eval/"
 """What the name of every score begins with: `lm_eval/<task>/<metric>`."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from safedelta_hf.capture.likelihood import response_losses
-from safedelta_hf.capture.safety_data import ProcessingClass, digest_of, read_safety_data
+from safedelta_hf.data.dataset import ProcessingClass, digest_of, read_safety_data
+from safedelta_hf.data.refusals import response_losses
 
 UPPER = 0.95
 """The upper quantile over examples that is reported beside the mean."""

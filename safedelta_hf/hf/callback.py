@@ -11,39 +11,36 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.safety_data import ProcessingClass
-from safedelta_hf.capture.settings import CaptureSettings
-from safedelta_hf.capture.targets import ALL_LINEAR
+from safedelta_hf.adapter.adjust import adjust_adapter, require_adjustable
+from safedelta_hf.adjust.loop import require_measurable
+from safedelta_hf.adjust.merging import require_mergeable
+from safedelta_hf.adjust.plan import require_decisions
+from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
+from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.distributed.offload_hooks import require_trainable
+from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError
-from safedelta_hf.hf.base import RunBase, base_of_run, remember, require_matching, require_recorded
-from safedelta_hf.hf.coverage import entries_of_trained, storage_of_trained
-from safedelta_hf.hf.logs import log_metrics
+from safedelta_hf.hf.base_weights import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
-from safedelta_hf.hf.run import (
+from safedelta_hf.hf.trainer_facts import (
     bare,
+    entries_of_trained,
     foreign_errors_named,
     is_pruned,
+    log_metrics,
     output_dir,
     require_supported,
     shows_progress,
+    storage_of_trained,
     trained_adapter,
 )
 from safedelta_hf.hf.tuned import require_room_for_tuned, save_tuned, whereabouts
-from safedelta_hf.pipeline import (
-    adjust_adapter,
-    adjust_model,
-    require_adjustable,
-    require_decisions,
-    require_measurable,
-    require_mergeable,
-)
-from safedelta_hf.ranks import Ranks
+from safedelta_hf.model.adjust import adjust_model
+from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
-from safedelta_hf.sharding.held import HeldModel
-from safedelta_hf.sharding.offload_hooks import require_trainable
 from safedelta_hf.weights.journal import standing_in
 
 logger = logging.get_logger(__name__)

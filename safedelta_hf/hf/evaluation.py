@@ -16,15 +16,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from safedelta_hf.capture.safety_data import ProcessingClass, SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import ProcessingClass, SafetySequence, read_safety_data
+from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError, EvaluationError, SafeDeltaError
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
-from safedelta_hf.evaluation.prompts import PromptSource
-from safedelta_hf.evaluation.questions import EvaluationSettings
+from safedelta_hf.evaluation.questions import EvaluationSettings, PromptSource
 from safedelta_hf.evaluation.task import TaskScore
-from safedelta_hf.hf.logs import log_metrics
-from safedelta_hf.hf.run import shows_progress
-from safedelta_hf.ranks import Ranks
+from safedelta_hf.hf.trainer_facts import log_metrics, shows_progress
 
 PREFIX = "safedelta/eval_"
 """What the name of every logged score begins with."""

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from safedelta_hf.capture.profile import SafetyProfile
-from safedelta_hf.capture.retention import with_retention
-from safedelta_hf.capture.safety_data import ProcessingClass
-from safedelta_hf.capture.settings import CaptureSettings
+from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.config import CaptureSettings
+from safedelta_hf.data.dataset import ProcessingClass
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.pipeline import collect_profile
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.retention import with_retention
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
 
-from safedelta_hf.capture.safety_data import ProcessingClass
+from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.deltas.gathered import gathered_state
+from safedelta_hf.distributed.model import WholeParameters
+from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.ranks import is_shared
 from safedelta_hf.errors import ConfigurationError, RestoreError, SafeDeltaError
 from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.hf.base import name_of_run
-from safedelta_hf.names import unwrapped_shards
-from safedelta_hf.ranks import is_shared
-from safedelta_hf.sharding.held import HeldModel
-from safedelta_hf.sharding.whole import WholeParameters
-from safedelta_hf.weights.state import gathered_state
+from safedelta_hf.hf.base_weights import name_of_run
+from safedelta_hf.modules.names import unwrapped_shards
 
 RUN_FILE = "safedelta_run.json"
 """Says in the folder of the tuned weights which run it is of, so that the same run, resumed, may write it again."""

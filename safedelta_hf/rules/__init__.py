@@ -4,12 +4,11 @@ from safedelta_hf.rules.dare import Dare
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, source_name
 from safedelta_hf.rules.model_stock import ModelStock
 from safedelta_hf.rules.ridge import Ridge
-from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Rule, TransformRule
+from safedelta_hf.rules.rule import AutoStrength, DeltaStatistics, LayerMoments, Rule, TransformRule
 from safedelta_hf.rules.safe_delta import SafeDelta
 from safedelta_hf.rules.safe_merge import SafeMerge
 from safedelta_hf.rules.scale import Scale
 from safedelta_hf.rules.slerp import Slerp
-from safedelta_hf.rules.strength import AutoStrength
 from safedelta_hf.rules.task_ridge import TaskRidge
 from safedelta_hf.rules.ties import Ties
 

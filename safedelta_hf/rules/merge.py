@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.records import Storage
-from safedelta_hf.rules.rule import LayerMoments, Rule
-from safedelta_hf.rules.strength import AutoStrength, number
+from safedelta_hf.rules.rule import AutoStrength, LayerMoments, Rule, number
 
 
 class WeightReader(Protocol):

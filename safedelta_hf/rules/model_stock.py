@@ -9,7 +9,7 @@ import torch
 from safedelta_hf.core.merging import mean_cosine, stock_ratio
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, require_others
-from safedelta_hf.rules.strength import number
+from safedelta_hf.rules.rule import number
 
 
 @dataclass(frozen=True, kw_only=True)

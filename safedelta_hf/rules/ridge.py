@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from safedelta_hf.core.ridge import shrinkage
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking
-from safedelta_hf.rules.strength import number
+from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)

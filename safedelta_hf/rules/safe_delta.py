@@ -12,8 +12,7 @@ from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_blockwise, select_columns
 from safedelta_hf.core.transform import Dense, KeepColumns, Transform
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, TransformRule
-from safedelta_hf.rules.strength import Strength, number
+from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Strength, TransformRule, number
 
 Compensation = Literal["joint", "sequential", "none"]
 

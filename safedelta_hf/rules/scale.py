@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 
 from safedelta_hf.core.transform import Dense
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking
-from safedelta_hf.rules.strength import number
+from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ import torch
 from safedelta_hf.core.ridge import shrinkage, utility_of
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking
-from safedelta_hf.rules.strength import number
+from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import Final
 
 from transformers import PreTrainedModel
 
-from safedelta_hf.capture.profile import SafetyProfile
+from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.compare import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
 from safedelta_hf.evaluation import Score
-from safedelta_hf.evaluation.comparison import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
-from safedelta_hf.pipeline import collect_profile
+from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.testbed.behaviour import behaviour_scores
 from safedelta_hf.testbed.cases import Case
 from safedelta_hf.testbed.data import ordinary_data, safety_data

@@ -10,12 +10,12 @@ from typing import Protocol
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.open_model import HeldModel, HeldParameter, LooseTensor
+from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import RestoreError
-from safedelta_hf.ranks import Ranks, is_shared
-from safedelta_hf.scratch import ScratchFolder
-from safedelta_hf.sharding.held import HeldModel, HeldParameter, LooseTensor
-from safedelta_hf.sharding.holding import Piece
-from safedelta_hf.weights.base import BaseWeights
+from safedelta_hf.folders import ScratchFolder
+from safedelta_hf.weights.readers import BaseWeights
 
 
 class Replaceable(Protocol):

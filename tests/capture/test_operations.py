@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from safedelta_hf import collect_profile
-from safedelta_hf.core.loss import quadratic_loss
+from safedelta_hf.core.curvature import quadratic_loss
+from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.records import Role
-from safedelta_hf.weights.delta import MatrixDelta
-from tests import architectures, tiny
+from tests.fixtures import architectures, tiny
 
 ROWS = tiny.rows(10, seed=1, length=6)
 SIZE = 8

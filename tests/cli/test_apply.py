@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.cli import apply as command
 from safedelta_hf.cli.main import app
-from tests import adapters, tiny
+from tests.fixtures import adapters, tiny
 
 
 @pytest.fixture

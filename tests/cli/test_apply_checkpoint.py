@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 from safedelta_hf import SafeDelta
 from safedelta_hf.cli.main import app
-from tests import checkpoints
-from tests.checkpoints import contents
+from tests.fixtures import checkpoints
+from tests.fixtures.checkpoints import contents
 
 
 @pytest.fixture(scope="module")

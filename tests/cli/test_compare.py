@@ -18,7 +18,7 @@ from safedelta_hf.testbed import (
     safety_data,
     skill_questions,
 )
-from tests import tiny
+from tests.fixtures import tiny
 
 SMALL = ["--case=harmful", "--seed=0", "--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
 SMALL += ["--questions=12"]

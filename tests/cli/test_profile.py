@@ -10,15 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 from safedelta_hf import SafetyProfile, collect_profile
-from safedelta_hf.capture import parts
-from safedelta_hf.capture.files.hub import Repository
+from safedelta_hf.capture import resume as parts
 from safedelta_hf.cli import profile as command
 from safedelta_hf.cli.main import app
 from safedelta_hf.errors import ProfileError
+from safedelta_hf.profile.hub import Repository
 from safedelta_hf.testbed import ALIGNED_MODEL, CASES, load_aligned, safety_data
 from safedelta_hf.testbed.data import ordinary_data
-from tests.capture.saved_profiles import contents, same_moments
-from tests.fake_hub import connected
+from tests.fixtures.fake_hub import connected
+from tests.profile.saved_profiles import contents, same_moments
 
 REFUSALS = safety_data(24)
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from safedelta_hf.core.compensation import joint_response, sequential_response
 from safedelta_hf.core.curvature import factorise
 from safedelta_hf.core.transform import KeepColumns
-from tests.core.problems import layers
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layers
 
 
 def some_columns(size: int, seed: int) -> torch.Tensor:

@@ -4,8 +4,8 @@ from hypothesis import given
 
 from safedelta_hf.core.curvature import cholesky, factorise
 from safedelta_hf.errors import NumericalError
-from tests.core.problems import layers
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layers
 
 
 @given(layers)

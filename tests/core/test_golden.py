@@ -11,10 +11,10 @@ from safedelta_hf.core.compensation import joint_response, sequential_response
 from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_entries
 from safedelta_hf.core.transform import KeepColumns
+from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments, SafeDelta
-from safedelta_hf.weights.delta import MatrixDelta
-from tests.reference import oracles
+from tests.fixtures import oracles
 
 FOLDER = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedelta_hf.core import merging
-from tests.reference import merging as oracles
+from tests.fixtures import merging as oracles
 
 shares = st.floats(0.0, 1.0)
 seeds = st.integers(0, 10_000)

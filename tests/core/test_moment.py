@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedelta_hf.core.loss import quadratic_loss
+from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.core.moment import InputMoment, add_outer_, add_squares_
-from tests.reference import oracles
+from tests.fixtures import oracles
 
 
 def moment(inputs, sequences=1):

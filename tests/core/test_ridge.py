@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from safedelta_hf.core.ridge import shrinkage, utility_of
 from safedelta_hf.errors import NumericalError
-from tests.core.problems import layer, layers
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layer, layers
 
 strengths = st.sampled_from([1e-3, 0.1, 1.0, 30.0, 1e4])
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from safedelta_hf.core.curvature import factorise
 from safedelta_hf.core.selection import budget, keepable, select_blockwise, select_columns, select_entries
-from tests.core.problems import layers
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layers
 
 strengths = st.floats(0.0, 1e4)
 

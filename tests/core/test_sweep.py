@@ -3,10 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safedelta_hf.core.compensation import CHUNK, SweepRatios, SweepResidual
 from safedelta_hf.core.curvature import factorise
-from safedelta_hf.core.sweep import CHUNK, SweepRatios, SweepResidual
-from tests.core.problems import layer
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layer
 
 
 def residuals(delta, hessian, kept, start, stop):

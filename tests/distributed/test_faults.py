@@ -4,13 +4,13 @@ import time
 
 import pytest
 
-from tests.distributed import faults
-from tests.distributed.launching import passes, torchrun
+from tests.programs import faults
+from tests.programs.launching import passes, torchrun
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_a_failure_on_one_rank_is_heard_by_all_and_leaves_the_tuned_weights(backend, tmp_path):
-    said = passes("tests.distributed.faults", backend, tmp_path, *faults.FAULTS)
+    said = passes("tests.programs.faults", backend, tmp_path, *faults.FAULTS)
     assert [f"passed {name}" for name in faults.FAULTS] == [
         line for line in said.splitlines() if line.startswith("passed")
     ]
@@ -18,7 +18,7 @@ def test_a_failure_on_one_rank_is_heard_by_all_and_leaves_the_tuned_weights(back
 
 @pytest.mark.parametrize(("backend", "fault"), [("ddp", "adjusting"), ("fsdp2", "forward")])
 def test_a_failure_that_nobody_catches_ends_all_ranks_at_once(backend, fault, tmp_path):
-    done = torchrun("tests.distributed.faults", backend, tmp_path, fault, timeout=300)
+    done = torchrun("tests.programs.faults", backend, tmp_path, fault, timeout=300)
     ended = time.time()
     assert done.returncode != 0
     assert f"OSError: broken on purpose: {fault}" in done.stderr

@@ -4,9 +4,9 @@ import importlib.util
 
 import pytest
 
-from tests import tiny
-from tests.distributed.launching import torchrun
-from tests.distributed.tower import Checks
+from tests.fixtures import tiny
+from tests.programs.launching import torchrun
+from tests.programs.tower import Checks
 
 
 def every(*layouts: str) -> list[str]:
@@ -19,7 +19,7 @@ def require(done, check: str) -> None:
 
 @pytest.fixture(scope="module")
 def fsdp1():
-    return torchrun("tests.distributed.fsdp1_holding")
+    return torchrun("tests.programs.fsdp1_holding")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_fsdp1_holds_what_one_process_holds(fsdp1, check):
 def fsdp2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     tiny.llama(tied=True).save_pretrained(folder)
-    return torchrun("tests.distributed.fsdp2_holding", folder)
+    return torchrun("tests.programs.fsdp2_holding", folder)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ ZERO = [
 def zero():
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    return torchrun("tests.distributed.zero_holding", 1, 2, 3)
+    return torchrun("tests.programs.zero_holding", 1, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
 import pytest
 
-from tests.distributed.launching import passes, torchrun
+from tests.programs.launching import passes, torchrun
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_slices_of_a_delta_are_adjusted_as_the_whole_is(processes):
-    assert "compared 16 layouts" in passes("tests.distributed.deltas", processes=processes)
+    assert "compared 16 layouts" in passes("tests.programs.deltas", processes=processes)
 
 
 def test_a_rank_that_fails_is_heard_by_all_and_leaves_them_in_step():
-    assert "all in step" in passes("tests.distributed.failing")
+    assert "all in step" in passes("tests.programs.failing")
 
 
 def test_a_rank_that_fails_inside_a_librarys_collectives_ends_the_run():
-    done = torchrun("tests.distributed.failing", "alone", timeout=300)  # a rank that waited would do so for hours
+    done = torchrun("tests.programs.failing", "alone", timeout=300)  # a rank that waited would do so for hours
     assert done.returncode != 0
     assert "lost in a forward pass" in done.stderr

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
-from tests.distributed import resuming
-from tests.distributed.launching import passes, torchrun
+from tests.fixtures import tiny
+from tests.programs import resuming
+from tests.programs.launching import passes, torchrun
 
 FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
@@ -19,7 +19,7 @@ FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 def python():
     """Processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.resuming", "peft"])
+    context.set_forkserver_preload(["tests.programs.resuming", "peft"])
     return context
 
 
@@ -107,9 +107,9 @@ def test_a_run_on_two_processes_that_is_killed_and_started_again_ends_bit_for_bi
     whole, folder = prepared(tmp_path / "whole"), prepared(tmp_path / "killed")
     both = f"{whole},{folder}"
     for folders, *kill in [(both, "step", 3, 1), (folder, "replace", 35)]:
-        done = torchrun("tests.distributed.resuming", backend, folders, "full", *kill, timeout=400)
+        done = torchrun("tests.programs.resuming", backend, folders, "full", *kill, timeout=400)
         assert done.returncode != 0
         assert "SIGKILL" in done.stderr, done.stderr[-4000:]
         assert not (folder / "final").exists()
-    assert "started at checkpoint-6 and ended" in passes("tests.distributed.resuming", backend, folder, "full")
+    assert "started at checkpoint-6 and ended" in passes("tests.programs.resuming", backend, folder, "full")
     require_same_end(folder, whole, "full")

@@ -5,8 +5,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed import training
-from tests.distributed.launching import accelerate_launch, passes
+from tests.programs import training
+from tests.programs.launching import accelerate_launch, passes
 
 FULL = [case for case, settings in training.CASES.items() if not settings.get("lora")]
 TOLERANCE = 1e-5
@@ -37,7 +37,7 @@ SOME = ("full", "measured", "from_files", "lora")
 def test_a_run_on_two_processes_ends_as_on_one(single, tmp_path, backend, cases):
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
-    passes("tests.distributed.training", backend, tmp_path, *cases)
+    passes("tests.programs.training", backend, tmp_path, *cases)
     for case in cases:
         weights = [load_file(folder / f"{case}.safetensors") for folder in (single, tmp_path)]
         assert difference(*weights) < TOLERANCE, case
@@ -50,15 +50,15 @@ def test_a_run_on_two_processes_ends_as_on_one(single, tmp_path, backend, cases)
 
 
 def test_a_model_that_transformers_sharded_itself_ends_as_on_one_process(single, tmp_path):
-    passes("tests.distributed.training", "native", tmp_path, "full")
+    passes("tests.programs.training", "native", tmp_path, "full")
     assert difference(*(load_file(folder / "full.safetensors") for folder in (single, tmp_path))) < TOLERANCE
 
 
 def test_accelerate_launch_starts_it_too(single, tmp_path):
-    done = accelerate_launch("tests.distributed.training", "ddp", tmp_path, "full")
+    done = accelerate_launch("tests.programs.training", "ddp", tmp_path, "full")
     assert done.returncode == 0, done.stderr[-4000:]
     assert difference(*(load_file(folder / "full.safetensors") for folder in (single, tmp_path))) < TOLERANCE
 
 
 def test_second_adapters_on_shards_and_wrapped_models_are_adjusted():
-    assert "both passed" in passes("tests.distributed.wrapped")
+    assert "both passed" in passes("tests.programs.wrapped")

@@ -8,7 +8,7 @@ from safedelta_hf.evaluation import Reference, generate_responses, is_degenerate
 from safedelta_hf.evaluation.coherence import incoherent
 from safedelta_hf.testbed import attack_questions, load_aligned, skill_questions
 from safedelta_hf.testbed.language import OTHER_PREAMBLE
-from tests import tiny
+from tests.fixtures import tiny
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safedelta_hf.evaluation import (
     refusal_likelihood,
 )
 from safedelta_hf.testbed import attack_questions, load_aligned, safety_data, skill_questions
-from tests import tiny
+from tests.fixtures import tiny
 
 ATTACKS, BENIGN, TASK = attack_questions(24), skill_questions(12, skills=("make",)), skill_questions(14)
 SETTINGS = {"max_new_tokens": 24, "batch_size": 5, "progress": False}

@@ -3,7 +3,7 @@ import torch
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import model_digest
-from tests import tiny
+from tests.fixtures import tiny
 
 
 def adapted(**settings):

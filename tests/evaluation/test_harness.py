@@ -11,7 +11,7 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import HarnessTasks, Questions, evaluate_model, harness_scores
 from safedelta_hf.evaluation.harness import scores_of
 from safedelta_hf.testbed import load_aligned, skill_questions
-from tests import tiny
+from tests.fixtures import tiny
 
 TASK = """
 task: opposites_here

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from safedelta_hf.capture.likelihood import response_losses
-from safedelta_hf.capture.safety_data import IGNORED, SafetySequence
+from safedelta_hf.data.dataset import IGNORED, SafetySequence
+from safedelta_hf.data.refusals import response_losses
 from safedelta_hf.errors import ConfigurationError, DataError, NumericalError
 from safedelta_hf.evaluation import refusal_likelihood
 from safedelta_hf.testbed import load_aligned, safety_data
-from tests import tiny
+from tests.fixtures import tiny
 
 
 def marked(rows, prompt=2):

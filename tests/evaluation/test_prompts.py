@@ -4,7 +4,7 @@ import pytest
 
 from safedelta_hf.errors import DataError
 from safedelta_hf.evaluation import read_prompts
-from safedelta_hf.evaluation.prompts import digest_of_prompts
+from safedelta_hf.evaluation.questions import digest_of_prompts
 
 USER, ASSISTANT = {"role": "user", "content": "how ?"}, {"role": "assistant", "content": "so ."}
 SYSTEM = {"role": "system", "content": "be brief"}

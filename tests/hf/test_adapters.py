@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError
-from tests import adapters, tiny
+from tests.fixtures import adapters, tiny
 from tests.hf.test_trl import REFUSALS, dpo, sft
 
 ROWS = tiny.rows(24, seed=1)

@@ -16,8 +16,8 @@ from safedelta_hf.errors import (
     NumericalError,
     ProfileError,
 )
-from tests import architectures, tiny
-from tests.tiny import loaded
+from tests.fixtures import architectures, tiny
+from tests.fixtures.tiny import loaded
 
 ROWS = tiny.rows(24, seed=1)
 RULE = SafeDelta(strength=3.0)
@@ -384,7 +384,7 @@ def test_conversations_without_a_tokenizer_stop_before_training(tmp_path):
 
 
 def test_uncovered_parameters_stop_before_training(tmp_path):
-    from tests.test_pipeline import WithMixture
+    from tests.model.test_adjust import WithMixture
 
     class Model(WithMixture):
         def forward(self, input_ids, labels=None):
@@ -458,7 +458,7 @@ def test_tuned_weights_that_cannot_be_kept_are_rescued_elsewhere(tmp_path, monke
 def test_processes_that_torch_does_not_know_are_refused():
     from types import SimpleNamespace
 
-    from safedelta_hf.hf.run import require_supported
+    from safedelta_hf.hf.trainer_facts import require_supported
 
     with pytest.raises(ConfigurationError, match="8 processes, of which torch.distributed knows 1"):
         require_supported(SimpleNamespace(world_size=8))

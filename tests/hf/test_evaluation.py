@@ -14,7 +14,7 @@ from safedelta_hf.errors import ConfigurationError, DataError, EvaluationError
 from safedelta_hf.evaluation import Questions, evaluate_model, final_answer
 from safedelta_hf.hf.evaluation import require_whole
 from safedelta_hf.testbed import CASES, attack_questions, load_aligned, safety_data, skill_questions, tokenize
-from tests import tiny
+from tests.fixtures import tiny
 
 HARMFUL = [{"messages": question.messages} for question in attack_questions(12)]
 TASK = [question.conversation() for question in skill_questions(7)]

@@ -9,9 +9,9 @@ from transformers import Trainer, TrainerCallback
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_model, collect_profile
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError
-from safedelta_hf.hf.base import STATE_KEY
-from tests import tiny
-from tests.tiny import loaded
+from safedelta_hf.hf.base_weights import STATE_KEY
+from tests.fixtures import tiny
+from tests.fixtures.tiny import loaded
 
 ROWS = tiny.rows(24, seed=1)
 RULE = SafeDelta(strength=3.0)

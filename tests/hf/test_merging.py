@@ -4,7 +4,7 @@ import pytest
 
 from safedelta_hf import Dare, ModelStock, SafeDeltaCallback, SafeMerge, Slerp, adjust_model, collect_profile
 from safedelta_hf.errors import AdapterError, MergeError
-from tests import adapters, tiny
+from tests.fixtures import adapters, tiny
 
 ROWS = tiny.rows(24, seed=1)
 

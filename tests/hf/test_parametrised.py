@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, Treatment
 from safedelta_hf.errors import BaseWeightsError, CoverageError
-from tests import parametrised, tiny
+from tests.fixtures import parametrised, tiny
 
 ROWS = tiny.rows(24, seed=1)
 RULE = SafeDelta(strength=3.0)

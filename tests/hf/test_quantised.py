@@ -8,11 +8,11 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile, refactor_adapter
+from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments
-from safedelta_hf.weights.delta import MatrixDelta
-from tests import adapters, tiny
+from tests.fixtures import adapters, tiny
 
 ROWS = tiny.rows(24, seed=1)
 RULE = SafeDelta(strength=100.0)

@@ -15,7 +15,7 @@ from safedelta_hf import (
 )
 from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
 from safedelta_hf.hf.profiles import examples_of
-from tests import tiny
+from tests.fixtures import tiny
 
 ROWS = tiny.rows(24, seed=1)
 ORDINARY = tiny.rows(10, seed=8)

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, collect_profile
-from tests import tiny
+from tests.fixtures import tiny
 
 REFUSALS = tiny.conversations()
 SETTINGS = {"num_train_epochs": 2, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}

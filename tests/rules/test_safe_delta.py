@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import RULES, LayerMoments, SafeDelta
-from safedelta_hf.weights.delta import MatrixDelta
-from tests.core.problems import layers
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layers
 
 strengths = st.floats(0.0, 1e4)
 compensations = st.sampled_from(["joint", "sequential", "none"])

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import RULES, AutoStrength, LayerMoments, Ridge, Scale, TaskRidge, default_rule
-from safedelta_hf.weights.delta import MatrixDelta
-from tests.core.problems import layer, layers
-from tests.reference import oracles
+from tests.fixtures import oracles
+from tests.fixtures.problems import layer, layers
 
 strengths = st.sampled_from([0.03, 1.0, 50.0])
 

@@ -17,7 +17,7 @@ from safedelta_hf.testbed import (
     skill_questions,
 )
 from safedelta_hf.testbed.tokenizer import build_tokenizer
-from tests.testbed.finetuning import answer, finetune
+from tests.fixtures.finetuning import answer, finetune
 
 
 @pytest.fixture(scope="module")

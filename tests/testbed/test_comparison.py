@@ -3,7 +3,7 @@ import pytest
 from safedelta_hf.evaluation import attack_success_rate, final_match
 from safedelta_hf.testbed import CASES, attack_questions, behaviour_scores, load_aligned, skill_questions
 from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
-from tests.testbed.finetuning import answer
+from tests.fixtures.finetuning import answer
 
 
 @pytest.fixture(scope="module")

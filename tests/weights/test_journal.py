@@ -2,10 +2,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safedelta_hf.sharding.held import HeldModel
-from safedelta_hf.weights.base import ModelBase
+from safedelta_hf.distributed.open_model import HeldModel
 from safedelta_hf.weights.journal import Journal, standing_in
-from tests import tiny
+from safedelta_hf.weights.readers import ModelBase
+from tests.fixtures import tiny
 
 
 def zeroed(model, journal, count):

@@ -1,0 +1,1 @@
+"""Adjust an adapter, in memory or in files."""

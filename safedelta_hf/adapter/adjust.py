@@ -1,0 +1,235 @@
+"""Adjust an adapter: the same rank in and out, and the base never changed."""
+
+import copy
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safedelta_hf.adapter.store import AdapterStore
+from safedelta_hf.adjust.loop import RunningModel, adjust_weights
+from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.deltas.gathered import WholeTensors, WritesThrough, assembled
+from safedelta_hf.deltas.lora_deltas import AdapterPart, DensePart
+from safedelta_hf.deltas.lora_folder import initialised_from_base, require_low_rank
+from safedelta_hf.deltas.lora_layers import adapter_config, adapter_parts
+from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.errors import AdapterError, ProfileError
+from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import Plan, ProfileHeader, Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.weights.digest import held_digest
+from safedelta_hf.weights.journal import Journal
+from safedelta_hf.weights.readers import BaseWeights, open_base, verified
+
+
+def adjust_adapter(
+    model: nn.Module,
+    *,
+    profile: SafetyProfile,
+    rule: Rule | None = None,
+    task: SafetyProfile | None = None,
+    adapter_name: str = "default",
+    new_adapter_name: str | None = None,
+    base: nn.Module | str | Path | BaseWeights | None = None,
+    treatment: Treatment | None = None,
+    workspace: Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Adjust a LoRA adapter, in place or as a second adapter beside it: all of it, or, if anything fails, nothing.
+
+    `D = s B A` becomes `D T = s B (A T)`: rank, shapes, data types and configuration stay, and no weight of the base is
+    read but to make sure that it is the profile's.
+
+    Args:
+        model: The model with the adapter on it, unmerged. Where it is sharded, or the run has several processes, all
+            of them call this; the adapter's own tensors are brought together, those of the base are not.
+        profile: Profile of its base.
+        rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        adapter_name: The adapter.
+        new_adapter_name: Name of a new adapter for the result; None to adjust in place. It is not activated.
+        base: The base as it was before training, for adapters that train biases of the base itself (`bias="all"`).
+        treatment: What to do with tuned parameters other than linear weights.
+        workspace: Folder with room for a temporary copy of the adapter; None for the system's default.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done to each parameter that the adapter tunes.
+
+    Raises:
+        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
+        ProfileError: The profile was made for another base.
+        SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
+    """  # noqa: DOC502 - raised by the functions called
+    config = require_adjustable(model, adapter_name)
+    rule = rule or default_rule(task)
+    if rule.auto is not None:
+        _require_active(model, adapter_name, new_adapter_name)
+    held = HeldModel.of(model)
+    tensors = WholeTensors(held)
+    trained_in_place = _trained_in_place(held, tensors, config, profile.header, base)
+    require_base(held, profile.header, but={part.parameter for part in trained_in_place})
+    if new_adapter_name is not None:
+        _require_room(model, config, new_adapter_name)
+    try:
+        if new_adapter_name is not None:
+            _copy_adapter(model, config, adapter_name, new_adapter_name, tensors)
+        parts = adapter_parts(model, new_adapter_name or adapter_name, tensors) + trained_in_place
+        journal = Journal(workspace, held.ranks)
+        store = AdapterStore(
+            parts,
+            architecture=class_name(model),
+            source="the frozen base below the adapter",
+            writer=WritesThrough(journal, tensors),
+        )
+        plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
+        running = RunningModel(held=held, restore=journal.restore)
+        return adjust_weights(store, plan, profile, rule, task=task, running=running, progress=progress)
+    except BaseException:
+        if new_adapter_name is not None and new_adapter_name in model.peft_config:  # type: ignore[operator]
+            model.delete_adapter(new_adapter_name)  # type: ignore[operator]
+        raise
+
+
+def plan_adapter(model: nn.Module, profile: SafetyProfile, treatment: Treatment, adapter_name: str = "default") -> Plan:
+    """Decide what happens to each parameter that an adapter tunes, from names and shapes alone.
+
+    Args:
+        model: The model with the adapter on it.
+        profile: Profile of its base.
+        treatment: What to do with tuned parameters other than linear weights.
+        adapter_name: The adapter.
+
+    Returns:
+        One entry for each of them.
+
+    Raises:
+        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
+        ProfileError: The profile knows nothing of one of the parameters.
+    """  # noqa: DOC502 - raised by the functions called
+    config = require_adjustable(model, adapter_name)
+    shapes = {part.parameter: part.shape for part in adapter_parts(model, adapter_name)}
+    if config.bias != "none":
+        held = HeldModel.of(model)
+        shapes |= {name: shape for name, shape in held.shapes.items() if held.holding.parameter(name).requires_grad}
+    return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+
+
+def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 - a configuration of PEFT
+    """Make sure that an adapter can be adjusted as it stands.
+
+    Args:
+        model: The model with the adapter on it.
+        adapter_name: The adapter.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A` relative to its base.
+    """
+    config = adapter_config(model, adapter_name)
+    require_low_rank(config)
+    if initialised_from_base(config):
+        raise AdapterError(
+            f"adapter {adapter_name!r}: init_lora_weights={config.init_lora_weights!r} took a part of the base into "
+            "the adapter, so its delta is relative to what it started from and has twice the rank; save the adapter "
+            "and use adjust_adapter_files(..., initial_adapter=<the adapter as it was before training>)"
+        )
+    return config
+
+
+def require_base(held: HeldModel, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
+    """Make sure that the frozen weights below an adapter are those that a profile was made of.
+
+    Args:
+        held: The model that has the adapter.
+        header: What the profile was made from.
+        but: Names of parameters that were trained in place.
+
+    Raises:
+        ProfileError: It was made of others.
+    """
+    strangers = sorted(set(held.names) ^ set(header.base))
+    if strangers:
+        raise ProfileError(
+            f"profile: made for another base ({header.architecture}); it differs from this "
+            f"{class_name(held.model)} in {', '.join(strangers[:3])}"
+        )
+    for name in held.names:
+        if name not in but and held_digest(held, name, getattr(torch, header.dtypes[name])) != header.base[name]:
+            raise ProfileError(
+                f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
+                "the same precision"
+            )
+
+
+def _trained_in_place(
+    held: HeldModel,
+    tensors: WholeTensors,
+    config: Any,  # noqa: ANN401
+    header: ProfileHeader,
+    base: nn.Module | str | Path | BaseWeights | None,
+) -> list[AdapterPart]:
+    # LoraConfig(bias="all") or "lora_only" trains biases of the base itself.
+    if config.bias == "none":
+        return []
+    parts: list[AdapterPart] = []
+    reader = open_base(base, unwrapped(held.model)) if isinstance(base, nn.Module | str | Path) else base
+    for name in held.names:
+        if not name.endswith("bias") or header.base.get(name) in (None, held_digest(held, name)):
+            continue
+        if reader is None:
+            raise AdapterError(
+                f"{name}: the adapter (bias={config.bias!r}) trained it in place, so its base value is not in the "
+                "model; pass base=<the model or folder that the fine-tuning started from>"
+            )
+        weight = verified(reader, name, header.dtypes[name], header.base[name], held)
+        weight = assembled(held, name, weight)
+        parts.append(DensePart(parameter=name, tuned=tensors.of(held.holding.parameter(name)), base=weight))
+    return parts
+
+
+def _require_active(model: nn.Module, name: str, new_name: str | None) -> None:
+    active = getattr(model, "active_adapters", [name])
+    active = list(active() if callable(active) else active)
+    if new_name is not None or active != [name]:
+        raise AdapterError(
+            f"strength='auto' measures the model with its active adapter ({', '.join(active)}), which has to be the "
+            f"one that is adjusted, in place; call set_adapter({name!r}) without new_adapter_name, or give a number"
+        )
+
+
+def _require_room(model: nn.Module, config: Any, new_name: str) -> None:  # noqa: ANN401
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"new_adapter_name={new_name!r}: only a PeftModel takes one, this is {type(model).__name__}")
+    if new_name in model.peft_config:
+        raise AdapterError(f"new_adapter_name={new_name!r}: this model has an adapter of that name; choose another")
+    if config.bias != "none":
+        raise AdapterError(
+            f"new_adapter_name={new_name!r}: the adapter (bias={config.bias!r}) trains biases of the base itself, "
+            "which cannot be in two states; adjust it in place"
+        )
+
+
+def _copy_adapter(model: Any, config: Any, name: str, new_name: str, tensors: WholeTensors) -> None:  # noqa: ANN401
+    # The values are overwritten below, so a costly or data-driven initialisation is left out.
+    model.add_adapter(new_name, _with(config, init_lora_weights=True))
+    model.peft_config[new_name] = _with(config)
+    for old, new in zip(adapter_parts(model, name, tensors), adapter_parts(model, new_name, tensors), strict=True):
+        for source, target in zip(old.tensors().values(), new.tensors().values(), strict=True):
+            target.data = source.detach().clone()
+
+
+def _with(config: Any, **changes: Any) -> Any:  # noqa: ANN401
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    return changed

@@ -1,0 +1,119 @@
+"""Adjust a saved adapter, files to files, without its base model."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safedelta_hf.adapter.store import AdapterStore
+from safedelta_hf.adjust.loop import adjust_weights
+from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.deltas.lora_folder import AdapterFolder, FolderWriter, initialised_from_base
+from safedelta_hf.deltas.lora_tensors import FileParts
+from safedelta_hf.errors import AdapterError, BaseWeightsError
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import ProfileHeader, Role, Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.weights.readers import BaseWeights, CheckpointBase, ModelBase, verified
+
+
+def adjust_adapter_files(
+    adapter: str | Path,
+    *,
+    profile: SafetyProfile | str | Path,
+    output: str | Path,
+    rule: Rule | None = None,
+    task: SafetyProfile | str | Path | None = None,
+    base: nn.Module | str | Path | None = None,
+    initial_adapter: str | Path | None = None,
+    treatment: Treatment | None = None,
+    progress: bool = True,
+) -> Report:
+    """Adjust a LoRA adapter that PEFT saved, and write it as PEFT would: the same keys, types and configuration.
+
+    Only the adapter and the profile are read. That they belong together is checked as far as they tell: every tuned
+    parameter has to be one of the profile's, with the same number of inputs; base weights themselves are checked where
+    they are read.
+
+    Args:
+        adapter: Folder of the adapter.
+        profile: Profile of its base, or the folder of one.
+        output: Folder to write; must not exist.
+        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
+            folder of one.
+        base: The base model, or its folder or cached repository. Read one weight at a time, for whole parameters that
+            the adapter carries (`modules_to_save`, `trainable_token_indices`, `bias`) alone; the one that the adapter
+            names if None.
+        initial_adapter: Folder of the adapter before training, if its initialisation took a part of the base weights
+            with it (PiSSA, OLoRA, CorDA, LoRA-GA). The result has twice the rank and belongs on the original base.
+        treatment: What to do with tuned parameters other than linear weights.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done to each parameter that the adapter tunes.
+
+    Raises:
+        AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
+        SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
+    """  # noqa: DOC502 - raised by the functions called
+    folder = AdapterFolder(adapter)
+    writer = FolderWriter(folder, Path(output))
+    profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
+    task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
+    if initial_adapter is not None:
+        folder.subtract(AdapterFolder(initial_adapter))
+    elif initialised_from_base(folder.config):
+        raise AdapterError(
+            f"adapter: init_lora_weights={folder.config.init_lora_weights!r} took a part of the base into the adapter, "
+            "so its delta is relative to what it started from; pass initial_adapter=<the adapter as save_pretrained "
+            "wrote it right after get_peft_model> (--initial-adapter on the command line)"
+        )
+    reader = _Base(base, folder, profile.header)
+    transposed = {use.parameter for use in profile.uses if use.role is Role.CONV1D}
+    store = AdapterStore(
+        list(FileParts(folder, profile.header, transposed, reader.read)),
+        architecture=profile.header.architecture,
+        source=reader.source,
+        writer=writer,
+    )
+    plan = plan_parameters(store.shapes, profile, treatment or Treatment())
+    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)
+
+
+class _Base:
+    """The base of a saved adapter, opened when one of its weights is needed."""
+
+    def __init__(self, given: nn.Module | str | Path | None, adapter: AdapterFolder, header: ProfileHeader) -> None:
+        self._given = given
+        self._named = adapter.config.base_model_name_or_path
+        self._revision = adapter.config.revision
+        self._header = header
+        self._opened: BaseWeights | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the base weights are, for the report."""
+        return self._opened.source if self._opened is not None else str(self._named or "the base of the profile")
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._header.base:
+            raise AdapterError(f"{name}: not a parameter of the {self._header.architecture} of the profile")
+        weight = verified(self._open(name), name, self._header.dtypes[name], self._header.base[name])
+        return weight.to(getattr(torch, self._header.dtypes[name]))
+
+    def _open(self, name: str) -> BaseWeights:
+        if self._opened is None:
+            source, revision = (self._given, None) if self._given is not None else (self._named, self._revision)
+            try:
+                if isinstance(source, nn.Module):
+                    self._opened = ModelBase(source)
+                else:
+                    self._opened = CheckpointBase(source or "", {}, revision)
+            except BaseWeightsError as error:
+                raise BaseWeightsError(
+                    f"{name}: the adapter carries it whole, so its base value is needed, and {source!r} cannot be read "
+                    f"({error}); pass base=<folder of the base model> (--base on the command line)"
+                ) from error
+        return self._opened

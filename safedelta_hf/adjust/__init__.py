@@ -1,0 +1,1 @@
+"""The only loop over parameters: plan, factor, search, adjust."""

@@ -1,0 +1,135 @@
+"""What a rule that merges weights needs besides the delta: further models, opened and checked before any weight."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safedelta_hf.deltas.dense import TRANSPOSED_ROLES, Delta, DenseDelta
+from safedelta_hf.deltas.further_models import OtherModel, OtherWeights, open_other
+from safedelta_hf.errors import AdapterError, NumericalError, SafeDeltaError
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import Action, PlanEntry, Role, Storage, Use
+from safedelta_hf.rules import MergeInput, MergeRule, Rule, source_name
+
+
+class Merging:
+    """The further models of a rule; they stay the same at every strength.
+
+    Args:
+        rule: The rule.
+        entries: Plan of the parameters.
+        profile: Profile of the base.
+
+    Raises:
+        SafeDeltaError: A further model cannot be opened.
+    """  # noqa: DOC502 - raised by the functions called
+
+    def __init__(self, rule: MergeRule, entries: Iterable[PlanEntry], profile: SafetyProfile) -> None:
+        aliases = {entry.parameter: entry.aliases for entry in entries}
+        transposed = {use.parameter for use in profile.uses if use.role is Role.CONV1D}
+        self._others: list[tuple[str, OtherModel]] = [
+            (
+                source_name(source),
+                open_other(source, aliases, profile.header, transposed)
+                if isinstance(source, nn.Module | str | Path)
+                else OtherWeights(source.read, source.source),
+            )
+            for source in rule.sources
+        ]
+
+    def check(self, entry: PlanEntry) -> None:
+        """Make sure that every further model has a parameter, if it will be merged.
+
+        Args:
+            entry: Plan of the parameter.
+
+        Raises:
+            NumericalError: One holds NaN or Inf.
+            SafeDeltaError: One has none, or one of another shape; named by parameter.
+        """  # noqa: DOC502
+        if entry.action is not Action.ADJUST:
+            return
+        zero = torch.zeros(entry.shape)
+        for name, other in self._others:
+            try:
+                weight = other.delta(entry.parameter, zero)
+            except SafeDeltaError as error:
+                raise error.at(entry.parameter) from error
+            if not torch.isfinite(weight).all():
+                raise NumericalError(f"{entry.parameter}: holds NaN or Inf in {name}; give another model")
+
+    def merged(self, rule: Rule, entry: PlanEntry, delta: Delta) -> tuple[DenseDelta, tuple[str, ...]]:
+        """Merge one parameter.
+
+        Args:
+            rule: The rule, at whatever strength.
+            entry: Plan of the parameter.
+            delta: Its delta.
+
+        Returns:
+            What is kept, and what there is to say about it.
+        """
+        assert isinstance(rule, MergeRule) and isinstance(delta, DenseDelta), "checked before any weight was touched"
+        base = delta.base
+        values, notes = rule.merged(
+            MergeInput(
+                name=entry.parameter,
+                base=base,
+                delta=delta.values,
+                others=self._deltas(entry.parameter, base),
+                is_transposed=_has_inputs_first(entry.uses[0]),
+                is_stack=entry.uses[0].part is not None and len(entry.shape) == 3,
+            )
+        )
+        return delta.adjusted_to(values.contiguous(), entry.uses), notes
+
+    def _deltas(self, parameter: str, base: Tensor) -> tuple[Tensor, ...]:
+        return tuple(other.delta(parameter, base) for _, other in self._others)
+
+
+def require_storage(rule: Rule, entry: PlanEntry, storage: Storage) -> None:
+    """Stop where a rule cannot adjust what a delta is stored in.
+
+    Args:
+        rule: The rule.
+        entry: Plan of the parameter.
+        storage: What its delta is stored in.
+
+    Raises:
+        AdapterError: The rule needs more than an adapter has.
+    """
+    if entry.action is Action.ADJUST and storage not in rule.storage:
+        raise AdapterError(
+            f"{entry.parameter}: {rule.name} merges whole weights, and the adapter holds a delta of another form apart "
+            "from its base; merge the adapter (merge_and_unload) and use adjust_model, or choose a rule that "
+            "transforms deltas, such as Ridge() or Scale()"
+        )
+
+
+def require_mergeable(rule: Rule, entries: Iterable[PlanEntry], profile: SafetyProfile, storage: Storage) -> None:
+    """Check before a training what a merge will need after it.
+
+    Args:
+        rule: The rule; nothing is asked of one that does not merge.
+        entries: Plan of the parameters that will be trained.
+        profile: Profile of the base.
+        storage: What their deltas will be stored in.
+
+    Raises:
+        SafeDeltaError: The rule cannot adjust that, or a further model is missing something; named by parameter.
+    """  # noqa: DOC502 - raised by the functions called
+    entries = list(entries)
+    for entry in entries:
+        require_storage(rule, entry, storage)
+    if isinstance(rule, MergeRule):
+        merging = Merging(rule, entries, profile)
+        for entry in entries:
+            merging.check(entry)
+
+
+def _has_inputs_first(use: Use) -> bool:
+    if use.part is None:
+        return use.role in TRANSPOSED_ROLES
+    return use.part.row_stride < use.part.column_stride

@@ -1,0 +1,90 @@
+"""The mildest strength that measured refusals allow."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from safedelta_hf.data.refusals import Drift
+from safedelta_hf.records import StrengthSearch, Trial
+from safedelta_hf.rules import AutoStrength, Rule
+
+START = 1.0
+"""First strength that is tried; the search widens from there."""
+
+STEP = 10.0
+"""Ratio of neighbouring strengths until one passes and its neighbour fails."""
+
+
+def search_strength(rule: Rule, auto: AutoStrength, measure: Callable[[float], Drift], examples: int) -> StrengthSearch:
+    """Find the mildest strength of a rule whose drift stays within the tolerance.
+
+    The fine-tuned model is measured first, then strengths ten times apart until one passes and its milder neighbour
+    fails, then the geometric middle of the two until they are as close as the precision asks. Refusal is taken to
+    come back as strength grows; the strength that is returned was itself measured, so it passes in any case.
+
+    Args:
+        rule: The rule, for its range.
+        auto: Tolerance and precision.
+        measure: The drift at a strength.
+        examples: Number of refusals behind each measurement, for the record.
+
+    Returns:
+        What was tried, and the outcome.
+    """
+    trials: list[Trial] = []
+
+    def passes(strength: float) -> bool:
+        drift = measure(strength)
+        passed = max(drift.mean, drift.upper) <= auto.tolerance  # NaN passes nothing
+        trials.append(Trial(strength=strength, mean=drift.mean, upper=drift.upper, passed=passed))
+        return passed
+
+    def outcome(told: Literal["found", "nothing needed", "strictest fails"], strength: float) -> StrengthSearch:
+        return StrengthSearch(
+            outcome=told,
+            strength=strength,
+            tolerance=auto.tolerance,
+            quantile=auto.quantile,
+            examples=examples,
+            trials=tuple(trials),
+        )
+
+    if passes(rule.mildest):
+        return outcome("nothing needed", rule.mildest)
+    failing, passing = _bracket(rule, passes)
+    if passing is None:
+        return outcome("strictest fails", trials[-1].strength)
+    while failing is not None and abs(math.log(passing / failing)) > math.log(auto.precision):
+        middle = math.sqrt(passing * failing)
+        if passes(middle):
+            passing = middle
+        else:
+            failing = middle
+    return outcome("found", passing)
+
+
+def _bracket(rule: Rule, passes: Callable[[float], bool]) -> tuple[float | None, float | None]:
+    """Neighbours of which the milder fails and the stricter passes.
+
+    Args:
+        rule: The rule, for its range.
+        passes: Whether a strength stays within the tolerance.
+
+    Returns:
+        The failing and the passing strength; None where the range ends before there is one.
+    """
+    mildest, strictest = rule.search_range
+    stricter = STEP if strictest > mildest else 1 / STEP
+    lowest, highest = sorted((mildest, strictest))
+    strength = START
+    if passes(strength):
+        while lowest <= strength / stricter <= highest:
+            if not passes(strength / stricter):
+                return strength / stricter, strength
+            strength /= stricter
+        return None, strength
+    while lowest <= strength * stricter <= highest:
+        if passes(strength * stricter):
+            return strength, strength * stricter
+        strength *= stricter
+    return strength, None

@@ -1,0 +1,171 @@
+"""How a profile is collected, and of which weights."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from re import Pattern
+from typing import TypeVar
+
+from accelerate.utils import convert_file_size_to_int
+
+from safedelta_hf.errors import ConfigurationError
+
+ALL_LINEAR = "all-linear"
+
+_Item = TypeVar("_Item", str, int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """A choice of linear weights: everything that is multiplied as a matrix, experts and convolutions included.
+
+    Names are those of modules, or of parameters where a module holds several.
+
+    Attributes:
+        names: "all-linear"; a regular expression that has to match a whole name; or a sequence of names, each of which
+            chooses what is called so or ends in it after a dot.
+        layers_to_transform: Numbers of the layers to choose from, or None for all.
+        layers_pattern: What comes before the layer's number in a name, such as "layers" or "h"; None for anything.
+
+    Raises:
+        ConfigurationError: A regular expression is none, or settings do not go together.
+    """
+
+    names: str | Sequence[str] = ALL_LINEAR
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigurationError(f"targets={self.names!r} chooses nothing; the default is {ALL_LINEAR!r}")
+        if self._is_expression:
+            _compiled(str(self.names), "targets")
+            if self.layers_to_transform is not None:
+                raise ConfigurationError(
+                    f"layers_to_transform={self.layers_to_transform!r} does not go together with a regular expression "
+                    f"(targets={self.names!r}); put the layers into the expression, or give a list of names"
+                )
+        if self.layers_pattern is not None:
+            if self.layers_to_transform is None:
+                raise ConfigurationError(
+                    f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform"
+                )
+            for pattern in _listed(self.layers_pattern):
+                _compiled(pattern, "layers_pattern")
+
+    def include(self, parameter: str) -> bool:
+        """Whether a weight is chosen.
+
+        Args:
+            parameter: Its canonical name.
+
+        Returns:
+            Whether it is.
+        """
+        module = parameter.rpartition(".")[0]
+        return any(self._chooses(name) for name in (parameter, module)) and self._is_in_layers(parameter)
+
+    @property
+    def _is_expression(self) -> bool:
+        return isinstance(self.names, str) and self.names != ALL_LINEAR
+
+    def _chooses(self, name: str) -> bool:
+        if self.names == ALL_LINEAR:
+            return True
+        if isinstance(self.names, str):
+            return re.fullmatch(self.names, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in self.names)
+
+    def _is_in_layers(self, parameter: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        for pattern in _listed(self.layers_pattern or r"[^.]*"):
+            found = re.match(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.", parameter)
+            if found:
+                return int(found.group(1)) in _listed(self.layers_to_transform)
+        return False
+
+
+def _listed(value: _Item | Sequence[_Item]) -> Sequence[_Item]:
+    return [value] if isinstance(value, str | int) else value
+
+
+def _compiled(expression: str, setting: str) -> Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ConfigurationError(f"{setting}={expression!r} is no regular expression ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """How the safety data is read and where the moments are held.
+
+    Attributes:
+        batch_size: Sequences per forward pass, at most.
+        max_length: Sequences are cut to this many tokens; None leaves them whole.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
+        offload_folder: Where moments beyond that limit are memory-mapped; None for host memory.
+        share_moments: Whether layers that read the same tensor share one moment.
+        holdout: Share of the safety data kept out of the moments, to measure refusals by; None for a quarter where
+            there is enough of it.
+        targets: Which linear weights are profiled and adjusted: "all-linear", names as in PEFT, or a regular
+            expression.
+        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
+        layers_pattern: What comes before a layer's number in names, as in PEFT.
+
+    Raises:
+        ConfigurationError: A value is outside its range, or has no effect.
+    """
+
+    batch_size: int = 8
+    max_length: int | None = None
+    moment_memory: int | str | None = None
+    offload_folder: str | Path | None = None
+    share_moments: bool = True
+    holdout: float | None = None
+    targets: str | Sequence[str] = ALL_LINEAR
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.holdout is not None and not (isinstance(self.holdout, int | float) and 0 <= self.holdout < 1):
+            raise ConfigurationError(f"holdout={self.holdout!r} must be a share in [0, 1), such as 0.25")
+        if self.offload_folder is not None and self.moment_memory is None:
+            raise ConfigurationError(
+                f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "
+                'such as "8GB"'
+            )
+        _ = self.budget, self.chosen  # what cannot be read is found now, not once training starts
+
+    @property
+    def chosen(self) -> Targets:
+        """The linear weights that are profiled and adjusted.
+
+        Raises:
+            ConfigurationError: The settings choose nothing or do not go together.
+        """  # noqa: DOC502 - raised by the class
+        return Targets(
+            names=self.targets, layers_to_transform=self.layers_to_transform, layers_pattern=self.layers_pattern
+        )
+
+    @property
+    def budget(self) -> int | None:
+        """The limit in bytes.
+
+        Raises:
+            ConfigurationError: It is no size.
+        """
+        if self.moment_memory is None:
+            return None
+        try:
+            return int(convert_file_size_to_int(self.moment_memory))
+        except ValueError as error:
+            raise ConfigurationError(
+                f'moment_memory={self.moment_memory!r} is no number of bytes, nor a size such as "8GB"'
+            ) from error

@@ -1,0 +1,225 @@
+"""One pass of the base model over the safety data."""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from safedelta_hf.capture.collector import MomentCollector
+from safedelta_hf.capture.config import Targets
+from safedelta_hf.capture.observer import Observer, every_product_visible
+from safedelta_hf.capture.reduction import Reduction, findings_of_all
+from safedelta_hf.capture.uses import Findings, UseOf
+from safedelta_hf.capture.watched_model import Subject, computed_weights, packed_products
+from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
+from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.data.refusals import HeldOut
+from safedelta_hf.distributed.model import Holding
+from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import CaptureError, ConfigurationError
+from safedelta_hf.modules.evaluating import undisturbed, without_adapters
+from safedelta_hf.modules.names import class_name
+from safedelta_hf.profile.moments import Moments
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.storage import MomentStorage
+from safedelta_hf.records import DIAGONAL, ProfileHeader, Use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What one pass over the safety data found.
+
+    Attributes:
+        uses: How each covered parameter is used.
+        moments: Moments by key, in host memory; in a run of several processes each on its owner.
+        skipped: Reason by parameter name for those that cannot be covered.
+        parametrised: Names of the parameters that a weight is computed from, by its canonical name.
+        storage: What holds the moments; their files, if any, live as long.
+    """
+
+    uses: tuple[Use, ...]
+    moments: Moments
+    skipped: Mapping[str, str]
+    parametrised: Mapping[str, tuple[str, ...]]
+    storage: MomentStorage
+
+    def profile(self, held_out: HeldOut | None = None, **header: Any) -> SafetyProfile:  # noqa: ANN401
+        """Join what was found with what it was made from.
+
+        Args:
+            held_out: Safety data that was not in that pass.
+            **header: Fields of `ProfileHeader`, but for `skipped` and `parametrised`.
+
+        Returns:
+            The profile, in memory.
+        """
+        return SafetyProfile(
+            header=ProfileHeader(skipped=dict(self.skipped), parametrised=dict(self.parametrised), **header),
+            uses=self.uses,
+            moments=self.moments,
+            held_out=held_out,
+            storage=self.storage,
+        )
+
+
+def capture_moments(
+    model: nn.Module,
+    sequences: Sequence[SafetySequence],
+    *,
+    storage: MomentStorage,
+    batch_size: int = 8,
+    share_moments: bool = True,
+    purpose: str = "safety data",
+    targets: Targets | None = None,
+    progress: bool = True,
+    ranks: Ranks | None = None,
+    holding: Holding | None = None,
+) -> Capture:
+    """Read the safety data once and sum the moments of every layer.
+
+    Sequences are batched with others of exactly their length, so no padding ever enters a moment, whatever shapes a
+    model's layers see. The model is left as it was, also after an exception.
+
+    In a run of several processes all of them call this, with the same data. Each reads its part, and then each moment
+    is summed up on one of them.
+
+    Args:
+        model: The base model, on any device; where forward passes are collective, as it is called in training.
+        sequences: Tokenised safety data.
+        storage: Where the moments are held while they are summed.
+        batch_size: Sequences per forward pass, at most.
+        share_moments: Whether layers that read the same tensor share one moment.
+        purpose: What errors and the progress bar call the data.
+        targets: Which linear weights are read; all of them if None.
+        progress: Whether to show a progress bar, on the main rank.
+        ranks: The ranks that share the work; None for those of the run.
+        holding: How they hold the model's parameters; None to find out.
+
+    Returns:
+        The moments, and what could not be covered.
+
+    Raises:
+        CaptureError: The model has no linear layer, or none was reached, or it is an encoder-decoder model.
+        ConfigurationError: The targets choose none of its linear weights, or it is sharded and has weights that are
+            computed from parameters.
+        RankError: Another rank failed.
+    """  # noqa: DOC502 - raised by the functions called
+    ranks = ranks or Ranks.of_run()
+    with ranks.together():
+        holding = holding or holding_of(model)
+        subject = Subject.of(model, holding, targets or Targets())
+        require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
+        share = share_of(sequences, batch_size, ranks, collective=holding.collective)
+        reading = _Reading(subject, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
+        read = reading.read(storage, share_moments=share_moments)
+        if read.findings.unshared and ranks.size > 1:
+            # Whether products always read the same tensor cannot be told from a part of the data.
+            read.sums.clear()
+            storage = storage.anew()
+            read = reading.read(storage, share_moments=False)
+        return _put_together(read, subject, ranks, len(sequences))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read.
+
+    Attributes:
+        findings: What all ranks found.
+        sums: Moments of this rank's share.
+        storage: What holds them.
+    """
+
+    findings: Findings
+    sums: dict[UseOf, Tensor]
+    storage: MomentStorage
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Lets a model read this rank's share of the data.
+
+    Attributes:
+        subject: The model.
+        share: The data.
+        ranks: The ranks that read.
+        title: What the progress bar says; None for none.
+    """
+
+    subject: Subject
+    share: Share
+    ranks: Ranks
+    title: str | None
+
+    def read(self, storage: MomentStorage, *, share_moments: bool) -> _Read:
+        subject = self.subject
+        collector = MomentCollector(
+            subject.matrices,
+            storage,
+            head=subject.head,
+            chosen=subject.chosen,
+            share=share_moments,
+        )
+        observer = Observer(collector, subject.matrices)
+        computed = subject.weights.followed.values()
+        with (
+            without_adapters(subject.model),
+            undisturbed(subject.model),
+            every_product_visible(subject.model),
+            subject.holding.shown_to(observer),
+            packed_products(subject.model, observer),
+            computed_weights(computed, observer),
+        ):
+            self._run(observer, collector)
+        findings = findings_of_all(collector.findings(observer.unread), self.ranks)
+        return _Read(findings, collector.take(), storage)
+
+    def _run(self, observer: Observer, collector: MomentCollector) -> None:
+        model, collective = self.subject.model, self.subject.holding.collective
+        self.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
+        for batch, counts in tqdm(self.share, desc=self.title, unit="batch", disable=self.title is None):
+            with forward_guard(self.ranks, self.subject.holding):
+                arguments = arguments_of(model, batch)
+                given = [value for value in arguments.values() if isinstance(value, Tensor)]
+                observer.start_batch(len(batch), len(batch[0].input_ids), given)
+                with observer if counts else nullcontext():
+                    model(**arguments)
+            if collector.shared is not None and collector.shared.is_void and not collective:
+                return
+
+
+def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -> Capture:
+    findings = read.findings
+    if findings.unshared:
+        raise CaptureError(f"{findings.unshared}; pass share_moments=False")
+    uses = findings.uses(tuple(subject.matrices), subject.chosen)
+    untargeted = findings.untargeted(subject.chosen)
+    _require_products(subject.model, uses, untargeted, subject.targets)
+    device = input_device(subject.model)
+    reduction = Reduction(ranks=ranks, storage=read.storage, device=device, sequences=sequences)
+    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
+    used = {use.parameter for use in uses}
+    return Capture(
+        uses=tuple(uses),
+        moments=reduction.moments(read.sums, findings, frozenset(use.moment for use in uses)),
+        skipped=subject.reasons(used, {**findings.unread, **unchosen}),
+        parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
+        storage=read.storage,
+    )
+
+
+def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
+    kind = class_name(model)
+    if not uses:
+        raise CaptureError(f"{kind}: the safety data reached no weight; is forward() the right entry?")
+    if untargeted and all(use.role in DIAGONAL for use in uses):
+        raise ConfigurationError(
+            f"targets={targets.names!r}, layers_to_transform={targets.layers_to_transform!r} choose none of the "
+            f"{len(untargeted)} linear weights of {kind}, such as {min(untargeted)}"
+        )
+    if all(use.role in DIAGONAL for use in uses):
+        raise CaptureError(f"{kind} has no linear layer that the safety data reaches, so nothing to adjust")

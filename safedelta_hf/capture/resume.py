@@ -1,0 +1,160 @@
+"""Reading safety data in parts, so that a killed run need not read again what it has summed."""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from safedelta_hf.capture.config import CaptureSettings
+from safedelta_hf.capture.reading import Capture
+from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.data.batches import batches_of_equal_length
+from safedelta_hf.data.dataset import SafetySequence, digest_of
+from safedelta_hf.errors import CaptureError, ProfileError
+from safedelta_hf.profile.moments import MomentsByKey
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.storage import MomentStorage
+from safedelta_hf.records import Use
+
+Read = Callable[[Sequence[SafetySequence]], Capture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """How safety data is read in parts.
+
+    Attributes:
+        folder: Where the sum of the parts read so far is kept, as a profile.
+        batches: Forward passes in each part.
+    """
+
+    folder: Path
+    batches: int
+
+    def capture(
+        self, sequences: Sequence[SafetySequence], settings: CaptureSettings, read: Read, made_of: Mapping[str, Any]
+    ) -> Capture:
+        """Read the parts that are not summed yet.
+
+        Each part is summed on its own and added to the sum of those before it, so a run that was killed ends with the
+        same moments as one that was not, bit for bit. Those of a single pass differ by rounding.
+
+        Args:
+            sequences: Tokenised safety data.
+            settings: How they are read.
+            read: Makes one pass over some sequences.
+            made_of: Fields of the profile's header that say what the moments are made of, beside the data.
+
+        Returns:
+            The sum, with its moments on disk in the folder.
+
+        Raises:
+            CaptureError: Layers shared their inputs in one part and not in another.
+        """  # noqa: DOC502 - raised by `_added`
+        batches = list(batches_of_equal_length(sequences, settings.batch_size))
+        parts = [
+            list(itertools.chain.from_iterable(batches[start : start + self.batches]))
+            for start in range(0, len(batches), self.batches)
+        ]
+        how = [settings.batch_size, settings.share_moments, repr(settings.chosen), self.batches]
+        given = json.dumps([digest_of(sequences), how, made_of], sort_keys=True)
+        identity = hashlib.sha256(given.encode()).hexdigest()[:16]
+        done, total = self._found(identity, len(parts))
+        for number in tqdm(range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)):
+            found = _as_profile(read(parts[number - 1]), parts[number - 1], made_of)
+            folder = self.folder / f"{identity}-{number:05d}"
+            (found if total is None else _added(total, found)).save(folder, "float32")
+            total = SafetyProfile.load(folder)
+            shutil.rmtree(self.folder / f"{identity}-{number - 1:05d}", ignore_errors=True)
+        assert total is not None, "there are sequences, so there are parts"
+        return Capture(
+            uses=total.uses,
+            moments=total.moments,
+            skipped=total.header.skipped,
+            parametrised=total.header.parametrised,
+            storage=MomentStorage(),
+        )
+
+    def _found(self, identity: str, parts: int) -> tuple[int, SafetyProfile | None]:
+        for number in range(parts, 0, -1):
+            folder = self.folder / f"{identity}-{number:05d}"
+            if not folder.exists():
+                continue
+            try:
+                total = SafetyProfile.load(folder)
+                for key in total.moments:
+                    total.moments[key]  # reading checks
+            except ProfileError:
+                shutil.rmtree(folder)  # damaged since it was written
+                continue
+            return number, total
+        return 0, None
+
+
+def _as_profile(capture: Capture, part: Sequence[SafetySequence], made_of: Mapping[str, Any]) -> SafetyProfile:
+    tokens = sum(len(sequence.input_ids) for sequence in part)
+    return capture.profile(data=digest_of(part), sequences=len(part), tokens=tokens, **made_of)
+
+
+def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
+    _require_same_sharing(one, other)
+    new = [use for use in other.uses if one.key_of(use) is None]
+    order = {name: number for number, name in enumerate(one.header.base)}
+    last = len(order)
+    uses = sorted((*one.uses, *new), key=lambda use: (order.get(use.parameter, last), _start(use)))
+    header = replace(
+        one.header,
+        data=other.header.data,
+        sequences=one.header.sequences + other.header.sequences,
+        tokens=one.header.tokens + other.header.tokens,
+        skipped={name: why for name, why in one.header.skipped.items() if name in other.header.skipped},
+        parametrised={**one.header.parametrised, **other.header.parametrised},
+    )
+    return SafetyProfile(header=header, uses=tuple(uses), moments=_Sum(one, other))
+
+
+def _start(use: Use) -> int:
+    return -1 if use.part is None else use.part.start
+
+
+def _require_same_sharing(one: SafetyProfile, other: SafetyProfile) -> None:
+    # A use that only one of them knows must have a moment that only that one knows.
+    for here, there in ((one, other), (other, one)):
+        for use in here.uses:
+            twin = there.key_of(use)
+            if twin != use.moment and (twin is not None or use.moment in there.moments):
+                raise CaptureError(
+                    f"{use.parameter}: it shares its inputs with other layers in some parts of the data and not in "
+                    "others; pass share_moments=False"
+                )
+
+
+class _Sum(MomentsByKey):
+    """Moments of disjoint data, added when they are read."""
+
+    def __init__(self, one: SafetyProfile, other: SafetyProfile) -> None:
+        super().__init__(dict.fromkeys((*one.moments, *other.moments)))
+        self._pair = one.moments, other.moments
+        self._sequences = one.header.sequences + other.header.sequences
+
+    def __getitem__(self, key: str) -> InputMoment:
+        found = [moments[key] for moments in self._pair if key in moments]
+        total = found[0] if len(found) == 1 else found[0].merge(found[1])
+        return replace(total, sequences=self._sequences)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a moment.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            `(in, in)` or `(in,)`.
+        """
+        return next(moments for moments in self._pair if key in moments).shape(key)

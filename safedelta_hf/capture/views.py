@@ -1,0 +1,378 @@
+"""Which parameter a tensor is a view or a copy of, and which of its entries it shows."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from safedelta_hf.capture.tensors import storage_key, weak_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The entries of one parameter that a tensor shows, as strides over the flattened parameter.
+
+    Attributes:
+        parameter: Canonical name.
+        start: Index in the flattened parameter of the tensor's first entry.
+        shape: Shape of the tensor.
+        strides: Steps in the flattened parameter along each dimension; 0 where an entry is repeated.
+        factor: Slope of the elementwise map from the parameter to the tensor, where it is the same for all entries.
+        slopes: A further factor for each entry of the flattened parameter, or None.
+    """
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    factor: float = 1.0
+    slopes: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the entries lie in order, without gaps."""
+        wanted = zip(self.shape, self.strides, contiguous(self.shape), strict=True)
+        return all(size == 1 or stride == step for size, stride, step in wanted)
+
+    @property
+    def count(self) -> int:
+        """Number of different entries, at least 1."""
+        own, _ = self.split()
+        return max(1, torch.Size(self.shape[n] for n in own).numel())
+
+    def select(self, dimension: int, index: int) -> "Origin":
+        """One slice along a dimension, as `torch.select`.
+
+        Args:
+            dimension: The dimension, which disappears.
+            index: Position along it.
+
+        Returns:
+            The origin of the slice.
+        """
+        rest = [number for number in range(len(self.shape)) if number != dimension % len(self.shape)]
+        return replace(
+            self,
+            start=self.start + index * self.strides[dimension],
+            shape=tuple(self.shape[number] for number in rest),
+            strides=tuple(self.strides[number] for number in rest),
+        )
+
+    def entries(self, values: Tensor) -> Tensor:
+        """What belongs to these entries.
+
+        Args:
+            values: One value for each entry of the flattened parameter.
+
+        Returns:
+            A view of it, with one dimension for each along which the entries differ.
+        """
+        own, _ = self.split()
+        return values.as_strided([self.shape[n] for n in own], [self.strides[n] for n in own], self.start)
+
+    def broadcast(self, shape: Sequence[int]) -> "Origin":
+        """The same entries repeated to a larger shape, as `torch.broadcast_to`.
+
+        Args:
+            shape: A shape that this one broadcasts to.
+
+        Returns:
+            The origin of the broadcast tensor.
+        """
+        missing = len(shape) - len(self.shape)
+        own = zip(self.shape, self.strides, shape[missing:], strict=True)
+        strides = (0,) * missing + tuple(stride if size == wanted else 0 for size, stride, wanted in own)
+        return replace(self, shape=tuple(shape), strides=strides)
+
+    def split(self) -> tuple[list[int], list[int]]:
+        """Dimensions along which the entries differ, and those along which they are repeated.
+
+        Returns:
+            Both, as indices.
+        """
+        own = [n for n, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True)) if stride and size > 1]
+        return own, [number for number in range(len(self.shape)) if number not in own]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the memory of one tensor maps to entries of a parameter.
+
+    Attributes:
+        storage: The memory.
+        memory_start: Where in it the tensor begins.
+        memory_strides: Steps in it along each dimension of the tensor.
+        origin: The entries.
+        tensor: The tensor itself, if it is no copy.
+    """
+
+    storage: StorageWeakRef
+    memory_start: int
+    memory_strides: tuple[int, ...]
+    origin: Origin
+    tensor: "weakref.ref[Tensor] | None" = None
+
+    @classmethod
+    def of(cls, tensor: Tensor, origin: Origin, *, is_copy: bool) -> "Layout":
+        """The layout of a tensor as it is now.
+
+        Args:
+            tensor: The tensor.
+            origin: What it shows.
+            is_copy: Whether it is a copy of a parameter.
+
+        Returns:
+            Its layout.
+        """
+        return cls(
+            storage=weak_storage(tensor),
+            memory_start=int(tensor.storage_offset()),
+            memory_strides=tensor.stride(),
+            origin=origin,
+            tensor=None if is_copy else weakref.ref(tensor),
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the memory is still there."""
+        return not self.storage.expired()  # type: ignore[no-untyped-call]
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the parameter itself is still in that memory."""
+        tensor = None if self.tensor is None else self.tensor()
+        return tensor is not None and storage_key(tensor) == self.storage.cdata
+
+    @property
+    def memory_stop(self) -> int:
+        """One past the last place in memory."""
+        steps = ((n - 1) * step for n, step in zip(self.origin.shape, self.memory_strides, strict=True))
+        return self.memory_start + sum(steps) + 1
+
+    def holds(self, memory: int) -> bool:
+        """Whether a place in memory lies in the tensor.
+
+        Args:
+            memory: Its number.
+
+        Returns:
+            Whether it does.
+        """
+        return self.memory_start <= memory < self.memory_stop
+
+    def overlaps(self, other: "Layout") -> bool:
+        """Whether two tensors in the same storage have places in common.
+
+        Args:
+            other: The layout of the other.
+
+        Returns:
+            Whether their spans do.
+        """
+        return self.memory_start < other.memory_stop and other.memory_start < self.memory_stop
+
+    def entry(self, memory: int) -> int:
+        """Which entry of the parameter stands at a place in memory.
+
+        Args:
+            memory: A place in the tensor.
+
+        Returns:
+            Its index in the flattened parameter.
+        """
+        rest, entry = memory - self.memory_start, self.origin.start
+        dimensions = zip(self.memory_strides, self.origin.shape, self.origin.strides, strict=True)
+        for step, size, stride in sorted(dimensions, reverse=True):
+            if size > 1 and step:
+                position, rest = divmod(rest, step)
+                entry += position * stride
+        return entry
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor.
+
+    Args:
+        shape: Its shape.
+
+    Returns:
+        Steps in its memory along each dimension.
+    """
+    return torch.empty(tuple(shape), device="meta").stride()
+
+
+def seen_through(layout: Layout, tensor: Tensor) -> Origin | None:
+    """What a view shows of a parameter.
+
+    Args:
+        layout: Layout of the memory that it looks at.
+        tensor: The view.
+
+    Returns:
+        Its origin, or None if its entries are not evenly spaced.
+    """
+    memory = int(tensor.storage_offset())
+    start = layout.entry(memory)
+    steps = [
+        layout.entry(memory + int(step)) - start if size > 1 else 0
+        for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    last = memory + sum((size - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    # Dimensions that were merged out of order have no even spacing; then the far corner is elsewhere.
+    if tensor.numel() and layout.entry(last) != start + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, steps, strict=True)
+    ):
+        return None
+    return replace(layout.origin, start=start, shape=tuple(tensor.shape), strides=tuple(steps))
+
+
+class Origins:
+    """Follows parameters through views, casts, copies and elementwise maps.
+
+    Views are recognised by the memory they share; copies are remembered as long as they live.
+
+    Attributes:
+        scattered: Names of parameters of which an unevenly spaced view was met.
+    """
+
+    def __init__(self) -> None:
+        self._own: set[int] = set()
+        self._sizes: dict[str, int] = {}
+        self._layouts: dict[int, list[Layout]] = {}
+        self.scattered: set[str] = set()
+
+    def follow(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
+        """Take a tensor for a whole weight, as long as it lives.
+
+        It may be in memory that held another before: backends free parameters and fetch others into their place. Of two
+        that are in the same memory at once, the first counts.
+
+        Args:
+            tensor: A parameter, or what is computed in place of one.
+            name: Canonical name.
+            is_computed: Whether it is computed, so that the model may change it without changing a parameter.
+        """
+        shape, key = tuple(tensor.shape), storage_key(tensor)
+        origin = Origin(parameter=name, start=0, shape=shape, strides=contiguous(shape))
+        layout = Layout.of(tensor, origin, is_copy=False)
+        met = self._layouts.get(key, ())
+        if any(known.overlaps(layout) and known.is_valid and known.origin.parameter != name for known in met):
+            return
+        self._sizes[name] = tensor.numel()
+        if not is_computed:
+            self._own.add(key)
+        self._layouts[key] = [known for known in met if not known.overlaps(layout)] + [layout]
+
+    def of(self, tensor: object) -> Origin | None:
+        """Where a tensor comes from.
+
+        Args:
+            tensor: Any argument of an operation.
+
+        Returns:
+            Its origin, or None if it is no view or copy of a parameter, or one whose entries are not evenly spaced.
+        """
+        if not isinstance(tensor, Tensor):
+            return None
+        layout = self._layout(tensor)
+        origin = None if layout is None else seen_through(layout, tensor)
+        if layout is not None and origin is None:
+            self.scattered.add(layout.origin.parameter)
+        return origin
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The parameter that a tensor is a view or copy of, evenly spaced or not.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            Its canonical name, or None.
+        """
+        layout = self._layout(tensor)
+        return None if layout is None else layout.origin.parameter
+
+    def sorted_of(self, tensor: Tensor) -> tuple[Origin, list[list[int]]] | None:
+        """Where a tensor comes from once the indices along each dimension are put into the parameter's order.
+
+        Summing over several dimensions at once, as einsum does, takes them in any order.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            Its origin when sorted, and the indices that sort it; None if that does not make it evenly spaced.
+        """
+        layout = self._layout(tensor)
+        if layout is None or not tensor.numel():
+            return None
+        memory, start = int(tensor.storage_offset()), layout.entry(int(tensor.storage_offset()))
+        places = [
+            [layout.entry(memory + index * int(step)) - start for index in range(size)]
+            for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
+        last = memory + sum((size - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        orders = [sorted(range(len(own)), key=own.__getitem__) for own in places]
+        ordered = [sorted(own) for own in places]
+        steps = [own[1] - own[0] if len(own) > 1 else 0 for own in ordered]
+        is_even = all(
+            own == [own[0] + index * step for index in range(len(own))]
+            for own, step in zip(ordered, steps, strict=True)
+        )
+        if not is_even or layout.entry(last) != start + sum(own[-1] for own in places):
+            return None
+        first = start + sum(own[0] for own in ordered)
+        origin = replace(layout.origin, start=first, shape=tuple(tensor.shape), strides=tuple(steps))
+        return origin, orders
+
+    def _layout(self, tensor: Tensor) -> "Layout | None":
+        start = int(tensor.storage_offset())
+        layouts = self._layouts.get(storage_key(tensor), ())
+        return next((layout for layout in layouts if layout.holds(start)), None)
+
+    def derive(self, result: Tensor, source: Origin, slope: float | Tensor = 1.0) -> None:
+        """Remember that a new tensor was made of a weight, entry by entry.
+
+        Args:
+            result: A tensor with memory of its own.
+            source: Origin of what it was made of, of the same shape.
+            slope: Derivative of the map, for all entries or for each.
+        """
+        if isinstance(slope, float):
+            self._remember(result, replace(source, factor=source.factor * slope))
+            return
+        size = self._sizes[source.parameter]
+        slopes = torch.ones(size, device=slope.device) if source.slopes is None else source.slopes.clone()
+        _, repeated = source.split()
+        once = slope[tuple(0 if n in repeated else slice(None) for n in range(slope.ndim))]
+        source.entries(slopes).mul_(once.to(slopes.dtype))
+        self._remember(result, replace(source, slopes=slopes))
+
+    def forget(self, tensor: Tensor) -> bool:
+        """Stop following a copy that was overwritten.
+
+        Args:
+            tensor: A weight that holds something else now.
+
+        Returns:
+            False if it is no copy: a parameter that a model rescales in place is what it is multiplied with.
+        """
+        is_copy = storage_key(tensor) not in self._own
+        if is_copy:
+            del self._layouts[storage_key(tensor)]
+        return is_copy
+
+    def forget_the_dead(self) -> None:
+        """Drop what is known about copies that no longer exist."""
+        self._layouts = {
+            key: alive
+            for key, layouts in self._layouts.items()
+            if (alive := [layout for layout in layouts if layout.is_alive])
+        }
+        self._own &= self._layouts.keys()
+
+    def _remember(self, tensor: Tensor, origin: Origin) -> None:
+        self._layouts.setdefault(storage_key(tensor), []).append(Layout.of(tensor, origin, is_copy=True))

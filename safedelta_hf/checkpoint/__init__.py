@@ -1,0 +1,1 @@
+"""Adjust a model in files, one weight at a time."""

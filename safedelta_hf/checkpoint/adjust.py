@@ -1,0 +1,122 @@
+"""Adjust a model in files that need not fit into memory, files to files."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safedelta_hf.adjust.factors import PreparedMoments
+from safedelta_hf.adjust.loop import Adjustment
+from safedelta_hf.checkpoint.folder import CheckpointFolder
+from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
+from safedelta_hf.checkpoint.store import CheckpointStore
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import AdjustmentError, ConfigurationError
+from safedelta_hf.folders import unfinished_of
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import RuleRecord, Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import MergeRule, Rule, SafeDelta
+from safedelta_hf.weights.digest import Identity, files_identity, profile_identity, source_identity
+
+
+def adjust_checkpoint(
+    *,
+    base: str | Path,
+    tuned: str | Path,
+    output: str | Path,
+    profile: SafetyProfile | str | Path,
+    rule: Rule | None = None,
+    task: SafetyProfile | str | Path | None = None,
+    treatment: Treatment | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Report:
+    """Adjust a fine-tuned model in files, one weight at a time, and write it as it was saved: the same shards.
+
+    Memory holds the matrices of one layer, whatever the size of the model. Configuration, tokenizer and what else
+    belongs to the model are copied. A run that was stopped is taken up by the same call.
+
+    Args:
+        base: Folder or cached repository of the base, in safetensors.
+        tuned: Folder of the fine-tuned model, in safetensors.
+        output: Folder to write; must not exist.
+        profile: Profile of the base, or the folder of one.
+        rule: Which part of each delta to keep, at a strength that is a number; `SafeDelta()` if None.
+        task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or its folder.
+        treatment: What to do with parameters other than linear weights.
+        device: Where to compute.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done to each parameter.
+
+    Raises:
+        ConfigurationError: The strength is to be measured, the output lies in an input, or there is no such device.
+        CheckpointError: The fine-tuned files are malformed, or not those of the profile's model; or the output exists,
+            or is being written, or was begun otherwise.
+        AdjustmentError: A file could not be read or written.
+        SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
+            for the next run.
+    """  # noqa: DOC502 - raised by the functions called
+    rule, output = rule or SafeDelta(), Path(output)
+    place = _usable_device(device)
+    try:
+        checkpoint = plan_checkpoint(
+            base=base, tuned=tuned, output=output, profile=profile, rule=rule, task=task, treatment=treatment
+        )
+        opened_task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
+        prepared = PreparedMoments(checkpoint.profile, rule, opened_task)
+        manifest = _manifest(checkpoint, rule, opened_task, str(place))
+        with CheckpointFolder(output, checkpoint.tuned, manifest, progress=progress) as folder:
+            if not folder.is_complete:
+                store = CheckpointStore(checkpoint.pair, checkpoint.profile.header, folder, place)
+                left = checkpoint.plan(but=folder.finished.keys())
+                loop = Adjustment(store, left, checkpoint.profile, rule, opened_task, ranks=Ranks(), progress=progress)
+                with store:
+                    loop.at(rule, prepared, store.keep)
+                folder.complete(checkpoint.companions.copied)
+    except OSError as error:
+        raise AdjustmentError(
+            f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "
+            f"stays in {str(unfinished_of(output))!r}, and the same call goes on from there"
+        ) from error
+    header = checkpoint.profile.header
+    return Report(
+        rule=RuleRecord(name=rule.name, settings=rule.settings),
+        architecture=header.architecture,
+        base=checkpoint.base.source,
+        sequences=header.sequences,
+        tokens=header.tokens,
+        parameters=tuple(folder.record(name) for name in checkpoint.names),
+    )
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(
+            f"device={device!r} cannot be used here ({error}); give another, such as 'cpu'"
+        ) from error
+
+
+def _manifest(checkpoint: CheckpointPlan, rule: Rule, task: SafetyProfile | None, device: str) -> dict[str, Any]:
+    sources: Sequence[object] = rule.sources if isinstance(rule, MergeRule) else ()
+    return {
+        "rule": {"name": rule.name, "settings": rule.settings},
+        "treatment": asdict(checkpoint.treatment),
+        "base": files_identity(checkpoint.base),
+        "tuned": files_identity(checkpoint.tuned),
+        "profile": _identity(checkpoint.profile),
+        "task": None if task is None else _identity(task),
+        "further models": [source_identity(source) for source in sources],
+        "device": device,
+        "version of torch": torch.__version__,
+    }
+
+
+def _identity(profile: SafetyProfile) -> Identity:
+    return profile_identity(profile.header, profile.uses, profile.moments.identity())

@@ -1,0 +1,192 @@
+"""What will happen to a model in files, decided from headers before any tensor is read or anything is written."""
+
+import io
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.checkpoint.folder import require_absent
+from safedelta_hf.checkpoint.other_files import Companions, companions
+from safedelta_hf.checkpoint.pair import CheckpointPair
+from safedelta_hf.deltas.lora_folder import CONFIG_FILE
+from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError
+from safedelta_hf.folders import unfinished_of
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import Plan, PlanEntry, Treatment
+from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.weights.safetensors_files import TensorFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """What will be done with a model in files.
+
+    Attributes:
+        base: Files of the base.
+        tuned: Files of the fine-tuned model.
+        output: Folder that will be written.
+        profile: Profile of the base.
+        treatment: What will be done with parameters other than linear weights.
+        pair: The weights, matched with the profile.
+        entries: What happens to each parameter if the fine-tuning moved it; those that read one moment stand together.
+        companions: What stands beside the weights.
+    """
+
+    base: TensorFiles
+    tuned: TensorFiles
+    output: Path
+    profile: SafetyProfile
+    treatment: Treatment
+    pair: CheckpointPair
+    entries: tuple[PlanEntry, ...]
+    companions: Companions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all parameters, and of the tensors that are none, in the order of the report."""
+        return (*(entry.parameter for entry in self.entries), *self.pair.others)
+
+    def plan(self, *, but: Collection[str]) -> Plan:
+        """What is left to do.
+
+        Args:
+            but: Names of the parameters that are finished.
+
+        Returns:
+            The entries of the others.
+        """
+        return Plan(entries=tuple(entry for entry in self.entries if entry.parameter not in but))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier run was stopped and left what it had finished."""
+        return unfinished_of(self.output).exists()
+
+    def table(self) -> str:
+        """The plan as a table for a terminal.
+
+        Returns:
+            Text with one row for each tensor, and the files below.
+        """
+        names = ("parameter", "shape", "type", "role", "if tuned", "reason")
+        table = Table(*(Column(name, overflow="fold") for name in names), title=f"Plan for {self.tuned.source}")
+        for entry in self.entries:
+            roles = "+".join(use.role for use in entry.uses)
+            action = "error" if entry.action is None else str(entry.action)
+            stored = self.pair.stored[entry.parameter]
+            told = _described(entry.parameter, stored.shape, self.tuned.tensors[stored.names[0]].dtype)
+            table.add_row(*told, roles, action, entry.reason)
+        for name, tensor in self.pair.others.items():
+            told = _described(name, tensor.shape, tensor.dtype)
+            table.add_row(*told, "", "keep", "no parameter of the profile's model")
+        text = io.StringIO()
+        console = Console(file=text, width=200, highlight=False)
+        console.print(table)
+        console.print("\n".join(self._files()), soft_wrap=True, markup=False)
+        return text.getvalue()
+
+    def _files(self) -> list[str]:
+        size = sum(path.stat().st_size for path in self.tuned.paths.values())
+        return [
+            f"Base: {self.base.source}, {len(self.base.paths)} file(s)",
+            f"Weights: {len(self.entries)} parameters in {len(self.tuned.paths)} file(s), {size:,} bytes",
+            f"Copied: {', '.join(self.companions.copied) or 'nothing'}",
+            f"Left out: {', '.join(self.companions.left_out) or 'nothing'}",
+            f"Output: {self.output}" + (", begun by an earlier run" if self.is_begun else ""),
+        ]
+
+
+def _described(name: str, shape: tuple[int, ...], dtype: str) -> tuple[str, str, str]:
+    return name, "x".join(map(str, shape)), dtype
+
+
+def plan_checkpoint(
+    *,
+    base: str | Path,
+    tuned: str | Path,
+    output: str | Path,
+    profile: SafetyProfile | str | Path,
+    rule: Rule | None = None,
+    task: SafetyProfile | str | Path | None = None,
+    treatment: Treatment | None = None,
+) -> CheckpointPlan:
+    """Check a model in files against its base and a profile, and decide what happens to each parameter.
+
+    No tensor is read and nothing is written.
+
+    Args:
+        base: Folder or cached repository of the base.
+        tuned: Folder of the fine-tuned model.
+        output: Folder that will be written.
+        profile: Profile of the base, or the folder of one.
+        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        task: Profile of the same base on examples of the fine-tuning data; or its folder.
+        treatment: What to do with parameters other than linear weights.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: The strength is to be measured, or the output lies in an input.
+        CheckpointError: The fine-tuned files are malformed, or not those of the profile's model; or the output exists.
+        BaseWeightsError: The files of the base are malformed, or not those of the profile's model.
+        ProfileError: The profile is malformed.
+    """  # noqa: DOC502 - raised by the functions called
+    output = Path(output)
+    _require_number(rule or SafeDelta())
+    _require_apart(output, base, tuned, profile, task)
+    require_absent(output)
+    profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
+    treatment = treatment or Treatment()
+    tuned_files, base_files = _open_tuned(Path(tuned)), _open_base(base)
+    pair = CheckpointPair(base_files, tuned_files, profile.header)
+    index = [] if tuned_files.index is None else [tuned_files.index.name]
+    return CheckpointPlan(
+        base=base_files,
+        tuned=tuned_files,
+        output=output,
+        profile=profile,
+        treatment=treatment,
+        pair=pair,
+        entries=plan_parameters(pair.shapes, profile, treatment, pair.aliases).entries,
+        companions=companions(Path(tuned), frozenset([*tuned_files.paths, *index])),
+    )
+
+
+def _open_base(source: str | Path) -> TensorFiles:
+    try:
+        return TensorFiles(source)
+    except CheckpointError as error:
+        raise BaseWeightsError(f"base: {error}") from error
+
+
+def _open_tuned(folder: Path) -> TensorFiles:
+    if not folder.is_dir():
+        raise CheckpointError(f"tuned: {str(folder)!r} is no folder; give the folder of the fine-tuned model")
+    try:
+        return TensorFiles(folder)
+    except CheckpointError as error:
+        hint = ""
+        if (folder / CONFIG_FILE).is_file():
+            hint = ". It is the folder of an adapter: use adjust_adapter_files (--adapter on the command line)"
+        raise CheckpointError(f"tuned: {error}{hint}") from error
+
+
+def _require_number(rule: Rule) -> None:
+    if rule.auto is not None:
+        raise ConfigurationError(
+            f"{rule.name}: strength='auto' measures a model in memory, and files are adjusted without one; give a "
+            "number, such as the one that adjust_model reports for a model of this family, or use adjust_model"
+        )
+
+
+def _require_apart(output: Path, *inputs: SafetyProfile | str | Path | None) -> None:
+    for source in inputs:
+        if isinstance(source, str | Path) and output.resolve().is_relative_to(Path(source).resolve()):
+            raise ConfigurationError(
+                f"output: {str(output)!r} lies in {str(source)!r}, which is only read; choose another folder"
+            )

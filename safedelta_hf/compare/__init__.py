@@ -1,0 +1,33 @@
+"""Several rules over several strengths on the same fine-tuned models, beside baselines that cost little."""
+
+from safedelta_hf.compare.candidates import (
+    ALIGNED,
+    FINE_TUNED,
+    Contender,
+    Entrants,
+    Made,
+    Subject,
+    TunedModel,
+    enter,
+)
+from safedelta_hf.compare.points import ComparisonFile, Point
+from safedelta_hf.compare.run import compare
+from safedelta_hf.compare.scenarios import ModelSubject
+from safedelta_hf.compare.table import draw, markdown
+
+__all__ = [
+    "ALIGNED",
+    "FINE_TUNED",
+    "ComparisonFile",
+    "Contender",
+    "Entrants",
+    "Made",
+    "ModelSubject",
+    "Point",
+    "Subject",
+    "TunedModel",
+    "compare",
+    "draw",
+    "enter",
+    "markdown",
+]

@@ -1,0 +1,1 @@
+"""From rows to sequences and batches, and what refusals are measured by."""

@@ -1,0 +1,178 @@
+"""How a model is given whole sequences to read, and which of them each rank reads."""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.distributed.model import Holding
+from safedelta_hf.distributed.offload_hooks import execution_device
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import DataError
+from safedelta_hf.modules.names import unwrapped
+
+
+def batches_of_equal_length(
+    sequences: Sequence[SafetySequence], batch_size: int
+) -> Iterator[tuple[SafetySequence, ...]]:
+    """Batches without padding.
+
+    Args:
+        sequences: Tokenised examples.
+        batch_size: Sequences per batch, at most.
+
+    Yields:
+        Batches of sequences of one length, longest first, so that memory trouble shows at once.
+    """
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids), reverse=True)
+    for _, same_length in itertools.groupby(ordered, key=lambda sequence: len(sequence.input_ids)):
+        group = tuple(same_length)
+        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+
+
+def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What to call a model with, for it to read whole sequences.
+
+    Args:
+        model: Any model; one that is not of transformers gets what its `forward` accepts.
+        input_ids: Token ids, [sequences, tokens], without padding.
+        labels: Of the same shape.
+
+    Returns:
+        Keyword arguments.
+    """
+    if isinstance(unwrapped(model), PreTrainedModel):
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": input_ids}
+    accepted = inspect.signature(model.forward).parameters
+    if "attention_mask" in accepted:
+        arguments["attention_mask"] = torch.ones_like(input_ids)
+    if "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty:
+        arguments["labels"] = labels
+    return arguments
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The device that accelerate runs it on, if it fetches its parameters; else that of its first parameter in memory,
+        to which those that are not are brought.
+    """
+    if (fetched_to := execution_device(model)) is not None:
+        return fetched_to
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def arguments_of(model: nn.Module, batch: Sequence[SafetySequence]) -> dict[str, Any]:
+    """What to call a model with, for it to read a batch.
+
+    Args:
+        model: Any model.
+        batch: Sequences of one length.
+
+    Returns:
+        Keyword arguments.
+    """
+    device = input_device(model)
+    input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
+    labels = torch.tensor([sequence.labels for sequence in batch], device=device)
+    return forward_arguments(model, input_ids, labels)
+
+
+def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str) -> None:
+    """Stop before a model is given tokens that it has no positions or embeddings for.
+
+    Args:
+        model: The model.
+        sequences: Token ids.
+        what: What they are, for the message.
+
+    Raises:
+        DataError: A sequence is longer than the model takes, or was made with another tokenizer.
+    """
+    longest = max(map(len, sequences), default=0)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:  # -1 stands for no limit
+        raise DataError(
+            f"{what}: the longest sequence has {longest} tokens, the model takes {positions}; shorten or drop it, or "
+            f"pass max_length={positions} where that is a setting"
+        )
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
+    largest = max((max(sequence, default=0) for sequence in sequences), default=0)
+    if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
+        raise DataError(
+            f"{what}: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; the tokenizer "
+            "does not belong to this model"
+        )
+
+
+Batch = tuple[SafetySequence, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The batches of one rank, of sequences of one length each.
+
+    Attributes:
+        batches: Those that count.
+        idle: Batches to run after them for the other ranks' sake, whose results nobody wants.
+    """
+
+    batches: tuple[Batch, ...]
+    idle: tuple[Batch, ...]
+
+    def __len__(self) -> int:
+        return len(self.batches) + len(self.idle)
+
+    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
+        """All batches, each with whether it counts."""
+        yield from ((batch, True) for batch in self.batches)
+        yield from ((batch, False) for batch in self.idle)
+
+
+def share_of(sequences: Sequence[SafetySequence], batch_size: int, ranks: Ranks, *, collective: bool) -> Share:
+    """This rank's part of the data.
+
+    Args:
+        sequences: All of the data, the same on all ranks.
+        batch_size: Sequences per batch, at most.
+        ranks: The ranks that share it.
+        collective: Whether all ranks need the same number of forward passes.
+
+    Returns:
+        Its batches, longest sequences first, so that memory trouble shows at once.
+    """
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids), reverse=True)
+    own = tuple(batches_of_equal_length(ranks.share(ordered), batch_size))
+    if not collective:
+        return Share(own, ())
+    parts = (ordered[rank :: ranks.size] for rank in range(ranks.size))
+    most = max(sum(1 for _ in batches_of_equal_length(part, batch_size)) for part in parts)
+    return Share(own, (tuple(ordered[-1:]),) * (most - len(own)))
+
+
+def forward_guard(ranks: Ranks, holding: Holding) -> AbstractContextManager[None]:
+    """What a forward pass runs inside, so that an error in it is dealt with.
+
+    Args:
+        ranks: The ranks that run one.
+        holding: How they hold the model's parameters.
+
+    Returns:
+        A context.
+    """
+    return ranks.within_collectives() if holding.collective else nullcontext()

@@ -1,0 +1,210 @@
+"""Safety data that no moment has seen, and how likely a model finds it: refusals are measured by it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from safedelta_hf.data.batches import arguments_of, forward_guard, input_device, require_fit, share_of
+from safedelta_hf.data.dataset import IGNORED, SafetySequence
+from safedelta_hf.distributed.model import Holding, WholeParameters
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
+from safedelta_hf.modules.evaluating import undisturbed, without_adapters
+
+
+def response_losses(
+    model: nn.Module,
+    sequences: Sequence[SafetySequence],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+    desc: str = "Likelihood",
+    ranks: Ranks | None = None,
+    holding: Holding | None = None,
+) -> list[tuple[float, ...]]:
+    """Negative log-likelihood of every response token, given all tokens before it.
+
+    Args:
+        model: A causal language model, on any device.
+        sequences: Tokenised examples.
+        batch_size: Sequences per forward pass, at most.
+        progress: Whether to show a progress bar.
+        desc: What the progress bar says.
+        ranks: Ranks that share the work and all get the result; None for this process alone.
+        holding: How they hold the model's parameters; None where each holds all of them.
+
+    Returns:
+        For each sequence, in their order, the losses of its response tokens in nats. The first token of a sequence
+        has nothing before it, and no loss.
+
+    Raises:
+        ConfigurationError: `batch_size` is below 1.
+        DataError: A sequence is longer than the model takes, or no response token of it has one before it.
+        CaptureError: The model returns no logits.
+        NumericalError: A loss is NaN or Inf.
+        RankError: Another rank failed.
+    """  # noqa: DOC502 - raised by the functions called
+    ranks, holding = ranks or Ranks(), holding or WholeParameters(model)
+    with ranks.together():
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
+        for number, sequence in enumerate(sequences):
+            if all(label == IGNORED for label in sequence.labels[1:]):
+                raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
+        # A data-parallel wrapper would exchange buffers, which ranks without a sequence take no part in.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        require_fit(model, [sequence.input_ids for sequence in sequences], "sequences")
+        # Equal sequences have equal losses, and are computed once.
+        share = share_of(list(dict.fromkeys(sequences)), batch_size, ranks, collective=holding.collective)
+        found: dict[SafetySequence, tuple[float, ...]] = {}
+        ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
+        with undisturbed(model):
+            for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
+                with forward_guard(ranks, holding):
+                    losses = _batch_losses(model, batch)
+                if counts:
+                    found.update(zip(batch, losses, strict=True))
+        everyone = {sequence: tokens for part in ranks.gather(found) for sequence, tokens in part.items()}
+    return _in_order(sequences, everyone)
+
+
+def _in_order(
+    sequences: Sequence[SafetySequence], found: Mapping[SafetySequence, tuple[float, ...]]
+) -> list[tuple[float, ...]]:
+    losses = [found[sequence] for sequence in sequences]
+    for number, tokens in enumerate(losses):
+        if not all(map(_finite, tokens)):
+            raise NumericalError(f"row {number}: the loss of the model is NaN or Inf; are its weights intact?")
+    return losses
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _batch_losses(model: nn.Module, batch: Sequence[SafetySequence]) -> list[tuple[float, ...]]:
+    labels_bt = torch.tensor([sequence.labels[1:] for sequence in batch], device=input_device(model))
+    counts = labels_bt != IGNORED
+    output = model(**arguments_of(model, batch))
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise CaptureError(f"{type(model).__name__} returns no logits to tell likelihoods by")
+    logits_bv = logits[:, :-1][counts]
+    # Half precision would round the losses; what is finer than float32 stays as it is.
+    logits_bv = logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(logits_bv, labels_bt[counts].to(logits_bv.device), reduction="none")
+    return [tuple(one.tolist()) for one in torch.split(losses.cpu(), counts.sum(1).tolist())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How much less likely refusals have become than under the base model, in nats per response token.
+
+    Attributes:
+        mean: Mean rise of the negative log-likelihood over examples.
+        upper: Upper quantile of the rise over examples.
+    """
+
+    mean: float
+    upper: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Refusals kept aside, and how likely the base model finds them.
+
+    Attributes:
+        sequences: Tokenised examples.
+        losses: Negative log-likelihood of each under the base model, in nats per response token.
+    """
+
+    sequences: tuple[SafetySequence, ...]
+    losses: tuple[float, ...]
+
+    @classmethod
+    def measured(
+        cls,
+        model: nn.Module,
+        sequences: Sequence[SafetySequence],
+        batch_size: int,
+        *,
+        ranks: Ranks | None = None,
+        holding: Holding | None = None,
+    ) -> "HeldOut":
+        """Let the base model read the examples.
+
+        Args:
+            model: The base model; adapters on it are disabled meanwhile.
+            sequences: Tokenised examples.
+            batch_size: Sequences per forward pass, at most.
+            ranks: Ranks that share the work; None for this process alone.
+            holding: How they hold the model's parameters; None where each holds all of them.
+
+        Returns:
+            The examples with their likelihood; the same on all ranks.
+        """
+        with without_adapters(model):
+            losses = response_losses(model, sequences, batch_size=batch_size, ranks=ranks, holding=holding)
+        return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
+
+    def drift(
+        self,
+        model: nn.Module,
+        *,
+        quantile: float,
+        batch_size: int = 8,
+        ranks: Ranks | None = None,
+        holding: Holding | None = None,
+    ) -> Drift:
+        """How far a model has come from the base model's refusals.
+
+        Args:
+            model: A fine-tune of the base model.
+            quantile: Which upper quantile over examples to give.
+            batch_size: Sequences per forward pass, at most.
+            ranks: Ranks that share the work; None for this process alone.
+            holding: How they hold the model's parameters; None where each holds all of them.
+
+        Returns:
+            The rise of the negative log-likelihood; the same on all ranks.
+        """
+        losses = response_losses(model, self.sequences, batch_size=batch_size, ranks=ranks, holding=holding)
+        pairs = zip(map(fmean, losses), self.losses, strict=True)
+        rises = torch.tensor([now - before for now, before in pairs]).double()
+        return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
+
+
+def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:
+    """Set a share of the examples aside, spread evenly over their order; the same at each call.
+
+    Prompts whose rarest token is the same are about one thing: if some of them were in the moments, the others would
+    measure nothing new. They are held out together or not at all, as in grouped cross-validation.
+
+    Args:
+        sequences: Tokenised examples.
+        share: Share to hold out, in [0, 1).
+
+    Returns:
+        The examples for the moments, and those held out.
+    """
+    topics = _topics(sequences)
+    order = {topic: number for number, topic in enumerate(dict.fromkeys(topics))}
+    aside = [int((order[topic] + 1) * share) > int(order[topic] * share) for topic in topics]
+    used = [sequence for sequence, held in zip(sequences, aside, strict=True) if not held]
+    return used, [sequence for sequence, held in zip(sequences, aside, strict=True) if held]
+
+
+def _topics(sequences: Sequence[SafetySequence]) -> list[int]:
+    prompts = [
+        {token for token, label in zip(sequence.input_ids, sequence.labels, strict=True) if label == IGNORED}
+        or set(sequence.input_ids)
+        for sequence in sequences
+    ]
+    frequency = Counter(token for prompt in prompts for token in prompt)
+    return [min(prompt, key=lambda token: (frequency[token], token)) for prompt in prompts]

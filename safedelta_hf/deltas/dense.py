@@ -1,0 +1,304 @@
+"""The delta of one parameter, whatever form it is stored in, and the form that this process holds whole."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safedelta_hf.core.transform import Transform
+from safedelta_hf.errors import NumericalError
+from safedelta_hf.records import Part, Role, Use
+
+TRANSPOSED_ROLES = (Role.CONV1D, Role.EMBEDDING)
+"""Roles whose parameter is stored with its inputs first."""
+
+
+class DeltaMatrix(Protocol):
+    """A delta as one use of its parameter sees it: [rows, columns], one column for each input."""
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs that each input feeds."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        ...
+
+    def column_energy(self, transform: Transform | None = None) -> Tensor:
+        """Sum over rows of the squared (transformed) delta, [columns] float32."""
+        ...
+
+    def inner(self, transform: Transform) -> float:
+        """Inner product of the delta with its transform."""
+        ...
+
+
+class Delta(Protocol):
+    """The delta of one parameter, as tuned and as adjusted so far. The tuned one is never changed in place."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        ...
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        ...
+
+    def matrix(self, use: Use) -> DeltaMatrix:
+        """The adjusted delta as one use sees it."""
+        ...
+
+    def transformed(self, use: Use, transform: Transform) -> "Delta":
+        """The delta with a transform applied to its rows, as one use sees them; takes the place of this one."""
+        ...
+
+    def dropped(self) -> "Delta":
+        """The delta with nothing of it kept."""
+        ...
+
+
+class DenseDelta:
+    """A delta held as one tensor, in the shape of its parameter.
+
+    Args:
+        tuned: Fine-tuned weight, in the dtype of the model.
+        base: Base weight of the same shape, on any device.
+        adjusted: What is kept of the delta, float32; None for all of it.
+    """
+
+    def __init__(self, tuned: Tensor, base: Tensor, adjusted: Tensor | None = None) -> None:
+        self._tuned = tuned.detach()
+        self._base = base.detach().to(tuned)
+        self._is_tuned = adjusted is None
+        self._adjusted = self._delta() if adjusted is None else adjusted
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._tuned.device
+
+    @property
+    def values(self) -> Tensor:
+        """What is kept of the delta, float32, in the shape of its parameter."""
+        return self._adjusted
+
+    @property
+    def base(self) -> Tensor:
+        """Base weight, float32."""
+        return self._base.to(torch.float32)
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        return float(self._delta().square().sum())
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        return float((self._delta() - self._adjusted).square().sum())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is kept."""
+        return torch.equal(self._adjusted, self._delta())
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether nothing of it is kept."""
+        return not self._adjusted.any()
+
+    def matrix(self, use: Use) -> "MatrixDelta":
+        """The adjusted delta as one use sees it.
+
+        Args:
+            use: The use.
+
+        Returns:
+            A view.
+        """
+        return MatrixDelta(self._adjusted, use.role, use.part)
+
+    def transformed(self, use: Use, transform: Transform) -> "DenseDelta":
+        """The delta with a transform applied to its rows.
+
+        Args:
+            use: Which rows.
+            transform: The transform.
+
+        Returns:
+            A delta of the same weights; this one if it is adjusted already and only a part of it changes.
+        """
+        if use.part is None:
+            return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
+        result = DenseDelta(self._tuned, self._base, self._adjusted.clone()) if self._is_tuned else self
+        result.matrix(use).replace(transform)
+        return result
+
+    def dropped(self) -> "DenseDelta":
+        """The delta with nothing of it kept.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        return self.keeping(torch.zeros_like(self._adjusted))
+
+    def keeping(self, values: Tensor) -> "DenseDelta":
+        """The delta with something else kept of it.
+
+        Args:
+            values: What is kept, float32, in the shape of the parameter, contiguous.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        return DenseDelta(self._tuned, self._base, values)
+
+    def adjusted_to(self, values: Tensor, uses: Sequence[Use]) -> "DenseDelta":
+        """The delta with something else kept of it, where it is used.
+
+        Args:
+            values: What is kept, float32, in the shape of the parameter, contiguous.
+            uses: How it is used. Parts that no use reaches keep their delta, as under every rule.
+
+        Returns:
+            A new delta of the same weights.
+        """
+        if any(use.part is None for use in uses):
+            return DenseDelta(self._tuned, self._base, values)
+        kept = self._adjusted.clone()
+        for use in uses:
+            _as_matrix(kept, use.role, use.part).copy_(_as_matrix(values, use.role, use.part))
+        return DenseDelta(self._tuned, self._base, kept)
+
+    def weight(self) -> Tensor:
+        """The weight that carries what is kept.
+
+        Returns:
+            A new tensor in the dtype of the fine-tuned weight.
+        """
+        return recombine(self._tuned, self._base, self._delta(), self._adjusted)
+
+    def _delta(self) -> Tensor:
+        return self._tuned.to(torch.float32) - self._base.to(torch.float32)
+
+
+class MatrixDelta:
+    """A delta laid out as [rows, columns], one column for each input, and the statistics that rules ask of it.
+
+    Args:
+        delta: Delta in the shape of its parameter, float32, contiguous.
+        role: How the parameter meets its inputs.
+        part: The matrix that is used, if it is not the whole parameter.
+    """
+
+    def __init__(self, delta: Tensor, role: Role, part: Part | None = None) -> None:
+        self._delta = delta
+        self._role, self._part = role, part
+        self._matrix = _as_matrix(delta, role, part)
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs that each input feeds."""
+        return self._matrix.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return self._matrix.shape[1]
+
+    def column_energy(self, transform: Transform | None = None) -> Tensor:
+        """Sum over rows of the squared (transformed) delta.
+
+        Args:
+            transform: Applied to the rows first.
+
+        Returns:
+            [columns] float32.
+        """
+        rows = self._matrix if transform is None else transform(self._matrix)
+        return rows.square().sum(0)
+
+    def inner(self, transform: Transform) -> float:
+        """Inner product of the delta with its transform; with a Hessian as the transform, twice the quadratic loss.
+
+        Args:
+            transform: Applied to the rows.
+
+        Returns:
+            The sum over all entries.
+        """
+        return float((self._matrix * transform(self._matrix)).sum())
+
+    def transformed(self, transform: Transform) -> Tensor:
+        """The transformed delta in the shape of its parameter.
+
+        Args:
+            transform: Applied to the rows.
+
+        Returns:
+            A new float32 tensor.
+        """
+        if self._part is None:
+            result = transform(self._matrix)
+            return (result.T if self._role in TRANSPOSED_ROLES else result).reshape(self._delta.shape)
+        copy = self._delta.clone()
+        MatrixDelta(copy, self._role, self._part).replace(transform)
+        return copy
+
+    def replace(self, transform: Transform) -> None:
+        """Transform the delta in place, and no more of it than its part.
+
+        Args:
+            transform: Applied to the rows.
+        """
+        self._matrix.copy_(transform(self._matrix))
+
+
+def _as_matrix(delta: Tensor, role: Role, part: Part | None) -> Tensor:
+    if part is not None:
+        strides = (part.row_stride, part.column_stride)
+        return delta.view(-1).as_strided((part.rows, part.columns), strides, delta.storage_offset() + part.start)
+    if role in (Role.SCALE, Role.OFFSET):
+        return delta.view(1, -1)
+    if role is Role.BIAS:
+        return delta.view(-1, 1)
+    return delta.T if role in TRANSPOSED_ROLES else delta.flatten(1)
+
+
+def recombine(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
+    """Weight that carries an adjusted delta; bit-identical to tuned or base where the delta is kept or dropped whole.
+
+    Args:
+        tuned: Fine-tuned weight, in the dtype of the model.
+        base: Base weight on the same device.
+        delta: Tuned minus base, float32.
+        adjusted: What is kept of it, float32.
+
+    Returns:
+        A new tensor in the dtype of the fine-tuned weight.
+    """
+    return torch.where(adjusted == delta, tuned, (base.to(torch.float32) + adjusted).to(tuned.dtype))
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Stop at a diverged training.
+
+    Args:
+        name: Where the tensor stands.
+        tensor: A fine-tuned tensor.
+
+    Raises:
+        NumericalError: It holds NaN or Inf.
+    """
+    if not torch.isfinite(tensor).all():
+        raise NumericalError(f"{name}: the fine-tuned weight holds NaN or Inf; the training has diverged")

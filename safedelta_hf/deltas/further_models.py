@@ -1,0 +1,157 @@
+"""Further models that started from the same base: what each of them changed, one weight at a time."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from safedelta_hf.deltas.dense import DenseDelta
+from safedelta_hf.deltas.lora_deltas import AdapterPart
+from safedelta_hf.deltas.lora_folder import CONFIG_FILE, AdapterFolder
+from safedelta_hf.deltas.lora_tensors import FileParts
+from safedelta_hf.deltas.low_rank import FactoredDelta
+from safedelta_hf.errors import BaseWeightsError, MergeError
+from safedelta_hf.records import ProfileHeader
+from safedelta_hf.weights.readers import CheckpointBase, ModelBase
+
+
+class OtherModel(Protocol):
+    """A further model, seen from the base."""
+
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        """The model's weight minus the base weight, float32, where the base weight is; raises if there is none."""
+        ...
+
+
+class OtherWeights:
+    """A further model whose weights can be read.
+
+    Args:
+        read: Reads the weight of a canonical name.
+        source: Where they come from, for errors.
+    """
+
+    def __init__(self, read: Callable[[str], Tensor], source: str) -> None:
+        self._read = read
+        self._source = source
+
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        """What the model changed of a weight.
+
+        Args:
+            name: Canonical parameter name.
+            base: Base weight, float32.
+
+        Returns:
+            Its weight minus the base weight, float32.
+
+        Raises:
+            MergeError: It has no such weight, or one of another shape.
+        """
+        try:
+            weight = self._read(name)
+        except BaseWeightsError as error:
+            raise MergeError(
+                f"{self._source} has no such weight that can be read; give a model of the same architecture, "
+                "saved whole"
+            ) from error
+        if weight.shape != base.shape:
+            raise MergeError(
+                f"{list(weight.shape)} in {self._source}, {list(base.shape)} in the base; give a model that "
+                "started from the same base"
+            )
+        return weight.to(base) - base
+
+
+class OtherAdapter:
+    """A LoRA that PEFT saved, on the base.
+
+    Args:
+        folder: Its folder.
+        header: What the profile of the base was made from.
+        transposed: Names of the weights that are stored with their inputs first.
+
+    Raises:
+        AdapterError: It cannot be read, or is no LoRA.
+        MergeError: It tunes a parameter that the base does not have.
+    """  # noqa: DOC502 - raised by the functions called
+
+    def __init__(self, folder: Path, header: ProfileHeader, transposed: set[str]) -> None:
+        self._folder = folder
+        parts = FileParts(AdapterFolder(folder), header, transposed, self._refuse)
+        self._parts: dict[str, AdapterPart] = {part.parameter: part for part in parts}
+        strangers = sorted(set(self._parts) - set(header.base))
+        if strangers:
+            raise MergeError(
+                f"{strangers[0]}: tuned by {str(folder)!r}, and no parameter of the base; give an adapter on this base"
+            )
+
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        """What the adapter changes of a weight.
+
+        Args:
+            name: Canonical parameter name.
+            base: Base weight, float32; only its shape and place are used.
+
+        Returns:
+            Its delta, float32; zero where the adapter does nothing.
+
+        Raises:
+            MergeError: Its delta has another shape.
+        """
+        if name not in self._parts:
+            return torch.zeros_like(base)
+        part = self._parts[name]
+        if part.shape != base.shape:
+            raise MergeError(
+                f"{list(part.shape)} in {str(self._folder)!r}, {list(base.shape)} in the base; give an adapter on the "
+                "same base"
+            )
+        delta = part.delta()
+        assert isinstance(delta, DenseDelta | FactoredDelta), "others were refused when it was opened"
+        return delta.values.reshape(base.shape).to(base)
+
+    def _refuse(self, name: str) -> Tensor:
+        raise MergeError(
+            f"{name}: carried whole by the adapter {str(self._folder)!r}; merge it into its base (merge_and_unload), "
+            "save the model, and give that folder"
+        )
+
+
+def open_other(
+    source: nn.Module | str | Path,
+    aliases: Mapping[str, tuple[str, ...]],
+    header: ProfileHeader,
+    transposed: set[str],
+) -> OtherModel:
+    """Open a further model.
+
+    Args:
+        source: A model; a folder or cached repository of one; or the folder of a LoRA.
+        aliases: Other names under which a parameter may stand in files, by canonical name.
+        header: What the profile of the base was made from.
+        transposed: Names of the weights that are stored with their inputs first.
+
+    Returns:
+        The model, seen from the base.
+
+    Raises:
+        MergeError: It is a model with an adapter on it, or there are no files.
+    """
+    if isinstance(source, nn.Module):
+        if getattr(source, "peft_config", None):
+            raise MergeError(
+                f"a {type(source).__name__} in memory has an adapter beside its weights; pass its merge_and_unload(), "
+                "or the folder of the adapter"
+            )
+        return OtherWeights(ModelBase(source).read, ModelBase.source)
+    if (Path(source) / CONFIG_FILE).is_file():
+        return OtherAdapter(Path(source), header, transposed)
+    try:
+        return OtherWeights(CheckpointBase(source, aliases).read, str(source))
+    except BaseWeightsError as error:
+        raise MergeError(
+            f"{str(source)!r} holds no safetensors files of a model and no adapter; give one of these folders"
+        ) from error

@@ -1,0 +1,297 @@
+"""The folder that PEFT saves an adapter in, and which adapters have a delta `s B A` on the weights of their base."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safedelta_hf.errors import AdapterError
+from safedelta_hf.folders import complete_or_absent
+
+_PLAIN_VARIANTS = ("velora_config",)
+"""Variants of LoRA that only change how it is trained."""
+
+_INITIALISED_FROM_BASE = ("pissa", "olora", "corda", "lora_ga")
+"""Initialisations that take a part of the base weights out of the base and into the adapter."""
+
+_NO_DELTA_VARIANTS = {
+    "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no delta on a weight",
+    "use_qalora": "QA-LoRA pools its inputs and PEFT cannot merge it",
+    "arrow_config": "Arrow routes each token to other adapters, so it has no delta on a weight; adjust those adapters",
+    "kasa_config": (
+        "KaSA truncates the base weights; merge_and_unload() it and use adjust_model(merged, base=<the original base>)"
+    ),
+}
+
+
+def require_low_rank(config: Any) -> None:  # noqa: ANN401 - a configuration of PEFT, which is imported lazily
+    """Make sure that an adapter adds `s B A` to each weight.
+
+    Args:
+        config: Configuration of the adapter.
+
+    Raises:
+        AdapterError: It is another tuner, or a variant of LoRA that is not linear in `A`.
+    """
+    kind = peft_type(config)
+    if kind != "LORA":
+        raise AdapterError(
+            f"adapter: {kind} does not add a product B A that a rule could multiply; where it has a delta on weights, "
+            "refactor_adapter(model, output=DIR, rank=N, ...) writes the adjusted delta as a LoRA"
+        )
+    require_weight_delta(config)
+    for variant in variants(config):
+        if variant not in _PLAIN_VARIANTS:
+            raise AdapterError(
+                f"adapter: with {variant} the delta is not linear in A and B, so it has no adjusted form of its own; "
+                "refactor_adapter(model, output=DIR, rank=N, ...) writes the adjusted delta as a plain LoRA"
+            )
+
+
+def require_weight_delta(config: Any) -> None:  # noqa: ANN401
+    """Make sure that a LoRA has a delta on weights, relative to the base that it was given.
+
+    Args:
+        config: Configuration of the adapter.
+
+    Raises:
+        AdapterError: It has none, or the base cannot be recovered.
+    """
+    for variant in variants(config):
+        if variant in _NO_DELTA_VARIANTS:
+            raise AdapterError(f"adapter: {_NO_DELTA_VARIANTS[variant]}")
+    if getattr(config, "init_lora_weights", True) == "loftq":
+        raise AdapterError(
+            "adapter: LoftQ replaced the base weights by a quantised approximation, from which they cannot be "
+            "recovered; merge_and_unload() it and use adjust_model(merged, base=<the original base>)"
+        )
+
+
+def initialised_from_base(config: Any) -> bool:  # noqa: ANN401
+    """Whether the adapter took a part of the base weights with it when it was initialised.
+
+    Args:
+        config: Configuration of the adapter.
+
+    Returns:
+        Whether its delta is relative to what it started from.
+    """
+    return str(getattr(config, "init_lora_weights", True)).lower().startswith(_INITIALISED_FROM_BASE)
+
+
+def variants(config: Any) -> list[str]:  # noqa: ANN401
+    """The variants of LoRA that a configuration switches on.
+
+    Args:
+        config: Configuration of the adapter.
+
+    Returns:
+        Names of its fields.
+    """
+    return [
+        field.name for field in fields(config) if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+
+
+def peft_type(config: Any) -> str:  # noqa: ANN401
+    """The kind of adapter.
+
+    Args:
+        config: Configuration of the adapter.
+
+    Returns:
+        A name such as "LORA".
+    """
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+
+_FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")
+
+
+class AdapterFolder:
+    """A saved LoRA adapter: its configuration, and private copies of its tensors.
+
+    Args:
+        folder: A folder that PEFT wrote.
+
+    Raises:
+        AdapterError: It is no such folder, a file cannot be read, or it has no delta `s B A`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.settings = _read_settings(self.folder)
+        self.config = _read_config(self.folder)
+        self.tensors, self._metadata = _read_tensors(self.folder)
+        self.is_converted = False
+
+    def scaling(self, module: str, rank: int) -> float:
+        """What the product `B A` of a module is multiplied with.
+
+        Args:
+            module: Name of the module in the base model.
+            rank: Rank of its factors.
+
+        Returns:
+            `alpha / r`, or `alpha / sqrt(r)` for a rank-stabilised LoRA.
+
+        Raises:
+            AdapterError: The configuration gives another rank.
+        """
+        from peft.utils.other import get_pattern_key
+
+        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
+        expected = ranks.get(get_pattern_key(ranks.keys(), module), self.config.r)
+        if rank != expected:
+            raise AdapterError(f"{module}: the factors have rank {rank}, {CONFIG_FILE} says {expected}")
+        alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
+        return float(alpha) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def subtract(self, initial: "AdapterFolder") -> None:
+        """Make the adapter one for the original base, when its initialisation took a part of that base with it.
+
+        `W0 + D = (W0 - s B0 A0) + s B A`, so `D = s [B, -B0] [A; A0]`, of twice the rank.
+
+        Args:
+            initial: The adapter as it was before training.
+
+        Raises:
+            AdapterError: It is another adapter, or its scaling cannot be written for twice the rank.
+        """
+        if not initialised_from_base(initial.config) and not initialised_from_base(self.config):
+            raise AdapterError(
+                f"initial_adapter: {str(self.folder)!r} was not initialised from the base weights "
+                f"(init_lora_weights={self.config.init_lora_weights!r}), so nothing has to be subtracted; leave it out"
+            )
+        if {k: t.shape for k, t in initial.tensors.items()} != {k: t.shape for k, t in self.tensors.items()}:
+            raise AdapterError(
+                f"initial_adapter: {str(initial.folder)!r} holds other tensors than {str(self.folder)!r}; pass the "
+                "adapter that save_pretrained wrote right after get_peft_model, before training"
+            )
+        for key, tensor in self.tensors.items():
+            if (factor := _FACTOR.search(key)) is not None:
+                start = initial.tensors[key].to(tensor.dtype)
+                is_down = factor.group(2) == "A"
+                self.tensors[key] = torch.cat([tensor, start] if is_down else [tensor, -start], dim=0 if is_down else 1)
+        growth = math.sqrt(2) if self.config.use_rslora else 2
+        doubled = {
+            "r": self.config.r * 2,
+            "lora_alpha": self.config.lora_alpha * growth,
+            "rank_pattern": {key: rank * 2 for key, rank in self.config.rank_pattern.items()},
+            "alpha_pattern": {key: alpha * growth for key, alpha in self.config.alpha_pattern.items()},
+            "init_lora_weights": True,
+        }
+        for key, value in doubled.items():
+            setattr(self.config, key, value)
+        self.settings |= doubled
+        self.is_converted = True
+
+    def write(self, output: Path) -> None:
+        """Write the adapter; complete or not there at all.
+
+        Everything else that stands beside it is copied, but for subfolders, which hold other adapters or checkpoints.
+
+        Args:
+            output: A folder that does not exist.
+        """
+        with complete_or_absent(output) as unfinished:
+            for path in self.folder.iterdir():
+                if path.is_file() and path.name != TENSOR_FILE:
+                    shutil.copyfile(path, unfinished / path.name)
+            if self.is_converted:
+                text = json.dumps(self.settings, indent=2, sort_keys=True)
+                (unfinished / CONFIG_FILE).write_text(text, encoding="utf-8")
+            tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
+            save_file(tensors, unfinished / TENSOR_FILE, metadata=self._metadata)
+
+
+class FolderWriter:
+    """Writes tensors of an adapter that was read, and then the folder, once its block has succeeded.
+
+    Args:
+        adapter: The adapter; its copies are changed, its files are not.
+        output: Where to write.
+
+    Raises:
+        AdapterError: The output exists.
+    """
+
+    def __init__(self, adapter: AdapterFolder, output: Path) -> None:
+        if output.exists():
+            raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
+        self._adapter = adapter
+        self._output = output
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._adapter.write(self._output)
+
+    def replace(self, name: str, parameter: Tensor, value: Tensor) -> None:
+        """Write a new value into a tensor.
+
+        Args:
+            name: What the tensor is.
+            parameter: Changed in place.
+            value: Of the same shape; cast to the dtype of the tensor.
+        """
+        parameter.copy_(value)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterError(f"adapter: {str(folder)!r} holds no {CONFIG_FILE}; is it a folder that PEFT saved?")
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings["peft_type"]  # noqa: B018 - its absence is an error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"adapter: {str(path)!r} is no adapter configuration ({error!r})") from error
+    return settings
+
+
+def _read_config(folder: Path) -> Any:  # noqa: ANN401 - a configuration of PEFT
+    from peft import PeftConfig
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError) as error:
+        raise AdapterError(f"adapter: {str(folder / CONFIG_FILE)!r} cannot be read by PEFT ({error!r})") from error
+    config.rank_pattern = getattr(config, "rank_pattern", None) or {}
+    config.alpha_pattern = getattr(config, "alpha_pattern", None) or {}
+    require_low_rank(config)
+    if config.target_parameters:
+        raise AdapterError(
+            f"adapter: {peft_type(config)} with target_parameters is not covered from files; load it and use "
+            "adjust_adapter"
+        )
+    return config
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"adapter: {str(folder)!r} holds no {TENSOR_FILE}; save the adapter with safe_serialization=True"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"adapter: cannot read {str(path)!r} ({error}); is the file complete?") from error

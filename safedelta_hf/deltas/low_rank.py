@@ -1,0 +1,259 @@
+"""The delta of a low-rank adapter: a transform changes one factor, and the product is never formed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from safedelta_hf.core.transform import Transform
+from safedelta_hf.deltas.dense import TRANSPOSED_ROLES
+from safedelta_hf.errors import AdapterError
+from safedelta_hf.records import Use
+
+Factors = tuple[Tensor, Tensor]
+"""`L` [first, rank] and `R` [rank, second]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoredMatrix:
+    """A delta `s L R` as one use sees it, [rows, columns]. Sums are taken in float64: the factors are small.
+
+    Attributes:
+        left: `L` [rows, rank] float32.
+        right: `R` [rank, columns] float32.
+        scaling: `s`.
+    """
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs that each input feeds."""
+        return len(self.left)
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return self.right.shape[1]
+
+    def column_energy(self, transform: Transform | None = None) -> Tensor:
+        """Sum over rows of the squared (transformed) delta, `s^2 diag(R^T (L^T L) R)`.
+
+        Args:
+            transform: Applied to the rows first.
+
+        Returns:
+            [columns] float32.
+        """
+        right = (self.right if transform is None else transform(self.right)).double()
+        return (right * (self._gram() @ right)).sum(0).clamp_min(0).float()
+
+    def inner(self, transform: Transform) -> float:
+        """Inner product of the delta with its transform.
+
+        Args:
+            transform: Applied to the rows.
+
+        Returns:
+            The sum over all entries.
+        """
+        return float((self._gram() * (self.right.double() @ transform(self.right).double().T)).sum())
+
+    def _gram(self) -> Tensor:
+        left = self.left.double()
+        return self.scaling**2 * (left.T @ left)
+
+
+class FactoredDelta:
+    """The delta of an adapter, `s L R` in the shape of its parameter, of low rank before and after.
+
+    Args:
+        left: `L` [first, rank], of any floating dtype.
+        right: `R` [rank, second].
+        scaling: `s`.
+        adjusted: The factors of what is kept, float32; None for all of it.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, scaling: float, adjusted: Factors | None = None) -> None:
+        self._tuned = (left.detach(), right.detach())
+        self._scaling = scaling
+        self._adjusted = (left.detach().float(), right.detach().float()) if adjusted is None else adjusted
+
+    @property
+    def factors(self) -> Factors:
+        """`L` [first, rank] and `R` [rank, second] of what is kept, float32."""
+        return self._adjusted
+
+    @property
+    def values(self) -> Tensor:
+        """What is kept of the delta, `s L R` [first, second] float32."""
+        left, right = self._adjusted
+        return self._scaling * (left @ right)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._tuned[0].device
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        return energy(*self._tuned, self._scaling)
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        return distance(self._tuned, self._adjusted, self._scaling)
+
+    def matrix(self, use: Use) -> FactoredMatrix:
+        """The adjusted delta as one use sees it.
+
+        Args:
+            use: The use.
+
+        Returns:
+            Its factors.
+        """
+        left, right = self._adjusted
+        if self._is_transposed(use):
+            left, right = right.T, left.T
+        return FactoredMatrix(left=left, right=right, scaling=self._scaling)
+
+    def transformed(self, use: Use, transform: Transform) -> "FactoredDelta":
+        """The delta with a transform applied to its rows: `L (R T)`.
+
+        Args:
+            use: Which rows.
+            transform: The transform.
+
+        Returns:
+            A new delta of the same rank.
+        """
+        seen = self.matrix(use)
+        seen = replace(seen, right=transform(seen.right))
+        kept = (seen.right.T, seen.left.T) if self._is_transposed(use) else (seen.left, seen.right)
+        return FactoredDelta(*self._tuned, self._scaling, kept)
+
+    def dropped(self) -> "FactoredDelta":
+        """The delta with nothing of it kept.
+
+        Returns:
+            A new delta whose right factor is zero.
+        """
+        left, right = self._adjusted
+        return FactoredDelta(*self._tuned, self._scaling, (left, torch.zeros_like(right)))
+
+    def _is_transposed(self, use: Use) -> bool:
+        if use.part is None:
+            return use.role in TRANSPOSED_ROLES
+        shape = len(self._tuned[0]), self._tuned[1].shape[1]
+        seen = (use.part.rows, use.part.columns, use.part.row_stride, use.part.column_stride)
+        if seen == (*shape, shape[1], 1):
+            return False
+        if seen == (*shape[::-1], 1, shape[1]):
+            return True
+        raise AdapterError(
+            f"its model uses a part [{use.part.rows}, {use.part.columns}] of the [{shape[0]}, {shape[1]}] that the "
+            "adapter tunes as one product; merge the adapter and use adjust_model"
+        )
+
+
+class StackedDelta:
+    """The delta of a stack of matrices, such as experts: one product for each.
+
+    Args:
+        parts: The delta of each matrix, in the order in which they are stored.
+        size: Entries of one matrix.
+    """
+
+    def __init__(self, parts: Sequence[FactoredDelta], size: int) -> None:
+        self.parts = tuple(parts)
+        self._size = size
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.parts[0].device
+
+    @property
+    def tuned_energy(self) -> float:
+        """Squared norm of tuned minus base."""
+        return sum(part.tuned_energy for part in self.parts)
+
+    @property
+    def lost_energy(self) -> float:
+        """Squared norm of tuned minus adjusted."""
+        return sum(part.lost_energy for part in self.parts)
+
+    def matrix(self, use: Use) -> FactoredMatrix:
+        """The adjusted delta of the one matrix that a use reads.
+
+        Args:
+            use: The use.
+
+        Returns:
+            Its factors.
+        """
+        return self.parts[self._number(use)].matrix(use)
+
+    def transformed(self, use: Use, transform: Transform) -> "StackedDelta":
+        """The delta with a transform applied to the rows of one matrix.
+
+        Args:
+            use: Which matrix.
+            transform: The transform.
+
+        Returns:
+            A new delta of the same rank.
+        """
+        number = self._number(use)
+        changed = self.parts[number].transformed(use, transform)
+        return StackedDelta((*self.parts[:number], changed, *self.parts[number + 1 :]), self._size)
+
+    def dropped(self) -> "StackedDelta":
+        """The delta with nothing of it kept.
+
+        Returns:
+            A new delta whose right factors are zero.
+        """
+        return StackedDelta([part.dropped() for part in self.parts], self._size)
+
+    def _number(self, use: Use) -> int:
+        if use.part is None or use.part.start % self._size:
+            raise AdapterError("its model does not use it matrix by matrix; merge the adapter and use adjust_model")
+        return use.part.start // self._size
+
+
+def energy(left: Tensor, right: Tensor, scaling: float) -> float:
+    """Squared norm of `s L R`, from the Gram matrices of its factors.
+
+    Args:
+        left: `L` [first, rank].
+        right: `R` [rank, second].
+        scaling: `s`.
+
+    Returns:
+        The sum of the squares of all entries.
+    """
+    left, right = left.double(), right.double()
+    return max(float(scaling**2 * ((left.T @ left) * (right @ right.T)).sum()), 0.0)
+
+
+def distance(one: Factors, other: Factors, scaling: float) -> float:
+    """Squared norm of `s (L R - L' R')`.
+
+    Args:
+        one: `L` and `R`.
+        other: `L'` and `R'`.
+        scaling: `s`.
+
+    Returns:
+        The sum of the squares of all entries.
+    """
+    # The difference is itself a product of factors, of twice the rank.
+    left = torch.cat([one[0].double(), other[0].double()], dim=1)
+    right = torch.cat([one[1].double(), -other[1].double()], dim=0)
+    return energy(left, right, scaling)

@@ -1,0 +1,211 @@
+"""Facts about a training run, read off what the Trainer passes to its callbacks, and the way to its log."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
+
+from safedelta_hf.adapter.adjust import plan_adapter
+from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
+from safedelta_hf.model.adjust import plan_model
+from safedelta_hf.modules.names import parameter_names
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import PlanEntry, Storage, Treatment
+
+
+def bare(model: nn.Module | None) -> nn.Module:
+    """The model without what `torch.compile` wraps around it.
+
+    Args:
+        model: As the callback received it.
+
+    Returns:
+        The module that holds the parameters.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if model is None:
+        raise ConfigurationError("SafeDeltaCallback: the Trainer passed no model")
+    bare: nn.Module = getattr(model, "_orig_mod", model)
+    return bare
+
+
+def trained_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that is being trained.
+
+    Args:
+        model: The bare model.
+
+    Returns:
+        Its name, or None if the model has no adapters.
+
+    Raises:
+        ConfigurationError: Several adapters are active at once.
+    """
+    if not getattr(model, "peft_config", None):
+        return None
+    active: Any = model.active_adapters
+    names = active() if callable(active) else active
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"SafeDeltaCallback: adjusts one adapter, and {len(names)} are active: {names}; activate the one that is "
+            "trained with set_adapter(name)"
+        )
+    return str(names[0])
+
+
+def output_dir(args: TrainingArguments) -> Path:
+    """Where the Trainer writes.
+
+    Args:
+        args: Of the Trainer.
+
+    Returns:
+        A folder, which may not exist yet.
+    """
+    return Path(args.output_dir or ".")
+
+
+def shows_progress(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether this process shows progress bars.
+
+    Args:
+        args: Of the Trainer.
+        state: Of the Trainer.
+
+    Returns:
+        Whether it is the main process and they were not switched off.
+    """
+    return state.is_world_process_zero and not args.disable_tqdm
+
+
+def is_pruned(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether a training ends because a hyper-parameter search gave it up.
+
+    Args:
+        state: Of the Trainer.
+        control: Of the Trainer.
+
+    Returns:
+        Whether it ends before its last step although nobody asked for a stop.
+    """
+    # `on_train_end` fires for a pruned trial too; then the trial is abandoned.
+    return state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
+
+
+def require_supported(args: TrainingArguments) -> None:
+    """Stop where the processes of a run could not find one another.
+
+    Args:
+        args: Of the Trainer.
+
+    Raises:
+        ConfigurationError: They are not those of `torch.distributed`.
+    """
+    size = Ranks.of_run().size
+    if args.world_size != size:
+        raise ConfigurationError(
+            f"SafeDeltaCallback: this run has {args.world_size} processes, of which torch.distributed knows {size}; "
+            "start it with torchrun or accelerate launch, or train without the callback and use adjust_checkpoint"
+        )
+
+
+@contextmanager
+def foreign_errors_named(stage: str) -> Iterator[None]:
+    """Turn what other libraries raise into an error of ours; a `RuntimeError` would make Trainer train again.
+
+    Args:
+        stage: What is being done.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AdjustmentError: Something else than an error of ours was raised.
+        SafeDeltaError: As it was raised.
+    """
+    try:
+        yield
+    except SafeDeltaError:
+        raise
+    except Exception as error:
+        raise AdjustmentError(f"{type(error).__name__} while {stage}; the weights are as they were") from error
+
+
+logger = logging.get_logger(__name__)
+
+
+def log_metrics(
+    metrics: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
+) -> None:
+    """Log as `Trainer.log` does: into `state.log_history`, and to every callback's `on_log`.
+
+    Callbacks are not given their Trainer, and at `on_train_end` setting `should_log` has no effect any more. The
+    handler that is calling is therefore looked up on the call stack.
+
+    Args:
+        metrics: Scalars by name.
+        args: As the callback received them.
+        state: As the callback received it; its history grows by one entry.
+        control: As the callback received it.
+    """
+    logs = dict(metrics) if state.epoch is None else {**metrics, "epoch": state.epoch}
+    state.log_history.append({**logs, "step": state.global_step})
+    handler = _calling_handler()
+    if handler is None:
+        logger.warning("Safe Delta: not called by a Trainer, so its metrics go to state.log_history alone.")
+        return
+    handler.on_log(args, state, control, logs)
+
+
+def _calling_handler() -> CallbackHandler | None:
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:
+    """Plan what a run trains, before it trains it.
+
+    Args:
+        model: The model, with or without an adapter.
+        profile: Profile of its base.
+        treatment: What to do with parameters other than linear weights.
+
+    Returns:
+        One entry for each trained parameter.
+    """
+    adapter = trained_adapter(model)
+    if adapter is not None:
+        return list(plan_adapter(model, profile, treatment, adapter).entries)
+    trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
+    entries = plan_model(model, profile, treatment).entries
+    return [entry for entry in entries if not trained.isdisjoint((entry.parameter, *entry.originals))]
+
+
+def storage_of_trained(model: nn.Module) -> Storage:
+    """The kind of storage that the deltas of a run will have, as far as merges need to know.
+
+    Args:
+        model: The model, with or without an adapter.
+
+    Returns:
+        The kind.
+    """
+    if trained_adapter(model) is not None:
+        return Storage.ADAPTER
+    holding = HeldModel.of(model).holding
+    return Storage.DENSE if all(holding.piece(name).is_whole for name in holding.names) else Storage.SHARDED

@@ -1,0 +1,1 @@
+"""Adjust a model in memory."""

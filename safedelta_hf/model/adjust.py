@@ -1,0 +1,101 @@
+"""Adjusting a model: what is given, put into the loop, and what came of it, put into a report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from safedelta_hf.adjust.loop import RunningModel, adjust_weights
+from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.errors import ProfileError
+from safedelta_hf.model.store import ModelStore
+from safedelta_hf.modules.names import parameter_aliases
+from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
+from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import Plan, Treatment
+from safedelta_hf.report import Report
+from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.weights.readers import BaseWeights, open_base
+
+
+def adjust_model(
+    model: nn.Module,
+    *,
+    base: nn.Module | str | Path | BaseWeights,
+    profile: SafetyProfile,
+    rule: Rule | None = None,
+    task: SafetyProfile | None = None,
+    treatment: Treatment | None = None,
+    workspace: Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Adjust a fine-tuned model in place: all of it, or, if anything fails, nothing of it.
+
+    Args:
+        model: The fine-tuned model. Where it is sharded, or the run has several processes, all of them call this; each
+            adjusts what it holds.
+        base: The base model, a folder or cached repository of its safetensors files, or an open reader.
+        profile: Profile of that base.
+        rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        treatment: What to do with parameters other than linear weights.
+        workspace: Folder with room for a temporary copy of the changed weights; None for the system's default.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done to each parameter.
+
+    Raises:
+        SafeDeltaError: Named by parameter; every weight is as it was.
+    """  # noqa: DOC502 - raised by the functions called
+    reader = open_base(base, model) if isinstance(base, nn.Module | str | Path) else base
+    plan = plan_model(model, profile, treatment or Treatment())
+    store = ModelStore(model, reader, profile.header, workspace)
+    running = RunningModel(held=HeldModel.of(model), restore=store.restore)
+    return adjust_weights(
+        store, plan, profile, rule or default_rule(task), task=task, running=running, progress=progress
+    )
+
+
+def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> Plan:
+    """Decide what happens to each parameter, from names and shapes alone.
+
+    Args:
+        model: The model that will be adjusted, or any other of its architecture.
+        profile: Profile of its base.
+        treatment: What to do with parameters other than linear weights.
+
+    Returns:
+        One entry for each parameter; those that read the same moment stand together.
+
+    Raises:
+        ProfileError: The profile was made for another architecture.
+    """
+    shapes = HeldModel.of(model).shapes
+    if set(shapes) != set(profile.header.base):
+        strangers = sorted(set(shapes) ^ set(profile.header.base))
+        raise ProfileError(
+            f"profile: made for {profile.header.architecture} with {len(profile.header.base)} parameters, this is "
+            f"{type(model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
+            "Collect a profile of this model's base"
+        )
+    if profile.header.parametrised:
+        shapes = _with_computed(shapes, parametrised_weights(model), profile.header.parametrised)
+    return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+
+
+def _with_computed(
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, ParametrisedWeight],
+    wanted: Mapping[str, tuple[str, ...]],
+) -> dict[str, tuple[int, ...]]:
+    for name, originals in wanted.items():
+        if name not in found or set(found[name].originals) != set(originals):
+            raise ProfileError(
+                f"{name}: the model of the profile computes it from {', '.join(originals)}, this one does not; "
+                "collect a profile of this model's base"
+            )
+    computed = {original for originals in wanted.values() for original in originals}
+    own = {name: shape for name, shape in shapes.items() if name not in computed}
+    return own | {name: tuple(found[name].shaped().shape) for name in wanted}

@@ -1,0 +1,1 @@
+"""What torch modules call their parameters and hold in them."""

@@ -1,0 +1,1 @@
+"""The safety profile, in memory and on disk."""

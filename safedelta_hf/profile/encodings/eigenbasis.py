@@ -1,0 +1,116 @@
+"""The largest directions of a moment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.profile.encodings.encoding import Encoding, Layout
+from safedelta_hf.profile.encodings.triangular import Triangular
+
+SPARE_DIRECTIONS: Final = 16
+"""Directions beyond the rank that the search starts with; the last ones found are the least exact."""
+SEED: Final = 0
+"""Of the random directions that the search starts with: the same moment gives the same bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenbasis(Encoding):
+    """The eigenvectors of the largest eigenvalues, and the diagonal of what they leave.
+
+    The diagonal of the moment stays right, and the matrix positive semi-definite; what inputs have in common beyond
+    the stored directions is lost. Moments that would not be smaller than their exact upper half are stored as that.
+
+    Attributes:
+        rank: Number of eigenvectors.
+
+    Raises:
+        ConfigurationError: The rank is no positive whole number.
+    """
+
+    name: ClassVar[str] = "eigenbasis"
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigurationError(f"Eigenbasis: rank={self.rank!r} must be a whole number of at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.rank}"
+
+    @classmethod
+    def parse(cls, settings: str) -> "Eigenbasis":
+        """Read the rank.
+
+        Args:
+            settings: A number.
+
+        Returns:
+            The encoding.
+
+        Raises:
+            ValueError: It is no number.
+        """
+        if not (settings.isascii() and settings.isdigit()):
+            raise ValueError(f"{cls.name} needs a rank, such as {cls.name}:256")
+        return cls(rank=int(settings))
+
+    def suited(self, shape: tuple[int, ...]) -> Encoding:
+        """What to store a moment in: its exact upper half where that is no larger.
+
+        Args:
+            shape: `(in, in)`.
+
+        Returns:
+            The encoding.
+        """
+        exact = Triangular()
+        return self if self.bytes(shape) < exact.bytes(shape) else exact
+
+    def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:
+        """A matrix and two vectors.
+
+        Args:
+            shape: `(in, in)`.
+
+        Returns:
+            Layouts by name.
+        """
+        shapes = {"vectors": (shape[0], self.rank), "values": (self.rank,), "rest": (shape[0],)}
+        return {part: Layout(dtype=torch.float32, shape=of) for part, of in shapes.items()}
+
+    def encode(self, total: Tensor) -> dict[str, Tensor]:
+        """Store a moment.
+
+        Args:
+            total: [in, in], float32.
+
+        Returns:
+            Eigenvectors, eigenvalues, and the diagonal of the rest.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            found, _, _ = torch.svd_lowrank(total, q=min(len(total), self.rank + SPARE_DIRECTIONS))
+        values, turned = torch.linalg.eigh(found.T @ total @ found)
+        values, vectors = values[-self.rank :].clamp_min(0), (found @ turned)[:, -self.rank :].contiguous()
+        vectors[total.diagonal() == 0] = 0  # an input that is never active stays so
+        rest = (total.diagonal() - vectors.square() @ values).clamp_min(0)
+        return {"vectors": vectors, "values": values.contiguous(), "rest": rest}
+
+    def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """Read a moment.
+
+        Args:
+            stored: What `encode` returned.
+
+        Returns:
+            [in, in], float32.
+        """
+        scaled = stored["vectors"] * stored["values"].sqrt()
+        total = scaled @ scaled.T
+        total.diagonal().add_(stored["rest"])
+        return total

@@ -1,0 +1,178 @@
+"""The safety profile: the moments of one base model on one set of safety data, in memory, on disk or on the Hub."""
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from safedelta_hf.data.refusals import HeldOut
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import ProfileError
+from safedelta_hf.profile.encodings import Encoding, encoding_of
+from safedelta_hf.profile.header import HEADER_FILE
+from safedelta_hf.profile.hub import Repository, write_card
+from safedelta_hf.profile.moments import BroughtToMain, Moments, OwnedMoments
+from safedelta_hf.profile.reader import MomentFiles, in_folder, read_header
+from safedelta_hf.profile.storage import MomentStorage
+from safedelta_hf.profile.writer import keys_in_order, write_profile
+from safedelta_hf.records import ProfileHeader, Use
+
+DEFAULT_STORAGE = "triangular"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyProfile:
+    """What the safety data needs of each layer of one base model.
+
+    Made by `collect_profile`; usable for every fine-tune of that base.
+
+    Attributes:
+        header: What the profile was made from.
+        uses: How each covered parameter is used, and the key of its moment.
+        moments: `InputMoment` by key, and the shape of each; read from disk one at a time after `load`.
+        held_out: Safety data that is in no moment, to measure refusals by; None if nothing was held out.
+        storage: What holds the moments of a profile made in this process; offloaded files live as long.
+    """
+
+    header: ProfileHeader
+    uses: tuple[Use, ...]
+    moments: Moments
+    held_out: HeldOut | None = None
+    storage: MomentStorage | None = field(default=None, repr=False, compare=False)
+
+    def key_of(self, use: Use) -> str | None:
+        """Key of the moment of a use, be it of another profile of the same base.
+
+        Args:
+            use: The use; its own key is not looked at.
+
+        Returns:
+            The key in this profile, or None if its data never reached that use.
+        """
+        return self._keys.get(replace(use, moment=""))
+
+    @cached_property
+    def _keys(self) -> dict[Use, str]:
+        return {replace(use, moment=""): use.moment for use in self.uses}
+
+    def save(self, folder: str | Path, storage: str | Encoding = DEFAULT_STORAGE) -> None:
+        """Write a folder of `profile.json` and safetensors files; complete or not there at all.
+
+        What is written stands in `.NAME.unfinished` beside the folder until it is complete. If that is interrupted,
+        the same call goes on where it stopped, and ends with the same bytes.
+
+        In a run of several processes all of them call this, and the main one writes.
+
+        Args:
+            folder: A folder that does not exist yet.
+            storage: How moments are stored: "float32", "triangular" (exact, half the size), "bfloat16" or
+                "eigenbasis:RANK", or an encoding such as `Eigenbasis(rank=256)`. Diagonal moments are always exact.
+
+        Raises:
+            ConfigurationError: There is no such storage.
+            OutputError: The folder exists, cannot be written, or another process is writing it.
+            ProfileError: A moment is not one, so the profile could not be read again.
+            RankError: Another process failed.
+        """  # noqa: DOC502 - raised by the functions called
+        encoding = encoding_of(storage)
+        ranks = self._ranks()
+        brought = BroughtToMain(self.moments) if isinstance(self.moments, OwnedMoments) else None
+        with ranks.together():
+            if ranks.is_main:
+                self._write(Path(folder), self.moments if brought is None else brought, encoding)
+            elif brought is not None:
+                brought.follow(keys_in_order(self.moments, encoding))
+
+    def _ranks(self) -> Ranks:
+        return self.moments.ranks if isinstance(self.moments, OwnedMoments) else Ranks.of_run()
+
+    def _write(self, folder: Path, moments: Moments, storage: Encoding) -> None:
+        write_profile(folder, moments, storage, header=self.header, uses=self.uses, held_out=self.held_out)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> "SafetyProfile":
+        """Open a saved profile; moments are read, or downloaded, when they are asked for.
+
+        Args:
+            source: A folder that `save` wrote; if there is none of that name, a repository `organisation/name` on the
+                Hub.
+            revision: Branch, tag or commit on the Hub.
+            token: Access token of the Hub; None for the one that was stored by logging in.
+            cache_dir: Where downloads are kept.
+
+        Returns:
+            The profile.
+
+        Raises:
+            ProfileError: It is no profile, is of another format version, or is malformed.
+        """
+        folder = Path(source)
+        if folder.exists():
+            content = read_header(folder / HEADER_FILE)
+            locate = in_folder(folder, content)
+        elif folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+            raise ProfileError(f"profile: there is no folder {str(source)!r}; on the Hub it would be organisation/name")
+        else:
+            path, locate = Repository(name=str(source), revision=revision, token=token, cache_dir=cache_dir).download()
+            content = read_header(path)
+        return cls(
+            header=content.header,
+            uses=content.uses,
+            held_out=content.held_out,
+            moments=MomentFiles(content, locate),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        storage: str | Encoding = DEFAULT_STORAGE,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload safety profile",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the profile to the Hub, in one commit; `SafetyProfile.load(repo_id)` opens it.
+
+        The safety data that was held out goes along, tokenised: make the repository private if the data is.
+        In a run of several processes all of them call this, and the main one uploads.
+
+        Args:
+            repo_id: `organisation/name`, or a name of your own; made if it does not exist. A profile that is there is
+                replaced.
+            storage: How moments are stored, as in `save`.
+            base_model: Name of the base model on the Hub, for the card.
+            private: Whether a new repository is private; None for the organisation's default.
+            token: Access token; None for the one that was stored by logging in.
+            revision: Branch to commit to, made if it does not exist; None for the default one.
+            commit_message: Message of the commit.
+            create_pr: Whether to open a pull request instead of committing.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigurationError: There is no such storage.
+            ProfileError: The Hub refuses or cannot be reached.
+            RankError: Another process failed.
+        """  # noqa: DOC502 - raised by the functions called
+        encoding = encoding_of(storage)
+        ranks, address = self._ranks(), ""
+        with tempfile.TemporaryDirectory(prefix="safedelta-") as parent:
+            folder = Path(parent) / "profile"
+            self.save(folder, encoding)
+            with ranks.together():
+                if ranks.is_main:
+                    write_card(folder, self.header, storage=str(encoding), name=repo_id, base_model=base_model)
+                    repository = Repository(name=repo_id, revision=revision, token=token)
+                    address = repository.upload(folder, private=private, message=commit_message, create_pr=create_pr)
+        return ranks.broadcast(address, owner=0)

@@ -1,0 +1,188 @@
+"""Writing a profile: file by file, so that a killed run goes on where it stopped."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from safedelta_hf.data.refusals import HeldOut
+from safedelta_hf.errors import OutputError, ProfileError, SafeDeltaError
+from safedelta_hf.folders import complete_file, resumable
+from safedelta_hf.profile.encodings import Encoding, encoding_for
+from safedelta_hf.profile.header import HEADER_FILE, Content, StoredFile, StoredMoment, record
+from safedelta_hf.profile.moments import Moments
+from safedelta_hf.profile.shards import (
+    digest_of_file,
+    digest_of_values,
+    require_moment,
+    shards_of,
+    write_shard,
+)
+from safedelta_hf.records import ProfileHeader, Use
+
+_DONE: Final = "done.jsonl"
+"""In an unfinished folder: what each finished file holds."""
+
+
+def write_profile(
+    folder: Path,
+    moments: Moments,
+    storage: Encoding,
+    *,
+    header: ProfileHeader,
+    uses: tuple[Use, ...],
+    held_out: HeldOut | None,
+) -> None:
+    """Write a profile, and go on with what an interrupted run left of the same one.
+
+    Each moment is asked for once, in order, and held until its file is written.
+
+    Args:
+        folder: A folder that does not exist yet.
+        moments: The moments.
+        storage: How to store them.
+        header: What the profile was made from.
+        uses: How each covered parameter is used.
+        held_out: Safety data that is in no moment.
+
+    Raises:
+        ProfileError: The profile is not one that could be read again.
+        OutputError: The folder exists, cannot be written, or another process is writing it.
+    """  # noqa: DOC502 - raised by the folder
+    with _failing_by_name(folder), resumable(folder) as unfinished:
+        _require_own(unfinished)
+        journal = _Journal(unfinished / _DONE)
+        shards = shards_of(moments, storage)
+        files: dict[str, StoredFile] = {}
+        entries: list[StoredMoment] = []
+        try:
+            for name, keys in shards.items():
+                described = _shard(unfinished / name, keys, moments, storage, journal)
+                files[name] = described[0]
+                entries.extend(described[1])
+            content = Content(header=header, uses=uses, held_out=held_out, files=files, moments=tuple(entries))
+        except ValueError as error:
+            raise ProfileError(f"profile: it cannot be saved: {error}; collect it again") from error
+        with complete_file(unfinished / HEADER_FILE) as path:
+            path.write_text(content.to_json(), encoding="utf-8")
+        for path in unfinished.iterdir():
+            if path.name not in {*shards, HEADER_FILE}:
+                path.unlink()
+
+
+@contextmanager
+def _failing_by_name(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafeDeltaError:
+        raise
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+        raise OutputError(
+            f"profile: {str(folder)!r} cannot be written ({error}); once that is mended, the same call goes on"
+        ) from error
+
+
+def _require_own(unfinished: Path) -> None:
+    strangers = sorted(path.name for path in unfinished.iterdir() if path.is_dir() and not path.is_symlink())
+    if strangers:
+        raise OutputError(
+            f"{str(unfinished)!r}: holds the folder {strangers[0]!r}, which is of no profile; something else was being "
+            "written under that name: finish or remove it, or choose another name"
+        )
+
+
+def keys_in_order(moments: Moments, storage: Encoding) -> list[str]:
+    """The order in which `write_profile` asks for moments.
+
+    Args:
+        moments: The moments.
+        storage: How they will be stored.
+
+    Returns:
+        Their keys.
+    """
+    return [key for keys in shards_of(moments, storage).values() for key in keys]
+
+
+def _shard(
+    path: Path, keys: list[str], moments: Moments, storage: Encoding, journal: "_Journal"
+) -> tuple[StoredFile, list[StoredMoment]]:
+    totals: dict[str, Tensor] = {}
+    entries = []
+    for key in keys:
+        moment = moments[key]
+        total = moment.total.detach().to("cpu").float().contiguous()
+        require_moment(total, key)
+        totals[key] = total
+        entries.append(
+            StoredMoment(
+                key=key,
+                file=path.name,
+                shape=tuple(total.shape),
+                storage=str(encoding_for(tuple(total.shape), storage)),
+                sequences=moment.sequences,
+                tokens=moment.tokens,
+            )
+        )
+    contents = json.dumps([[asdict(entry), digest_of_values(totals[entry.key])] for entry in entries])
+    file = journal.found(path, contents)
+    if file is None:
+        write_shard(path, totals, storage)
+        file = StoredFile(bytes=path.stat().st_size, digest=digest_of_file(path))
+        journal.add(path, file, contents)
+    return file, entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    name: str
+    file: StoredFile
+    contents: str
+
+
+class _Journal:
+    """Which files an interrupted run finished, and of what."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: dict[str, _Line] = {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            try:
+                described = record(_Line, json.loads(line), _DONE)
+            except (ValueError, RecursionError):
+                continue  # the run was killed while it wrote this line, or it was damaged since
+            self._lines[described.name] = described
+
+    def found(self, path: Path, contents: str) -> StoredFile | None:
+        """Look up a file.
+
+        Args:
+            path: The file.
+            contents: What it is to hold.
+
+        Returns:
+            Its size and digest, if it is there, intact, and holds just that.
+        """
+        line = self._lines.get(path.name)
+        if line is None or line.contents != contents or not path.is_file():
+            return None
+        if path.stat().st_size != line.file.bytes or digest_of_file(path) != line.file.digest:
+            return None
+        return line.file
+
+    def add(self, path: Path, file: StoredFile, contents: str) -> None:
+        """Remember a file that is complete.
+
+        Args:
+            path: The file.
+            file: Its size and digest.
+            contents: What it holds.
+        """
+        line = json.dumps(asdict(_Line(name=path.name, file=file, contents=contents)))
+        with self._path.open("a", encoding="utf-8") as journal:
+            journal.write(f"\n{line}")  # the line before may have been cut short

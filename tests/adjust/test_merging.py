@@ -1,0 +1,304 @@
+"""Merges of whole models: in memory, with further models wherever they are kept, and never on an adapter's factors."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+from safedelta_hf import (
+    AutoStrength,
+    Dare,
+    ModelStock,
+    SafeMerge,
+    Slerp,
+    Ties,
+    Treatment,
+    adjust_adapter,
+    adjust_adapter_files,
+    adjust_model,
+    collect_profile,
+    refactor_adapter,
+)
+from safedelta_hf.errors import AdapterError, MergeError, NumericalError
+from tests.fixtures import adapters, tiny
+from tests.fixtures import merging as oracles
+from tests.model.test_adjust import WithMixture
+
+MODELS = {"llama": tiny.llama, "tied llama": lambda: tiny.llama(tied=True), "gpt2": tiny.gpt2}
+
+
+@pytest.fixture(scope="module")
+def profiles():
+    return {name: adapters.profile_of(make()) for name, make in MODELS.items()}
+
+
+@pytest.fixture
+def profile(profiles):
+    return profiles["llama"]
+
+
+def merge(rule, profile, tuned=None, base=None, **settings):
+    """Adjust a fine-tuned llama, or what is given; returns its weights and the report."""
+    tuned = tiny.perturbed(tiny.llama()) if tuned is None else tuned
+    report = adjust_model(tuned, base=base or tiny.llama(), profile=profile, rule=rule, progress=False, **settings)
+    return tiny.weights(tuned), report
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_parameter_ends_where_the_oracle_says(kind, profiles):
+    base, tuned = MODELS[kind](), tiny.perturbed(MODELS[kind](), scale=0.1)
+    before = tiny.weights(tuned)
+    found, report = merge(Ties(strength=1.0), profiles[kind], tuned, base)
+    for name, weight in tiny.weights(base).items():
+        expected = weight + oracles.ties([before[name] - weight], 0.5)
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert set(report.outcomes) == {"adjusted"}
+
+
+def test_slerp_turns_every_weight_as_the_oracle_says(profile):
+    tuned = tiny.perturbed(tiny.llama(), scale=0.1)
+    before = tiny.weights(tuned)
+    found, _ = merge(Slerp(strength=0.5), profile, tuned)
+    for name, weight in tiny.weights(tiny.llama()).items():
+        torch.testing.assert_close(
+            found[name].double(), oracles.slerp(weight, before[name], 1 / 1.5), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("rule", [Slerp(strength=0.0), Dare(strength=0.0), Ties(strength=0.0)], ids=lambda r: r.name)
+def test_strength_zero_leaves_every_bit_as_tuned(rule, profile):
+    expected = tiny.weights(tiny.perturbed(tiny.llama().bfloat16()))
+    base = tiny.llama().bfloat16()
+    found, _ = merge(rule, adapters.profile_of(base), tiny.perturbed(tiny.llama().bfloat16()), base)
+    assert tiny.same(found, expected)
+
+
+def test_an_untrimmed_share_of_nothing_is_the_base_bit_for_bit(profile):
+    found, _ = merge(Ties(strength=1e9), profile)
+    assert tiny.same(found, tiny.weights(tiny.llama()))
+
+
+def test_the_report_measures_the_merge_by_the_safety_moments_and_is_plain(profile):
+    other = tiny.perturbed(tiny.llama(), seed=8)
+    _, report = merge(ModelStock(strength=1.0, others=[other]), profile)
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["rule"]["settings"]["others"] == ["a LlamaForCausalLM in memory"]
+    for record in report.parameters:
+        assert record.adjusted_loss < record.tuned_loss
+        assert "mean cosine of 2 deltas" in record.notes[0]
+
+
+def in_memory(model, folder):
+    return model
+
+
+def in_files(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+class Reader:
+    source = "a reader"
+
+    def __init__(self, model):
+        self.weights = tiny.weights(model)
+
+    def read(self, name):
+        return self.weights[name]
+
+
+@pytest.mark.parametrize("where", [in_memory, in_files, lambda model, folder: Reader(model)])
+@pytest.mark.parametrize("kind", ["tied llama", "gpt2"])
+def test_a_further_model_may_be_in_memory_in_files_or_behind_a_reader(where, kind, profiles, tmp_path):
+    base, one, other = MODELS[kind](), tiny.perturbed(MODELS[kind]()), tiny.perturbed(MODELS[kind](), seed=6)
+    before = tiny.weights(one), tiny.weights(other)
+    found, _ = merge(Ties(strength=0.0, others=[where(other, tmp_path / "other")]), profiles[kind], one, base)
+    for name, weight in tiny.weights(base).items():
+        expected = oracles.ties([weights[name] - weight for weights in before], 1.0)
+        torch.testing.assert_close((found[name] - weight).double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_folder_of_a_lora_stands_for_the_model_that_it_makes(kind, profiles, tmp_path):
+    changes = (
+        {} if kind == "llama" else {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "fan_in_fan_out": True}
+    )
+    base = MODELS[kind]()
+    safe = adapters.adapted(base, **changes)
+    safe.save_pretrained(tmp_path / "safe")
+    unaligned = tiny.perturbed(MODELS[kind](), seed=3)
+    results = []
+    for given in (tmp_path / "safe", adapters.merged(safe)):
+        rule = SafeMerge(strength=1.0, threshold=1.0, unaligned=unaligned, safe=given)
+        tuned = tiny.perturbed(MODELS[kind]())
+        results.append(merge(rule, profiles[kind], tuned, base)[0])
+    assert results[0].keys() == results[1].keys()
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_safe_merge_merges_exactly_the_layers_whose_cosine_is_below_the_threshold(profile):
+    base, unaligned, safe = tiny.llama(), tiny.perturbed(tiny.llama(), seed=3), tiny.perturbed(tiny.llama(), seed=4)
+    tuned = tiny.perturbed(tiny.llama())
+    before, weights = tiny.weights(tuned), tiny.weights(base)
+    cosines = {
+        name: oracles.alignment_cosine(before[name] - weight, weight - unaligned.get_parameter(name).detach())
+        for name, weight in weights.items()
+        if weight.ndim == 2 and "embed" not in name
+    }
+    threshold = sorted(cosines.values())[len(cosines) // 2]
+    rule = SafeMerge(strength=0.25, threshold=threshold + 1e-6, unaligned=unaligned, safe=safe)
+    found, report = merge(rule, profile, tuned, base)
+    notes = {record.parameter: record.notes[0] for record in report.parameters}
+    picked = {name for name, alike in cosines.items() if alike <= threshold}
+    assert 0 < len(picked) < len(cosines)
+    for name in cosines:
+        if name in picked:
+            expected = 0.8 * before[name] + 0.2 * safe.get_parameter(name).detach()
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(found[name], before[name])
+        assert f"subspace {cosines[name]:.2f}"[:-1] in notes[name]
+
+
+def test_settings_for_other_parameters_hold_for_merges_too(profile):
+    tuned = tiny.perturbed(tiny.llama())
+    before = tiny.weights(tuned)
+    found, report = merge(Slerp(strength=1.0), profile, tuned, treatment=Treatment(norms="keep", embeddings="reset"))
+    assert torch.equal(found["model.norm.weight"], before["model.norm.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], tiny.llama().model.embed_tokens.weight)
+    assert report.outcomes["kept"] == 5 and report.outcomes["reset"] == 1
+
+
+def test_parameters_without_a_moment_follow_the_setting_for_them():
+    base, tuned = WithMixture(), WithMixture()
+    tuned.load_state_dict(base.state_dict())
+    before = tiny.weights(tiny.perturbed(tuned))
+    own = collect_profile(base, tiny.rows(24, seed=1), holdout=0.0, progress=False)
+    found, _ = merge(Slerp(strength=1.0), own, tuned, base, treatment=Treatment(uncovered="keep"))
+    assert torch.equal(found["mixture"], before["mixture"])
+    assert not torch.equal(found["up.weight"], before["up.weight"])
+
+
+def test_a_measured_strength_is_found_and_holds():
+    base = tiny.llama()
+    profile = collect_profile(base, tiny.rows(48, seed=1), holdout=0.5, progress=False)
+    tuned = tiny.perturbed(tiny.llama(), scale=0.3)
+    before = tiny.weights(tuned)
+    held_out = profile.held_out
+    drift = held_out.drift(tuned, quantile=0.95)
+    allowed = max(drift.mean, drift.upper) / 4
+    rule = Slerp(strength=AutoStrength(tolerance=allowed))
+    found, report = merge(rule, profile, tuned, base)
+    assert report.search.outcome == "found" and 1e-2 <= report.search.strength <= 1e2
+    after = held_out.drift(tuned, quantile=0.95)
+    assert max(after.mean, after.upper) <= allowed
+    again, _ = merge(Slerp(strength=report.search.strength), profile, _with(before), base)
+    assert tiny.same(found, again)
+
+
+def _with(weights):
+    model = tiny.llama()
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def test_an_adapter_is_refused_before_anything_is_changed(profile, tmp_path):
+    model = adapters.adapted(tiny.llama())
+    before = adapters.own_tensors(model)
+    with pytest.raises(AdapterError, match=r"^model\.layers\.0\.\S+: slerp merges whole weights.*merge_and_unload"):
+        adjust_adapter(model, profile=profile, rule=Slerp(strength=1.0), progress=False)
+    assert tiny.same(adapters.own_tensors(model), before)
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(AdapterError, match="dare merges whole weights"):
+        adjust_adapter_files(
+            tmp_path / "in", profile=profile, output=tmp_path / "out", rule=Dare(strength=1.0), progress=False
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_an_embedding_are_refused_too(profile):
+    model = adapters.adapted(tiny.llama(), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
+    with pytest.raises(AdapterError, match="slerp merges whole weights"):
+        adjust_adapter(model, profile=profile, rule=Slerp(strength=1.0), progress=False)
+
+
+def test_an_adapter_that_is_refactored_has_whole_weights(profile, tmp_path):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    model = adapters.trained(get_peft_model(tiny.llama(), adapters.config(use_dora=True)))
+    expected, _ = merge(Ties(strength=1.0), profile, adapters.merged(model))
+    refactor_adapter(model, output=tmp_path / "out", rank=16, profile=profile, rule=Ties(strength=1.0), progress=False)
+    found = tiny.weights(adapters.merged(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def unreadable(tmp_path):
+    return ModelStock(strength=1.0, others=[tmp_path / "nothing"])
+
+
+def incomplete(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return ModelStock(strength=1.0, others=[tmp_path])
+
+
+def of_another_shape(tmp_path):
+    return ModelStock(strength=1.0, others=[tiny.llama(intermediate_size=32)])
+
+
+def not_a_number(tmp_path):
+    model = tiny.llama()
+    model.model.norm.weight.data[0] = torch.nan
+    return ModelStock(strength=1.0, others=[model])
+
+
+def with_an_adapter(tmp_path):
+    return ModelStock(strength=1.0, others=[adapters.adapted(tiny.llama())])
+
+
+def with_a_whole_parameter(tmp_path):
+    adapters.adapted(tiny.llama(), modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    return ModelStock(strength=1.0, others=[tmp_path])
+
+
+def on_another_base(tmp_path):
+    adapters.adapted(tiny.llama(num_hidden_layers=3)).save_pretrained(tmp_path)
+    return ModelStock(strength=1.0, others=[tmp_path])
+
+
+def on_a_wider_base(tmp_path):
+    adapters.adapted(tiny.llama(intermediate_size=32)).save_pretrained(tmp_path)
+    return ModelStock(strength=1.0, others=[tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (unreadable, MergeError, "holds no safetensors files of a model and no adapter"),
+        (incomplete, MergeError, r"^model\.norm\.weight: .* has no such weight"),
+        (
+            of_another_shape,
+            MergeError,
+            r"mlp\.\w+\.weight: \[\d+, \d+\] in a model in memory, \[\d+, \d+\] in the base",
+        ),
+        (not_a_number, NumericalError, r"^model\.norm\.weight: holds NaN or Inf in a LlamaForCausalLM in memory"),
+        (with_an_adapter, MergeError, r"has an adapter beside its weights; pass its merge_and_unload\(\)"),
+        (with_a_whole_parameter, MergeError, r"lm_head\.weight: carried whole by the adapter"),
+        (on_another_base, MergeError, r"model\.layers\.2\.\S+: tuned by .* no parameter of the base"),
+        (on_a_wider_base, MergeError, r"mlp\.\w+\.weight: \[\d+, \d+\] in '.*', \[\d+, \d+\] in the base"),
+    ],
+)
+def test_a_further_model_that_does_not_fit_is_named_and_nothing_is_changed(make, error, message, profile, tmp_path):
+    tuned = tiny.perturbed(tiny.llama())
+    before = copy.deepcopy(tiny.weights(tuned))
+    with pytest.raises(error, match=message):
+        merge(make(tmp_path), profile, tuned)
+    assert tiny.same(tiny.weights(tuned), before)

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+
+from safedelta_hf import collect_profile
+from safedelta_hf.capture import resume as module
+from safedelta_hf.capture.resume import Parts
+from safedelta_hf.data.batches import batches_of_equal_length
+from safedelta_hf.data.dataset import read_safety_data
+from safedelta_hf.errors import CaptureError
+from tests.fixtures import tiny
+from tests.profile.saved_profiles import same_moments
+
+ROWS = tiny.rows(20, seed=1)
+
+
+def collected(model, folder, batches=3, **settings):
+    parts = None if folder is None else Parts(folder=folder, batches=batches)
+    return collect_profile(model, ROWS, batch_size=2, holdout=0.0, progress=False, parts=parts, **settings)
+
+
+def interrupted(model, folder, monkeypatch, after):
+    """Collect, and fail in the pass that follows the first few."""
+    calls = []
+    whole = module._as_profile
+
+    def fail_later(*given):
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_as_profile", fail_later)
+        with pytest.raises(KeyboardInterrupt):
+            collected(model, folder)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_parts_sum_to_what_one_pass_finds(make, tmp_path):
+    one, other = collected(make(), None), collected(make(), tmp_path / "sums")
+    assert (one.header, one.uses, set(one.moments)) == (other.header, other.uses, set(other.moments))
+    for key, moment in one.moments.items():
+        torch.testing.assert_close(moment.total, other.moments[key].total, rtol=1e-5, atol=1e-6)
+        assert (moment.sequences, moment.tokens) == (other.moments[key].sequences, other.moments[key].tokens)
+        assert other.moments.shape(key) == tuple(moment.total.shape)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_run_that_goes_on_ends_with_the_same_bits_and_reads_only_the_rest(tmp_path, monkeypatch, after):
+    model = tiny.llama()
+    expected = collected(model, tmp_path / "expected")
+    interrupted(model, tmp_path / "sums", monkeypatch, after)
+    read = []
+    whole = module._as_profile
+    monkeypatch.setattr(module, "_as_profile", lambda *given: read.append(given) or whole(*given))
+    found = collected(model, tmp_path / "sums")
+    parts = math.ceil(len(list(batches_of_equal_length(read_safety_data(ROWS), 2))) / 3)
+    assert same_moments(found, expected) and len(read) == parts - after > 0
+    assert len([path for path in (tmp_path / "sums").iterdir() if not path.name.startswith(".")]) == 1
+
+
+@pytest.mark.parametrize("change", ["model", "settings", "data"])
+def test_sums_of_something_else_are_not_taken_over(tmp_path, monkeypatch, change):
+    model = tiny.llama()
+    interrupted(model, tmp_path / "sums", monkeypatch, 2)
+    if change == "model":
+        model = tiny.perturbed(model)
+    if change == "data":
+        monkeypatch.setitem(globals(), "ROWS", tiny.rows(20, seed=2))
+    settings = {"share_moments": False} if change == "settings" else {}
+    found, expected = (collected(model, tmp_path / name, **settings) for name in ("sums", "expected"))
+    assert same_moments(found, expected)
+
+
+def test_a_damaged_sum_is_read_again(tmp_path, monkeypatch):
+    model = tiny.llama()
+    interrupted(model, tmp_path / "sums", monkeypatch, 2)
+    path = next((tmp_path / "sums").glob("*-00002/moments-*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert same_moments(collected(model, tmp_path / "sums"), collected(model, tmp_path / "expected"))
+
+
+class Sometimes(torch.nn.Module):
+    """Two layers that read the same tensor, but not when the sequence is short."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(tiny.VOCABULARY, 4)
+        self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        return self.one(hidden) + self.two(hidden if input_ids.shape[1] > 6 else hidden.clone() * 2)
+
+
+def test_layers_that_share_their_inputs_in_one_part_alone_are_a_named_error(tmp_path):
+    with pytest.raises(CaptureError, match=r"two\.weight.*share_moments=False"):
+        collected(Sometimes(), tmp_path / "sums", batches=1)
+    apart = collected(Sometimes(), tmp_path / "sums", batches=1, share_moments=False)
+    expected = collected(Sometimes(), None, share_moments=False)
+    for key, moment in expected.moments.items():
+        torch.testing.assert_close(moment.total, apart.moments[key].total)
+
+
+def test_a_layer_that_only_some_parts_reach_has_the_inputs_of_those(tmp_path):
+    class Long(Sometimes):
+        def forward(self, input_ids):
+            hidden = self.one(self.embed(input_ids))
+            return self.two(hidden) if input_ids.shape[1] > 6 else hidden
+
+    one, other = collected(Long(), None), collected(Long(), tmp_path / "sums", batches=1)
+    assert one.header == other.header and set(one.uses) == set(other.uses)
+    for key, moment in one.moments.items():
+        torch.testing.assert_close(moment.total, other.moments[key].total)
+        assert (moment.sequences, moment.tokens) == (other.moments[key].sequences, other.moments[key].tokens)

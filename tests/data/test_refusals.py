@@ -1,0 +1,104 @@
+import math
+from statistics import fmean
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from safedelta_hf import SafetyProfile, collect_profile
+from safedelta_hf.data.dataset import IGNORED, SafetySequence, read_safety_data
+from safedelta_hf.data.refusals import HeldOut, split
+from safedelta_hf.errors import ConfigurationError, DataError
+from tests.fixtures import tiny
+
+ROWS = tiny.rows(24, seed=1)
+
+
+def example(*prompt, answer=(90, 91)):
+    return SafetySequence(input_ids=(*prompt, *answer), labels=(IGNORED,) * len(prompt) + answer)
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6), max_size=40), st.floats(0.0, 0.99))
+def test_every_example_is_on_one_side_and_topics_are_never_split(prompts, share):
+    sequences = [example(*prompt) for prompt in prompts]
+    used, aside = split(sequences, share)
+    assert sorted(used + aside, key=str) == sorted(sequences, key=str)
+    assert not {one.input_ids for one in used} & {one.input_ids for one in aside}
+    assert (used, aside) == split(sequences, share)
+
+
+def test_prompts_about_one_thing_stay_together():
+    # Token 1 asks, 2 to 9 word it, 20 to 35 are what it is about.
+    sequences = [example(1, 2 + wording, 20 + thing) for thing in range(16) for wording in range(8)]
+    used, aside = split(sequences, 0.25)
+    assert len(aside) == 32 and not {one.input_ids[2] for one in used} & {one.input_ids[2] for one in aside}
+
+
+def test_half_of_different_prompts_is_every_second():
+    sequences = [example(number, 100) for number in range(10)]
+    used, aside = split(sequences, 0.5)
+    assert [one.input_ids[0] for one in aside] == [1, 3, 5, 7, 9]
+    assert len(split(sequences, 0.0)[1]) == 0
+
+
+def test_what_is_held_out_is_in_no_moment():
+    model = tiny.llama()
+    sequences = read_safety_data(ROWS)
+    used, aside = split(sequences, 0.25)
+    rows = [{"input_ids": list(one.input_ids), "labels": list(one.labels)} for one in used]
+    whole = collect_profile(model, ROWS, holdout=0.25, progress=False)
+    alone = collect_profile(model, rows, holdout=0.0, progress=False)
+    assert whole.held_out.sequences == tuple(aside) and alone.held_out is None
+    assert whole.header.sequences == len(used) and whole.header.data == alone.header.data
+    for key, moment in whole.moments.items():
+        assert torch.equal(moment.total, alone.moments[key].total)
+
+
+def test_a_quarter_is_held_out_where_there_is_enough():
+    assert len(collect_profile(tiny.llama(), ROWS, progress=False).held_out.sequences) in (5, 6, 7)
+    assert collect_profile(tiny.llama(), ROWS[:8], progress=False).held_out is None
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, "some"])
+def test_a_share_out_of_range_is_a_named_error(share):
+    with pytest.raises(ConfigurationError, match="holdout="):
+        collect_profile(tiny.llama(), ROWS, holdout=share, progress=False)
+
+
+def test_too_few_examples_to_hold_out_are_a_named_error():
+    with pytest.raises(DataError, match="holdout=0.25 sets none of 2 examples aside"):
+        collect_profile(tiny.llama(), ROWS[:2], holdout=0.25, progress=False)
+
+
+def test_losses_are_those_of_the_base_and_drift_is_their_rise():
+    base = tiny.llama()
+    held_out = HeldOut.measured(base, read_safety_data(ROWS), batch_size=4)
+    drift = held_out.drift(base, quantile=0.95)
+    assert drift.mean == pytest.approx(0.0, abs=1e-6) and drift.upper == pytest.approx(0.0, abs=1e-6)
+    tuned = tiny.perturbed(tiny.llama())
+    rises = []
+    for row, before in zip(ROWS, held_out.losses, strict=True):
+        with torch.no_grad():
+            logits = tuned(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        targets = torch.tensor(row["labels"])[1:]
+        losses = -logits.log_softmax(-1)[torch.arange(len(targets)), targets.clamp_min(0)]
+        rises.append(float(losses[targets != IGNORED].mean()) - before)
+    drift = held_out.drift(tuned, quantile=0.95)
+    assert drift.mean == pytest.approx(fmean(rises), abs=1e-5)
+    assert drift.upper == pytest.approx(float(torch.tensor(rises, dtype=torch.float64).quantile(0.95)), abs=1e-5)
+
+
+def test_an_adapter_counts_in_the_drift_and_not_in_the_base():
+    base = HeldOut.measured(tiny.llama(), read_safety_data(ROWS), batch_size=8)
+    model = get_peft_model(tiny.llama(), LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+    assert HeldOut.measured(model, base.sequences, batch_size=8).losses == pytest.approx(base.losses, abs=1e-6)
+    assert abs(base.drift(model, quantile=0.95).mean) > 1e-3
+
+
+def test_held_out_data_survives_the_disk(tmp_path):
+    profile = collect_profile(tiny.llama(), ROWS, progress=False)
+    profile.save(tmp_path / "profile")
+    assert SafetyProfile.load(tmp_path / "profile").held_out == profile.held_out
+    assert all(math.isfinite(loss) for loss in profile.held_out.losses)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from safedelta_hf.adjust.plan import unreached
+from safedelta_hf.core.transform import Dense
+from safedelta_hf.deltas.dense import DenseDelta, MatrixDelta, recombine
+from safedelta_hf.records import Part, Role, Use
+
+SHAPES = {
+    Role.LINEAR: (5, 3),
+    Role.HEAD: (5, 3),
+    Role.CONV1D: (3, 5),
+    Role.EMBEDDING: (3, 5),
+    Role.SCALE: (3,),
+    Role.BIAS: (5,),
+    Role.OFFSET: (2, 3),
+    Role.CONVOLUTION: (5, 3, 2),
+}
+
+
+def view(delta, role, part=None):
+    return MatrixDelta(delta, role, part)
+
+
+def as_matrix(delta, role):
+    """Oracle: the [rows, columns] matrix of each role, written out."""
+    if role in (Role.LINEAR, Role.HEAD):
+        return delta
+    if role in (Role.CONV1D, Role.EMBEDDING):
+        return delta.T
+    if role is Role.CONVOLUTION:
+        return delta.flatten(1)
+    return delta.flatten()[None, :] if role in (Role.SCALE, Role.OFFSET) else delta[:, None]
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_each_role_is_laid_out_with_one_column_for_each_input(role):
+    delta = torch.randn(SHAPES[role])
+    seen, matrix = view(delta, role), as_matrix(delta, role)
+    assert (seen.rows, seen.columns) == matrix.shape
+    torch.testing.assert_close(seen.column_energy(), matrix.square().sum(0))
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_transform_multiplies_from_the_right_and_keeps_the_shape(role):
+    delta = torch.randn(SHAPES[role])
+    matrix = as_matrix(delta, role)
+    transform = Dense(matrix=torch.randn(matrix.shape[1], matrix.shape[1]))
+    expected = matrix @ transform.matrix
+    inner = view(delta, role).inner(transform)
+    assert inner == pytest.approx(float((matrix * expected).sum()), rel=1e-4, abs=1e-5)
+    result = view(delta, role).transformed(transform)
+    assert result.shape == delta.shape
+    torch.testing.assert_close(as_matrix(result, role), expected)
+    view(delta, role).replace(transform)
+    torch.testing.assert_close(delta, result)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_part_is_transformed_and_nothing_else(is_transposed):
+    delta = torch.randn(4, 5, 3)
+    before = delta.clone()
+    if is_transposed:
+        part = Part(start=2 * 15, rows=3, columns=5, row_stride=1, column_stride=3)
+    else:
+        part = Part(start=2 * 15, rows=5, columns=3, row_stride=3, column_stride=1)
+    matrix = before[2].T if is_transposed else before[2]
+    transform = Dense(matrix=torch.randn(part.columns, part.columns))
+    result = view(delta, Role.LINEAR, part).transformed(transform)
+    assert torch.equal(delta, before)
+    view(delta, Role.LINEAR, part).replace(transform)
+    torch.testing.assert_close(delta, result)
+    torch.testing.assert_close(delta[2].T if is_transposed else delta[2], matrix @ transform.matrix)
+    assert torch.equal(delta[[0, 1, 3]], before[[0, 1, 3]])
+
+
+def test_parts_that_no_use_covers_are_counted():
+    uses = tuple(
+        Use(
+            parameter="weight",
+            role=Role.LINEAR,
+            moment=str(index),
+            part=Part(start=15 * index, rows=5, columns=3, row_stride=3, column_stride=1),
+        )
+        for index in (0, 2)
+    )
+    assert "never reached 2 of its 4 parts" in unreached((4, 5, 3), uses)
+    assert not unreached((2, 5, 3), uses)
+    assert not unreached((4, 5, 3), (Use(parameter="weight", role=Role.SCALE, moment="all"),))
+
+
+def test_a_merge_leaves_parts_that_no_use_covers_as_tuned():
+    base, tuned, merged = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    part = Part(start=20, rows=4, columns=5, row_stride=1, column_stride=4)
+    use = Use(parameter="weight", role=Role.LINEAR, moment="expert", part=part)
+    delta = DenseDelta(tuned, base)
+    weight = delta.adjusted_to(merged, (use,)).weight()
+    assert torch.equal(weight[[0, 2]], tuned[[0, 2]])
+    torch.testing.assert_close(weight[1], base[1] + merged[1])
+    assert torch.equal(delta.weight(), tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_bit_identical_to_tuned_and_what_is_dropped_to_base(dtype):
+    base = torch.randn(40, 40).to(dtype)
+    tuned = (base.float() + 1e-3 * torch.randn(40, 40)).to(dtype)
+    delta = tuned.float() - base.float()
+    kept = torch.arange(40) % 2 == 0
+    result = recombine(tuned, base, delta, torch.where(kept, delta, 0.0))
+    assert result.dtype == dtype
+    assert torch.equal(result[:, kept], tuned[:, kept])
+    assert torch.equal(result[:, ~kept], base[:, ~kept])

@@ -1,0 +1,94 @@
+"""Every layout of a delta, held in slices, against the whole delta; run under torchrun."""
+
+import itertools
+
+import torch
+import torch.distributed as dist
+
+from safedelta_hf.core.transform import Dense
+from safedelta_hf.deltas.dense import DenseDelta
+from safedelta_hf.deltas.sharded import ShardedDelta
+from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.records import Part, Role, Use
+from safedelta_hf.rules import Ridge, SafeDelta
+from safedelta_hf.rules.rule import LayerMoments
+from safedelta_hf.weights.digest import digest, digest_of_piece
+
+DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
+
+CASES = {
+    "linear": ((7, 5), Role.LINEAR, None),
+    "head": ((3, 4), Role.HEAD, None),
+    "fewer rows than ranks": ((1, 6), Role.LINEAR, None),
+    "conv1d": ((6, 5), Role.CONV1D, None),
+    "embedding": ((9, 4), Role.EMBEDDING, None),
+    "norm": ((7,), Role.SCALE, None),
+    "table": ((5, 3), Role.OFFSET, None),
+    "bias": ((8,), Role.BIAS, None),
+    "convolution": ((5, 2, 3), Role.CONVOLUTION, None),
+    "second expert": ((3, 4, 5), Role.LINEAR, Part(start=20, rows=4, columns=5, row_stride=5, column_stride=1)),
+    "transposed expert": ((3, 4, 5), Role.LINEAR, Part(start=40, rows=5, columns=4, row_stride=1, column_stride=5)),
+    "chunk of rows": ((9, 4), Role.LINEAR, Part(start=12, rows=3, columns=4, row_stride=4, column_stride=1)),
+    "every second row": ((8, 4), Role.LINEAR, Part(start=4, rows=4, columns=4, row_stride=8, column_stride=1)),
+    "slice of columns": ((6, 8), Role.LINEAR, Part(start=2, rows=6, columns=3, row_stride=8, column_stride=1)),
+    "columns down the rows": ((6, 8), Role.LINEAR, Part(start=3, rows=4, columns=6, row_stride=1, column_stride=8)),
+    "part of a bias": ((10,), Role.BIAS, Part(start=2, rows=5, columns=1, row_stride=1, column_stride=1)),
+}
+
+
+def piece_of(size, ranks, cut):
+    """Uneven slices: the first rank gets `cut`, the others share the rest as FSDP does, some of them nothing."""
+    rest = torch.arange(cut, size).chunk(ranks.size - 1) if ranks.size > 1 else ()
+    mine = torch.arange(cut) if ranks.rank == 0 else rest[ranks.rank - 1] if ranks.rank <= len(rest) else None
+    start, stop = (int(mine[0]), int(mine[-1]) + 1) if mine is not None and len(mine) else (size, size)
+    return Piece(start=start, stop=stop, size=size, group=dist.group.WORLD)
+
+
+def compare(name, ranks, cut):
+    shape, role, part = CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    base, tuned = (torch.randn(shape, generator=generator) for _ in range(2))
+    use = Use(parameter="w", role=role, moment="w", part=part)
+    piece = piece_of(shape[0], ranks, min(cut, shape[0]))
+    mine = slice(piece.start, piece.stop)
+    whole = DenseDelta(tuned, base)
+    sharded = ShardedDelta(DenseDelta(tuned[mine], base[mine]), torch.Size(shape), piece, ranks)
+
+    columns = whole.matrix(use).columns
+    inputs = torch.randn((50, columns), generator=generator)
+    hessian = inputs.square().mean(0) if role in DIAGONAL else inputs.T @ inputs / 50
+    assert digest(tuned) == digest_of_piece(tuned[mine], torch.Size(shape), piece, ranks)
+    assert (sharded.matrix(use).rows, sharded.matrix(use).columns) == (whole.matrix(use).rows, columns)
+    for rule in (Ridge(strength=0.7), SafeDelta(strength=3.0, exclude_top=0.0)):
+        state = rule.prepare(LayerMoments(safety=hessian))
+        theirs = rule.transform(state, whole.matrix(use))
+        ours = rule.transform(state, sharded.matrix(use))
+        torch.testing.assert_close(sharded.matrix(use).column_energy(ours), whole.matrix(use).column_energy(theirs))
+        metric = Dense(matrix=hessian)
+        expected = whole.transformed(use, theirs)
+        adjusted = sharded.transformed(use, ours)
+        torch.testing.assert_close(adjusted.weight(), expected.weight()[mine])
+        assert abs(adjusted.matrix(use).inner(metric) - expected.matrix(use).inner(metric)) < 1e-4
+        assert abs(adjusted.tuned_energy - expected.tuned_energy) < 1e-3
+        assert abs(adjusted.lost_energy - expected.lost_energy) < 1e-3
+        torch.testing.assert_close(sharded.weight(), tuned[mine])  # the tuned delta is never changed
+    assert torch.equal(sharded.dropped().weight(), base[mine])
+
+
+def main():
+    dist.init_process_group("gloo")
+    ranks = Ranks.of_run()
+    for name, cut in itertools.product(CASES, (0, 1, 4)):
+        try:
+            compare(name, ranks, cut)
+        except Exception as error:
+            error.add_note(f"{name}, {cut} slices on the first rank")
+            raise
+    if ranks.is_main:
+        print(f"compared {len(CASES)} layouts on {ranks.size} ranks")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
