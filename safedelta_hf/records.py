@@ -29,17 +29,6 @@ class Role(StrEnum):
     """A linear map of patches, stored [out, in, positions...]; full curvature over the patch."""
 
 
-class Storage(StrEnum):
-    """What a delta is stored in decides which rules can change it."""
-
-    DENSE = "dense"
-    """Base and fine-tuned weight are at hand, whole, and any delta can be written."""
-    SHARDED = "sharded"
-    """Each process has some slices of both weights along their first dimension."""
-    ADAPTER = "adapter"
-    """Factors, an offset or some rows, held apart from the base weight; only deltas of that form can be written."""
-
-
 class Action(StrEnum):
     """What happens to a parameter."""
 

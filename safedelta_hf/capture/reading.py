@@ -13,13 +13,11 @@ from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.reduction import Reduction, findings_of_all
 from safedelta_hf.capture.uses import Findings, UseOf
-from safedelta_hf.capture.watched_model import Subject, computed_weights, packed_products
+from safedelta_hf.capture.watched_model import WatchedModel, computed_weights, packed_products
 from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.refusals import HeldOut
-from safedelta_hf.distributed.model import Holding
-from safedelta_hf.distributed.open_model import holding_of
-from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError
 from safedelta_hf.modules.evaluating import undisturbed, without_adapters
 from safedelta_hf.modules.names import class_name
@@ -67,7 +65,7 @@ class Capture:
 
 
 def capture_moments(
-    model: nn.Module,
+    model: ShardedModel,
     sequences: Sequence[SafetySequence],
     *,
     storage: MomentStorage,
@@ -76,8 +74,6 @@ def capture_moments(
     purpose: str = "safety data",
     targets: Targets | None = None,
     progress: bool = True,
-    ranks: Ranks | None = None,
-    holding: Holding | None = None,
 ) -> Capture:
     """Read the safety data once and sum the moments of every layer.
 
@@ -88,7 +84,7 @@ def capture_moments(
     is summed up on one of them.
 
     Args:
-        model: The base model, on any device; where forward passes are collective, as it is called in training.
+        model: The base model, on any device; its ranks share the work.
         sequences: Tokenised safety data.
         storage: Where the moments are held while they are summed.
         batch_size: Sequences per forward pass, at most.
@@ -96,8 +92,6 @@ def capture_moments(
         purpose: What errors and the progress bar call the data.
         targets: Which linear weights are read; all of them if None.
         progress: Whether to show a progress bar, on the main rank.
-        ranks: The ranks that share the work; None for those of the run.
-        holding: How they hold the model's parameters; None to find out.
 
     Returns:
         The moments, and what could not be covered.
@@ -108,20 +102,19 @@ def capture_moments(
             computed from parameters.
         RankError: Another rank failed.
     """  # noqa: DOC502 - raised by the functions called
-    ranks = ranks or Ranks.of_run()
+    ranks = model.ranks
     with ranks.together():
-        holding = holding or holding_of(model)
-        subject = Subject.of(model, holding, targets or Targets())
-        require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
-        share = share_of(sequences, batch_size, ranks, collective=holding.collective)
-        reading = _Reading(subject, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
+        watched = WatchedModel.of(model, targets or Targets())
+        require_fit(watched.module, [sequence.input_ids for sequence in sequences], purpose)
+        share = share_of(sequences, batch_size, model)
+        reading = _Reading(watched, share, f"Reading {purpose}" if progress and ranks.is_main else None)
         read = reading.read(storage, share_moments=share_moments)
         if read.findings.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
             read.sums.clear()
             storage = storage.anew()
             read = reading.read(storage, share_moments=False)
-        return _put_together(read, subject, ranks, len(sequences))
+        return _put_together(read, watched, len(sequences))
 
 
 @dataclass(frozen=True)
@@ -144,70 +137,68 @@ class _Reading:
     """Lets a model read this rank's share of the data.
 
     Attributes:
-        subject: The model.
+        watched: The model.
         share: The data.
-        ranks: The ranks that read.
         title: What the progress bar says; None for none.
     """
 
-    subject: Subject
+    watched: WatchedModel
     share: Share
-    ranks: Ranks
     title: str | None
 
     def read(self, storage: MomentStorage, *, share_moments: bool) -> _Read:
-        subject = self.subject
+        watched = self.watched
         collector = MomentCollector(
-            subject.matrices,
+            watched.matrices,
             storage,
-            head=subject.head,
-            chosen=subject.chosen,
+            head=watched.head,
+            chosen=watched.chosen,
             share=share_moments,
         )
-        observer = Observer(collector, subject.matrices)
-        computed = subject.weights.followed.values()
+        observer = Observer(collector, watched.matrices)
+        computed = watched.weights.followed.values()
         with (
-            without_adapters(subject.model),
-            undisturbed(subject.model),
-            every_product_visible(subject.model),
-            subject.holding.shown_to(observer),
-            packed_products(subject.model, observer),
+            without_adapters(watched.module),
+            undisturbed(watched.module),
+            every_product_visible(watched.module),
+            watched.model.tracked_by(observer),
+            packed_products(watched.module, observer),
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        findings = findings_of_all(collector.findings(observer.unread), self.ranks)
+        findings = findings_of_all(collector.findings(observer.unread), watched.model.ranks)
         return _Read(findings, collector.take(), storage)
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
-        model, collective = self.subject.model, self.subject.holding.collective
-        self.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
+        module, model = self.watched.module, self.watched.model
+        model.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         for batch, counts in tqdm(self.share, desc=self.title, unit="batch", disable=self.title is None):
-            with forward_guard(self.ranks, self.subject.holding):
-                arguments = arguments_of(model, batch)
+            with forward_guard(model):
+                arguments = arguments_of(module, batch)
                 given = [value for value in arguments.values() if isinstance(value, Tensor)]
                 observer.start_batch(len(batch), len(batch[0].input_ids), given)
                 with observer if counts else nullcontext():
-                    model(**arguments)
-            if collector.shared is not None and collector.shared.is_void and not collective:
+                    module(**arguments)
+            if collector.shared is not None and collector.shared.is_void and not model.collective:
                 return
 
 
-def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -> Capture:
+def _put_together(read: _Read, watched: WatchedModel, sequences: int) -> Capture:
     findings = read.findings
     if findings.unshared:
         raise CaptureError(f"{findings.unshared}; pass share_moments=False")
-    uses = findings.uses(tuple(subject.matrices), subject.chosen)
-    untargeted = findings.untargeted(subject.chosen)
-    _require_products(subject.model, uses, untargeted, subject.targets)
-    device = input_device(subject.model)
-    reduction = Reduction(ranks=ranks, storage=read.storage, device=device, sequences=sequences)
-    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
+    uses = findings.uses(tuple(watched.matrices), watched.chosen)
+    untargeted = findings.untargeted(watched.chosen)
+    _require_products(watched.module, uses, untargeted, watched.targets)
+    device = input_device(watched.module)
+    reduction = Reduction(ranks=watched.model.ranks, storage=read.storage, device=device, sequences=sequences)
+    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({watched.targets.names!r})")
     used = {use.parameter for use in uses}
     return Capture(
         uses=tuple(uses),
         moments=reduction.moments(read.sums, findings, frozenset(use.moment for use in uses)),
-        skipped=subject.reasons(used, {**findings.unread, **unchosen}),
-        parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
+        skipped=watched.reasons(used, {**findings.unread, **unchosen}),
+        parametrised={name: own.originals for name, own in watched.weights.followed.items() if name in used},
         storage=read.storage,
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.deltas.dense import DeltaMatrix, DenseDelta, MatrixDelta
-from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.records import Part, Role, Use
 
@@ -23,12 +23,12 @@ class ShardedDelta:
     Args:
         own: The delta of this process's slices.
         shape: Shape of the whole parameter.
-        piece: Where the slices lie in it.
+        shard: Where the slices lie in it.
         ranks: The processes of the run; all of them go through the same deltas in the same order.
     """
 
-    def __init__(self, own: DenseDelta, shape: torch.Size, piece: Piece, ranks: Ranks) -> None:
-        self._own, self._shape, self._piece, self._ranks = own, shape, piece, ranks
+    def __init__(self, own: DenseDelta, shape: torch.Size, shard: Shard, ranks: Ranks) -> None:
+        self._own, self._shape, self._shard, self._ranks = own, shape, shard, ranks
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +54,7 @@ class ShardedDelta:
         Returns:
             Its statistics over all ranks.
         """
-        share = _share(use, self._shape, self._piece)
+        share = _share(use, self._shape, self._shard)
         if share is None:
             return MatrixDelta(self._assembled(), use.role, use.part)
         return ShardedMatrix(share.of(self._own.values), share, self._sum)
@@ -69,10 +69,10 @@ class ShardedDelta:
         Returns:
             A delta of the same weights.
         """
-        share = _share(use, self._shape, self._piece)
+        share = _share(use, self._shape, self._shard)
         if share is None:
             whole = MatrixDelta(self._assembled(), use.role, use.part).transformed(transform)
-            return self._with(whole[self._piece.start : self._piece.stop].clone())
+            return self._with(whole[self._shard.start : self._shard.stop].clone())
         values = self._own.values.clone(memory_format=torch.contiguous_format)
         matrix = share.of(values)
         matrix.copy_(share.through(transform, matrix))
@@ -84,7 +84,7 @@ class ShardedDelta:
         Returns:
             A new delta of the same weights.
         """
-        return ShardedDelta(self._own.dropped(), self._shape, self._piece, self._ranks)
+        return ShardedDelta(self._own.dropped(), self._shape, self._shard, self._ranks)
 
     def weight(self) -> Tensor:
         """The slices of the weight that carries what is kept.
@@ -95,14 +95,14 @@ class ShardedDelta:
         return self._own.weight()
 
     def _with(self, values: Tensor) -> "ShardedDelta":
-        return ShardedDelta(self._own.keeping(values), self._shape, self._piece, self._ranks)
+        return ShardedDelta(self._own.keeping(values), self._shape, self._shard, self._ranks)
 
     def _assembled(self) -> Tensor:
-        assert self._piece.group is not None, "a whole parameter has a dense delta"
-        return self._ranks.assembled(self._own.values, self._piece.start, self._piece.size, self._piece.group)
+        assert self._shard.group is not None, "a whole parameter has a dense delta"
+        return self._ranks.assembled(self._own.values, self._shard.start, self._shard.size, self._shard.group)
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        return self._ranks.sum_(tensor, self._piece.group)
+        return self._ranks.sum_(tensor, self._shard.group)
 
     def _summed(self, value: float) -> float:
         return float(self._sum(torch.tensor([value], dtype=torch.float64, device=self.device)))
@@ -187,28 +187,28 @@ class _Share:
         return own * transform(torch.ones((1, self.columns), device=own.device))[:, self.own_columns]
 
 
-def _share(use: Use, shape: torch.Size, piece: Piece) -> _Share | None:
+def _share(use: Use, shape: torch.Size, shard: Shard) -> _Share | None:
     """What slices of a parameter are of one of its uses.
 
     Args:
         use: The use.
         shape: Shape of the whole parameter.
-        piece: The slices.
+        shard: The slices.
 
     Returns:
         The share, or None if the columns of its rows lie in several slices and mix.
     """
     size = math.prod(shape[1:])
     if use.part is not None:
-        return _share_of_part(use.part, size, piece)
-    entries = size * piece.size
+        return _share_of_part(use.part, size, shard)
+    entries = size * shard.size
     if use.role is Role.CONV1D:
         return None
     if use.role is Role.EMBEDDING:
-        own = slice(piece.start, piece.stop)
-        return _Share(rows=size, columns=piece.size, own_columns=own, of=lambda slices: slices.view(-1, size).T)
+        own = slice(shard.start, shard.stop)
+        return _Share(rows=size, columns=shard.size, own_columns=own, of=lambda slices: slices.view(-1, size).T)
     if use.role in (Role.SCALE, Role.OFFSET):
-        own = slice(piece.start * size, piece.stop * size)
+        own = slice(shard.start * size, shard.stop * size)
         return _Share(rows=1, columns=entries, own_columns=own, of=lambda slices: slices.view(1, -1))
     columns = 1 if use.role is Role.BIAS else size
     return _Share(
@@ -219,13 +219,13 @@ def _share(use: Use, shape: torch.Size, piece: Piece) -> _Share | None:
     )
 
 
-def _share_of_part(part: Part, size: int, piece: Piece) -> _Share | None:
+def _share_of_part(part: Part, size: int, shard: Shard) -> _Share | None:
     starts = part.start + part.row_stride * torch.arange(part.rows)
     slices = starts // size
     if not torch.equal(slices, (starts + part.column_stride * (part.columns - 1)) // size):
         return None
-    own = ((slices >= piece.start) & (slices < piece.stop)).nonzero().flatten()
-    first = int(starts[own[0]]) - piece.start * size if len(own) else 0
+    own = ((slices >= shard.start) & (slices < shard.stop)).nonzero().flatten()
+    first = int(starts[own[0]]) - shard.start * size if len(own) else 0
     layout = (len(own), part.columns), (part.row_stride, part.column_stride)
     return _Share(
         rows=part.rows,

@@ -11,9 +11,7 @@ from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
 
 from safedelta_hf.data.dataset import ProcessingClass
-from safedelta_hf.deltas.gathered import gathered_state
-from safedelta_hf.distributed.model import WholeParameters
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import is_shared
 from safedelta_hf.errors import ConfigurationError, RestoreError, SafeDeltaError
 from safedelta_hf.folders import complete_or_absent
@@ -69,12 +67,12 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
         folder: A folder that does not exist, or is empty, or that this run saved before it was resumed.
         state: Of the Trainer, which names the run.
     """
-    held = HeldModel.of(model)
-    with held.ranks.together():
+    opened = open_model(model)
+    with opened.ranks.together():
         weights = None
-        if type(held.holding) is not WholeParameters:
-            weights = gathered_state(held, but=held.names if _carries_adapters_alone(model) else ())
-        if held.ranks.is_main:
+        if not opened.is_local:
+            weights = opened.state(but=opened.names if _carries_adapters_alone(model) else ())
+        if opened.ranks.is_main:
             with complete_or_absent(folder, replacing=_is_of_run(folder, state)) as unfinished:
                 _save(unwrapped_shards(model), weights, processing_class, unfinished)
                 (unfinished / RUN_FILE).write_bytes(_entry(name_of_run(state)))

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.records import Storage
 from safedelta_hf.rules.rule import AutoStrength, LayerMoments, Rule, number
 
 
@@ -97,7 +96,7 @@ class MergeRule(Rule):
     mildest: ClassVar[float] = 0.0
     prepares_for_any_strength: ClassVar[bool] = True
     reads_moments: ClassVar[bool] = False
-    storage: ClassVar[frozenset[Storage]] = frozenset({Storage.DENSE})
+    needs_dense: ClassVar[bool] = True
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.records import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +139,8 @@ class Rule(ABC):
     """Whether what it keeps depends on the safety data's moments at all."""
     prepares_for_any_strength: ClassVar[bool] = False
     """Whether what `prepare` returns holds for every strength."""
-    storage: ClassVar[frozenset[Storage]] = frozenset(Storage)
-    """Kinds of storage whose deltas it can adjust."""
+    needs_dense: ClassVar[bool] = False
+    """Whether it needs base and fine-tuned weight whole, and may give a delta of any rank."""
 
     def __post_init__(self) -> None:
         if self.strength == "auto":

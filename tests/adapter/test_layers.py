@@ -13,11 +13,12 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.profile.moments import HeldMoments
 from safedelta_hf.records import Part, ProfileHeader, Role, Use
 from safedelta_hf.rules import LayerMoments
-from safedelta_hf.weights.digest import data_types, fingerprint
+from safedelta_hf.weights.digest import fingerprint
 from tests.fixtures import adapters, tiny
 
 RULE = SafeDelta(strength=3000.0)
@@ -31,8 +32,8 @@ def moment(size, seed):
 def profile_by_hand(model, uses):
     header = ProfileHeader(
         architecture=type(model).__name__,
-        base=fingerprint(model),
-        dtypes=data_types(model),
+        base=fingerprint(open_model(model)),
+        dtypes=open_model(model).data_types,
         tokenizer=None,
         data="",
         sequences=8,

@@ -12,12 +12,12 @@ def test_a_weight_that_is_fetched_again_is_followed_once():
     origins, memory = Origins(), torch.zeros(12)
     weight = nn.Parameter(memory.view(3, 4))
     for _ in range(5):
-        origins.follow(weight, "w")
+        origins.track(weight, "w")
         origins.forget_the_dead()
     assert origins.of(weight.T).shape == (4, 3)
     assert sum(map(len, origins._layouts.values())) == 1
     for _ in range(5):
-        origins.follow(nn.Parameter(torch.zeros(3, 4)), "w")
+        origins.track(nn.Parameter(torch.zeros(3, 4)), "w")
         gc.collect()
         origins.forget_the_dead()
     assert sum(map(len, origins._layouts.values())) == 1
@@ -27,13 +27,13 @@ def test_a_weight_that_is_fetched_again_is_followed_once():
 def test_memory_that_is_handed_to_another_weight_is_that_weight():
     origins, memory = Origins(), torch.zeros(12)
     one, other = nn.Parameter(memory[:6].view(2, 3)), nn.Parameter(memory[6:].view(2, 3))
-    origins.follow(one, "one")
-    origins.follow(other, "other")
+    origins.track(one, "one")
+    origins.track(other, "other")
     assert (origins.name_of(one), origins.name_of(other[1])) == ("one", "other")
     one.data = torch.empty(0)
     another = nn.Parameter(memory[:8].view(4, 2))  # reaches into what the second one had
     other.data = torch.empty(0)
-    origins.follow(another, "another")
+    origins.track(another, "another")
     assert origins.of(another[3]).start == 6
     assert {origins.name_of(memory[place : place + 1]) for place in range(8)} == {"another"}
 
@@ -41,15 +41,15 @@ def test_memory_that_is_handed_to_another_weight_is_that_weight():
 def test_of_two_weights_in_the_same_memory_the_first_counts():
     origins, memory = Origins(), torch.zeros(6)
     one, other = nn.Parameter(memory.view(2, 3)), nn.Parameter(memory.view(2, 3))
-    origins.follow(one, "one")
-    origins.follow(other, "other")
+    origins.track(one, "one")
+    origins.track(other, "other")
     assert origins.name_of(other) == "one"
 
 
 def test_a_weight_that_is_overwritten_in_place_stays_a_weight_and_a_copy_does_not():
     origins, weight, computed = Origins(), nn.Parameter(torch.zeros(2, 3)), torch.zeros(2, 3)
-    origins.follow(weight, "w")
-    origins.follow(computed, "computed", is_computed=True)
+    origins.track(weight, "w")
+    origins.track(computed, "computed", is_computed=True)
     copy = torch.zeros(2, 3)
     origins.derive(copy, origins.of(weight))
     assert not origins.forget(weight)

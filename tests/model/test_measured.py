@@ -17,6 +17,7 @@ from safedelta_hf import (
     adjust_model,
     collect_profile,
 )
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError, ProfileError
 from tests.fixtures import refusing, tiny
 
@@ -41,11 +42,11 @@ def adjust(model, profile, rule, task=None):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_the_found_strength_is_measured_and_is_what_a_number_would_do(profile, task, rule):
     tuned, again = refusing.fine_tuned(), refusing.fine_tuned()
-    before = profile.held_out.drift(tuned, quantile=0.95)
+    before = profile.held_out.drift(open_model(tuned), quantile=0.95)
     assert before.mean > AUTO.tolerance
     search = adjust(tuned, profile, rule, task).search
     assert search.outcome == "found" and search.examples == len(profile.held_out.sequences)
-    drift = profile.held_out.drift(tuned, quantile=AUTO.quantile)
+    drift = profile.held_out.drift(open_model(tuned), quantile=AUTO.quantile)
     trial = next(trial for trial in search.trials if trial.strength == search.strength)
     assert (trial.mean, trial.upper) == pytest.approx((drift.mean, drift.upper), abs=1e-6)
     assert max(drift.mean, drift.upper) <= AUTO.tolerance
@@ -139,7 +140,7 @@ def test_an_adapter_is_measured_as_it_runs(profile, task, rule):
     model, again = with_lora(), with_lora()
     search = adjust_adapter(model, profile=profile, task=task, rule=rule, progress=False).search
     assert search.outcome == "found"
-    drift = profile.held_out.drift(model, quantile=AUTO.quantile)
+    drift = profile.held_out.drift(open_model(model), quantile=AUTO.quantile)
     assert max(drift.mean, drift.upper) <= AUTO.tolerance
     adjust_adapter(again, profile=profile, task=task, rule=rule.at(search.strength), progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(again))
