@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
 from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.deltas.lora_layers import active_adapters
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 from safedelta_hf.model.adjust import plan_model
@@ -52,14 +52,13 @@ def trained_adapter(model: nn.Module) -> str | None:
     """
     if not getattr(model, "peft_config", None):
         return None
-    active: Any = model.active_adapters
-    names = active() if callable(active) else active
+    names = active_adapters(model)
     if len(names) != 1:
         raise ConfigurationError(
             f"SafeDeltaCallback: adjusts one adapter, and {len(names)} are active: {names}; activate the one that is "
             "trained with set_adapter(name)"
         )
-    return str(names[0])
+    return names[0]
 
 
 def output_dir(args: TrainingArguments) -> Path:

@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -116,7 +116,6 @@ def test_writing_to_disk_takes_no_memory_and_changes_no_file_of_others(kind, tmp
     assert loaders and all(not loader.state_dict for loader in loaders)
 
 
-@settings(max_examples=25)
 @given(kind=st.sampled_from(sorted(KINDS)), tied=st.booleans(), steps=st.lists(st.sampled_from(STEPS), max_size=8))
 def test_whatever_happens_in_whatever_order_the_weights_are_those_of_the_model_in_memory(kind, tied, steps):
     with tempfile.TemporaryDirectory() as folder:
