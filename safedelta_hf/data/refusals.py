@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -16,6 +16,8 @@ from safedelta_hf.distributed.model import Holding, WholeParameters
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.modules.evaluating import undisturbed, without_adapters
+from safedelta_hf.modules.precision import coarsest, precision_seen, rounding_otherwise
+from safedelta_hf.records import ReadingNoise
 
 
 def response_losses(
@@ -153,6 +155,49 @@ class HeldOut:
             losses = response_losses(model, sequences, batch_size=batch_size, ranks=ranks, holding=holding)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
+    def read_again(
+        self,
+        model: nn.Module,
+        *,
+        quantile: float,
+        batch_size: int = 8,
+        ranks: Ranks | None = None,
+        holding: Holding | None = None,
+    ) -> tuple["HeldOut", ReadingNoise]:
+        """Let the base model read the examples as a fine-tune of it is about to, and measure the noise of that.
+
+        The fine-tune runs in the module that was trained, on the machine and in the batches of now. Compared with what
+        the base finds in the same place, a difference is one of weights.
+
+        Args:
+            model: The module that the fine-tune runs in, holding the base weights.
+            quantile: Which upper quantile over examples to give.
+            batch_size: Sequences per forward pass, at most.
+            ranks: Ranks that share the work; None for this process alone.
+            holding: How they hold the model's parameters; None where each holds all of them.
+
+        Returns:
+            The examples with their likelihood now, and the noise; the same on all ranks.
+        """
+        ranks = ranks or Ranks()
+
+        def losses() -> tuple[float, ...]:
+            found = response_losses(model, self.sequences, batch_size=batch_size, ranks=ranks, holding=holding)
+            return tuple(map(fmean, found))
+
+        with precision_seen(model) as seen:
+            base = losses()
+        names = {name for part in ranks.gather(sorted(map(str, seen))) for name in part} or {"torch.float32"}
+        dtype = coarsest({getattr(torch, name.removeprefix("torch.")) for name in names})
+        with rounding_otherwise(model, dtype) as is_moved:
+            other = losses() if is_moved else None
+        noise = None if other is None else _differences(other, base).abs()
+        return replace(self, losses=base), ReadingNoise(
+            precision=str(dtype).removeprefix("torch."),
+            mean=None if noise is None else float(noise.mean()),
+            upper=None if noise is None else float(noise.quantile(quantile)),
+        )
+
     def drift(
         self,
         model: nn.Module,
@@ -175,9 +220,12 @@ class HeldOut:
             The rise of the negative log-likelihood; the same on all ranks.
         """
         losses = response_losses(model, self.sequences, batch_size=batch_size, ranks=ranks, holding=holding)
-        pairs = zip(map(fmean, losses), self.losses, strict=True)
-        rises = torch.tensor([now - before for now, before in pairs]).double()
+        rises = _differences(tuple(map(fmean, losses)), self.losses)
         return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
+
+
+def _differences(now: Sequence[float], before: Sequence[float]) -> Tensor:
+    return torch.tensor(now, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
 
 
 def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:
