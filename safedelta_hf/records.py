@@ -344,7 +344,8 @@ class StrengthSearch:
             f" {self.summary} That strength was applied all the same, and may have taken back all that the "
             "fine-tuning taught: measure the new skill before you use this model. What else can be done: "
             "callback.adjust(model, rule=<a rule with a number as its strength>) begins again from the fine-tuned "
-            "weights; AutoStrength(tolerance=...) allows more; embeddings, norms or uncovered parameters that are kept "
+            "weights (those of a whole model are kept where keep_tuned=<folder> was given); "
+            "AutoStrength(tolerance=...) allows more; embeddings, norms or uncovered parameters that are kept "
             "as tuned can carry the damage (treatment=)."
         )
         noise = self.noise

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from safedelta_hf.modules.names import base_modules, parameter_names
 from safedelta_hf.modules.quantised import is_quantised
@@ -15,9 +16,9 @@ from safedelta_hf.modules.quantised import is_quantised
 def in_own_precision(model: nn.Module) -> Iterator[None]:
     """Let a model compute in the data type of its weights: no autocast, around it or in accelerate's `forward`.
 
-    Backends that keep or gather weights in another type (FSDP's mixed precision, DeepSpeed's bf16 engine) go on doing
-    so. A model whose own weights are of several types may need the cast to run at all, and is left as it is called in
-    training.
+    DeepSpeed's engines, which hold weights in another type, and packed weights compute as ever. Where weights of
+    several types meet, be it in the model or because FSDP's mixed precision gathers them in another, the cast may be
+    needed for the model to run at all, and it is left as it is called in training.
 
     Args:
         model: The model that will be called.
@@ -25,7 +26,7 @@ def in_own_precision(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    if len(_types_of_weights(model)) > 1:
+    if len(_types_of_weights(model)) > 1 or any(map(_gathers_in_another_type, model.modules())):
         yield
         return
     casting = {module: vars(module)["forward"] for module in model.modules() if _is_cast_by_accelerate(module)}
@@ -46,6 +47,12 @@ def _types_of_weights(model: nn.Module) -> set[torch.dtype]:
         for parameter in parameter_names(model)
         if parameter.is_floating_point() and not is_quantised(parameter)
     }
+
+
+def _gathers_in_another_type(module: nn.Module) -> bool:
+    if isinstance(module, FSDPModule):
+        return module._get_fsdp_state()._mp_policy.param_dtype is not None
+    return isinstance(module, FullyShardedDataParallel) and module.mixed_precision.param_dtype is not None
 
 
 def _is_cast_by_accelerate(module: nn.Module) -> bool:

@@ -142,7 +142,7 @@ def test_a_model_that_runs_under_autocast_alone_is_read_so(tmp_path):
     assert search.noise.precision == "bfloat16"
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "fsdp1", "zero3"])
 def test_a_run_on_two_processes_that_changes_nothing_measures_no_drift(backend, tmp_path):
     assert "read in" in passes("tests.distributed.precision", backend, tmp_path)
 
