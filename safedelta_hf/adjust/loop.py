@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 from tqdm.auto import tqdm
@@ -16,7 +17,7 @@ from safedelta_hf.data.refusals import Drift, HeldOut
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError
+from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, StrengthSearch, Use
 from safedelta_hf.report import Report
@@ -123,16 +124,23 @@ class Adjustment:
             records.clear()
             records[strength] = self.at(rule.at(strength), prepared)
 
+        self._put_base()
+        base, noise = held_out.read_again(running, quantile=auto.quantile)
+
         def measure(strength: float) -> Drift:
             apply(strength)
-            return held_out.drift(running, quantile=auto.quantile)
+            return base.drift(running, quantile=auto.quantile)
 
-        search = search_strength(rule, auto, measure, len(held_out.sequences))
-        if search.outcome == "strictest fails" and self._ranks.is_main:
-            warnings.warn(f"{rule.name}: {search.summary}", stacklevel=4)
+        search = replace(search_strength(rule, auto, measure, len(held_out.sequences)), noise=noise)
+        if search.warning and self._ranks.is_main:
+            warnings.warn(f"{rule.name}: {search.warning}", SafeDeltaWarning, stacklevel=4)
         if search.strength not in records:
             apply(search.strength)
         return search, records[search.strength]
+
+    def _put_base(self) -> None:
+        for name in (entry.parameter for entry in self._plan.entries if entry.parameter in self._tuned):
+            self._store.write(name, self._store.delta(name).dropped())
 
     def _prepared_for(self, rule: Rule, memory: int = 0) -> PreparedMoments:
         uses = (use for entry in self._plan.entries if entry.parameter in self._tuned for use in entry.uses)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -14,6 +14,8 @@ from safedelta_hf.data.dataset import IGNORED, SafetySequence
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.modules.evaluating import undisturbed, without_adapters
+from safedelta_hf.modules.precision import coarsest, precision_seen, rounding_otherwise
+from safedelta_hf.records import ReadingNoise
 
 
 def response_losses(
@@ -140,6 +142,44 @@ class HeldOut:
             losses = response_losses(model, sequences, batch_size=batch_size)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
+    def read_again(
+        self,
+        model: ShardedModel,
+        *,
+        quantile: float,
+        batch_size: int = 8,
+    ) -> tuple["HeldOut", ReadingNoise]:
+        """Let the base model read the examples as a fine-tune of it is about to, and measure the noise of that.
+
+        The fine-tune runs in the module that was trained, on the machine and in the batches of now. Compared with what
+        the base finds in the same place, a difference is one of weights.
+
+        Args:
+            model: What the fine-tune runs in, holding the base weights.
+            quantile: Which upper quantile over examples to give.
+            batch_size: Sequences per forward pass, at most.
+
+        Returns:
+            The examples with their likelihood now, and the noise; the same on all ranks.
+        """
+
+        def losses() -> tuple[float, ...]:
+            found = response_losses(model, self.sequences, batch_size=batch_size)
+            return tuple(map(fmean, found))
+
+        with precision_seen(model.model) as seen:
+            base = losses()
+        names = {name for part in model.ranks.gather(sorted(map(str, seen))) for name in part} or {"torch.float32"}
+        dtype = coarsest({getattr(torch, name.removeprefix("torch.")) for name in names})
+        with rounding_otherwise(model.model, dtype) as is_moved:
+            other = losses() if is_moved else None
+        noise = None if other is None else _differences(other, base).abs()
+        return replace(self, losses=base), ReadingNoise(
+            precision=str(dtype).removeprefix("torch."),
+            mean=None if noise is None else float(noise.mean()),
+            upper=None if noise is None else float(noise.quantile(quantile)),
+        )
+
     def drift(
         self,
         model: ShardedModel,
@@ -158,9 +198,12 @@ class HeldOut:
             The rise of the negative log-likelihood; the same on all ranks.
         """
         losses = response_losses(model, self.sequences, batch_size=batch_size)
-        pairs = zip(map(fmean, losses), self.losses, strict=True)
-        rises = torch.tensor([now - before for now, before in pairs]).double()
+        rises = _differences(tuple(map(fmean, losses)), self.losses)
         return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
+
+
+def _differences(now: Sequence[float], before: Sequence[float]) -> Tensor:
+    return torch.tensor(now, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
 
 
 def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:

@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from safedelta_hf.hf.trainer_facts import (
     trained_adapter,
     trains_dense,
 )
-from safedelta_hf.hf.tuned import require_room_for_tuned, save_tuned, whereabouts
+from safedelta_hf.hf.tuned import TunedWeights, require_room_for_tuned, save_tuned, whereabouts
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
@@ -158,6 +159,7 @@ class SafeDeltaCallback(TrainerCallback):
         )
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
+        self._tuned: TunedWeights | None = None
 
     def on_train_begin(
         self,
@@ -184,6 +186,7 @@ class SafeDeltaCallback(TrainerCallback):
             SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
         """  # noqa: DOC502 - raised by the functions called
         model = bare(model)
+        self._tuned = None
         require_supported(args)
         with Ranks.of_run().together():
             require_trainable(model)
@@ -243,13 +246,18 @@ class SafeDeltaCallback(TrainerCallback):
             raise
         log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
 
-    def adjust(self, model: nn.Module, *, workspace: Path | None = None, progress: bool = True) -> Report:
+    def adjust(
+        self, model: nn.Module, *, rule: Rule | None = None, workspace: Path | None = None, progress: bool = True
+    ) -> Report:
         """Adjust a model that was trained with this callback; on failure it is left as it was.
 
-        Called when training ends. To be called again, without training, if that failed.
+        Called when training ends. To be called again, without training, if that failed, or for another rule or strength
+        than was applied: a model that was adjusted already is first given its fine-tuned weights back. Those of an
+        adapter are kept in host memory, those of a whole model in the folder `keep_tuned`.
 
         Args:
-            model: The tuned model.
+            model: The model as training left it, or as it was adjusted.
+            rule: Which part of each delta to keep; the callback's own rule if None.
             workspace: Folder with room for a temporary copy of the changed weights.
             progress: Whether to show progress bars.
 
@@ -258,21 +266,27 @@ class SafeDeltaCallback(TrainerCallback):
 
         Raises:
             BaseWeightsError: The callback has not seen the start of the training.
-        """
+            ConfigurationError: The model was adjusted already, and its fine-tuned weights were not kept.
+        """  # noqa: DOC502 - raised by the functions called
         run, profile = self._started()
-        model = bare(model)
-        adapter = trained_adapter(model)
+        opened = open_model(bare(model))
+        adapter = trained_adapter(opened.model)
         adjust = adjust_model if adapter is None else partial(adjust_adapter, adapter_name=adapter)
-        self.report = adjust(
-            model,
-            base=run.weights,
-            profile=profile,
-            rule=self._rule,
-            task=self.task,
-            treatment=self._treatment,
-            workspace=workspace,
-            progress=progress,
-        )
+        again = self._tuned is not None and self._tuned.is_of(opened)
+        tuned = self._tuned if again else TunedWeights(opened, self._keep_tuned, is_adapter=adapter is not None)
+        assert tuned is not None
+        with tuned.put_back(opened, workspace) if again else nullcontext():
+            self.report = adjust(
+                opened,
+                base=run.weights,
+                profile=profile,
+                rule=rule or self._rule,
+                task=self.task,
+                treatment=self._treatment,
+                workspace=workspace,
+                progress=progress,
+            )
+        self._tuned = tuned
         if not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report

@@ -11,8 +11,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
-from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.deltas.lora_layers import active_adapters
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 from safedelta_hf.model.adjust import plan_model
