@@ -6,13 +6,13 @@ from safedelta_hf.compare.candidates import (
     Contender,
     Entrants,
     Made,
-    Subject,
+    Scenario,
     TunedModel,
     enter,
 )
 from safedelta_hf.compare.points import ComparisonFile, Point
 from safedelta_hf.compare.run import compare
-from safedelta_hf.compare.scenarios import ModelSubject
+from safedelta_hf.compare.scenarios import ModelScenario
 from safedelta_hf.compare.table import draw, markdown
 
 __all__ = [
@@ -22,9 +22,9 @@ __all__ = [
     "Contender",
     "Entrants",
     "Made",
-    "ModelSubject",
+    "ModelScenario",
     "Point",
-    "Subject",
+    "Scenario",
     "TunedModel",
     "compare",
     "draw",

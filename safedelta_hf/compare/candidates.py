@@ -79,7 +79,7 @@ class TunedModel:
         return self._model
 
 
-class Subject(Protocol):
+class Scenario(Protocol):
     """A base, a model that was fine-tuned from it, the data of both, and a measure of models.
 
     What is expensive is made when it is first asked for.
@@ -151,11 +151,11 @@ class Entrants:
     retentions: tuple[float, ...]
     left_out: Mapping[str, str]
 
-    def contenders(self, subject: Subject) -> Iterator[Contender]:
-        """All of them on one subject.
+    def contenders(self, scenario: Scenario) -> Iterator[Contender]:
+        """All of them on one scenario.
 
         Args:
-            subject: The subject.
+            scenario: The scenario.
 
         Yields:
             Contenders, rule by rule.
@@ -163,7 +163,7 @@ class Entrants:
         for rule in self.rules:
             # Where nothing is read from the moments, retention changes nothing.
             for weight in self.retentions if rule.reads_moments else (0.0,):
-                yield _contender(subject, rule, weight)
+                yield _contender(scenario, rule, weight)
 
 
 def enter(
@@ -221,18 +221,18 @@ def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
     return [float(f"{math.exp(mild + step * (strict - mild)):.3g}") for step in steps]
 
 
-def _contender(subject: Subject, rule: Rule, weight: float) -> Contender:
+def _contender(scenario: Scenario, rule: Rule, weight: float) -> Contender:
     def make() -> Made:
-        model, profile = subject.tuned.restored(), subject.profile
+        model, profile = scenario.tuned.restored(), scenario.profile
         if weight:
-            assert subject.ordinary is not None, "checked before anything was made"
-            profile = with_retention(profile, subject.ordinary, weight)
-        task = subject.task if rule.needs_task else None
+            assert scenario.ordinary is not None, "checked before anything was made"
+            profile = with_retention(profile, scenario.ordinary, weight)
+        task = scenario.task if rule.needs_task else None
         started = time.perf_counter()
         with warnings.catch_warnings():
             # The table says so.
             warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
-            report = adjust_model(model, base=subject.base, profile=profile, rule=rule, task=task, progress=False)
+            report = adjust_model(model, base=scenario.base, profile=profile, rule=rule, task=task, progress=False)
         seconds = time.perf_counter() - started
         return Made(model, seconds, None if report.search is None else asdict(report.search))
 

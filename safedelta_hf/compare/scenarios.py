@@ -1,4 +1,4 @@
-"""One base and one fine-tuned model of the user's, as the subject of a comparison."""
+"""One base and one fine-tuned model of the user's, as the scenario of a comparison."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ Data = str | Path | Sequence[Mapping[str, Any]]
 UTILITIES = {"task_accuracy": "gain", "over_refusal": "cost"}
 
 
-class ModelSubject:
+class ModelScenario:
     """A base and a fine-tuned model, held in memory, with the data for profiles and the questions to ask.
 
     Args:

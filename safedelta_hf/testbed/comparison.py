@@ -1,4 +1,4 @@
-"""The testbed's part in a comparison: its cases as subjects, and baselines that cost little."""
+"""The testbed's part in a comparison: its cases as scenarios, and baselines that cost little."""
 
 import tempfile
 import time
@@ -50,7 +50,7 @@ class AlignedModel:
         )
 
 
-class CaseSubject:
+class CaseScenario:
     """One case, fine-tuned with one seed when that is first needed.
 
     Args:

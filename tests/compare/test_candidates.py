@@ -14,7 +14,7 @@ from tests.compare.points import comparison
 from tests.fixtures import tiny
 
 
-class TinySubject:
+class TinyScenario:
     """Measures how far a model is from its base."""
 
     name, seed, task, ordinary = "tiny", 3, None, None
@@ -70,26 +70,26 @@ def test_the_default_is_the_measured_strength_and_a_grid():
 
 def test_retention_is_compared_where_moments_are_read():
     entrants = enter(["ridge", "scale"], [1.0], [0.0, 0.5], has_task=False)
-    settings = [(one.method, one.settings["retention"]) for one in entrants.contenders(TinySubject())]
+    settings = [(one.method, one.settings["retention"]) for one in entrants.contenders(TinyScenario())]
     assert settings == [("ridge", 0.0), ("ridge", 0.5), ("scale", 0.0)]
 
 
 def test_every_rule_starts_from_the_fine_tuned_weights_whatever_came_before(tmp_path):
-    subject = TinySubject()
+    scenario = TinyScenario()
     entrants = enter(["scale", "ridge"], [1e6, 0.5], [0.0], has_task=False)
-    compare([subject], entrants, comparison(tmp_path), progress=False)
-    last = subject.tuned.restored()
+    compare([scenario], entrants, comparison(tmp_path), progress=False)
+    last = scenario.tuned.restored()
     assert tiny.same(tiny.weights(last), tiny.weights(tiny.perturbed(tiny.llama())))
     points = {(one.method, one.settings.get("strength")): one for one in comparison(tmp_path).points}
     for name, strength in (("scale", 0.5), ("ridge", 1e6), ("ridge", 0.5)):
         alone = tiny.perturbed(tiny.llama())
         rule = RULES[name](strength=strength)
-        adjust_model(alone, base=subject.base, profile=subject.profile, rule=rule, progress=False)
-        assert points[name, strength].scores == subject.measure(alone)
+        adjust_model(alone, base=scenario.base, profile=scenario.profile, rule=rule, progress=False)
+        assert points[name, strength].scores == scenario.measure(alone)
 
 
 def test_points_that_are_there_are_not_made_again(tmp_path):
-    first, again = TinySubject(), TinySubject()
+    first, again = TinyScenario(), TinyScenario()
     compare([first], enter(["scale"], [1.0], [0.0], has_task=False), comparison(tmp_path), progress=False)
     compare([again], enter(["scale"], [1.0, 2.0], [0.0], has_task=False), comparison(tmp_path), progress=False)
     assert (first.measured, again.measured) == (2, 1)
@@ -104,11 +104,11 @@ def test_a_contender_that_cannot_be_computed_is_named_and_the_others_go_on(tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(Ridge, "prepare", prepare)
         file = comparison(tmp_path)
-        compare([TinySubject()], entrants, file, progress=False)
+        compare([TinyScenario()], entrants, file, progress=False)
     assert [point.method for point in file.points] == ["aligned", "scale"]
     ((name, reason),) = file.left_out.items()
     assert name.startswith("tiny 3 ridge") and "not positive definite" in reason
-    compare([TinySubject()], entrants, again := comparison(tmp_path), progress=False)
+    compare([TinyScenario()], entrants, again := comparison(tmp_path), progress=False)
     assert [point.method for point in again.points] == ["aligned", "scale", "ridge"] and not again.left_out
 
 
