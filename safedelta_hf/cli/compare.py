@@ -12,7 +12,7 @@ from transformers.utils import logging
 from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import load_model
 from safedelta_hf.cli.options import RULE_HELP, one_of, parsed_strength
-from safedelta_hf.compare import ComparisonFile, Entrants, Scenario, compare, draw, enter, markdown
+from safedelta_hf.compare import Candidates, ComparisonFile, Scenario, choose_candidates, compare, draw, markdown
 from safedelta_hf.compare.points import RESULTS
 from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
 from safedelta_hf.compare.scenarios import ModelScenario
@@ -112,19 +112,19 @@ def comparison(
         own = _own_options(context.params)
         for name in rule or RULES:
             one_of(RULES, name, "--rule")
-        entrants = enter(
+        candidates = choose_candidates(
             rule or list(RULES),
             None if strength is None else [parsed_strength(text) for text in strength],
             _retentions(retention, has_ordinary=not own or own["ordinary_data"] is not None),
             has_task=not own or own["task_data"] is not None,
         )
-        for name, reason in entrants.left_out.items():
+        for name, reason in candidates.left_out.items():
             typer.echo(f"{name} takes no part: {reason}")
         if own:
             scenarios, file = _of_files(own, output)
         else:
             scenarios, file = _of_testbed(case or list(CASES), seed or SEEDS, questions or QUESTIONS, output)
-        _finish(scenarios, entrants, file, output)
+        _finish(scenarios, candidates, file, output)
 
 
 def _own_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +165,8 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
     return [scenario], ComparisonFile(output, made_with=scenario.made_with, utilities=OWN_UTILITIES, command=_command())
 
 
-def _finish(scenarios: Sequence[Scenario], entrants: Entrants, file: ComparisonFile, output: Path) -> None:
-    compare(scenarios, entrants, file)
+def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: ComparisonFile, output: Path) -> None:
+    compare(scenarios, candidates, file)
     text = markdown(file)
     (output / TABLE).write_text(text, encoding="utf-8")
     drawn = draw(file, output / PLOT)

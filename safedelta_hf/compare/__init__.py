@@ -3,12 +3,12 @@
 from safedelta_hf.compare.candidates import (
     ALIGNED,
     FINE_TUNED,
-    Contender,
-    Entrants,
-    Made,
+    Candidate,
+    CandidateModel,
+    Candidates,
     Scenario,
     TunedModel,
-    enter,
+    choose_candidates,
 )
 from safedelta_hf.compare.points import ComparisonFile, Point
 from safedelta_hf.compare.run import compare
@@ -18,16 +18,16 @@ from safedelta_hf.compare.table import draw, markdown
 __all__ = [
     "ALIGNED",
     "FINE_TUNED",
+    "Candidate",
+    "CandidateModel",
+    "Candidates",
     "ComparisonFile",
-    "Contender",
-    "Entrants",
-    "Made",
     "ModelScenario",
     "Point",
     "Scenario",
     "TunedModel",
+    "choose_candidates",
     "compare",
     "draw",
-    "enter",
     "markdown",
 ]

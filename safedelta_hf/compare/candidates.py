@@ -25,11 +25,11 @@ DEFAULT_GRID: Final = 3
 """Strengths beside "auto", spread evenly over the logarithm of a rule's search range, without its ends."""
 
 
-class Made(NamedTuple):
+class CandidateModel(NamedTuple):
     """A model that is ready to be measured.
 
     Attributes:
-        model: The model; the next contender may change it.
+        model: The model; the next candidate may change it.
         seconds: Time that making it took.
         search: How the strength was found, as plain values; None where it was given.
     """
@@ -40,7 +40,7 @@ class Made(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class Candidate:
     """One way to make a model.
 
     Attributes:
@@ -51,7 +51,7 @@ class Contender:
 
     method: str
     settings: Mapping[str, Any]
-    make: Callable[[], Made]
+    make: Callable[[], CandidateModel]
 
 
 class TunedModel:
@@ -121,7 +121,7 @@ class Scenario(Protocol):
         ...
 
     @property
-    def baselines(self) -> Sequence[Contender]:
+    def baselines(self) -> Sequence[Candidate]:
         """What the rules are compared with."""
         ...
 
@@ -138,7 +138,7 @@ class Scenario(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entrants:
+class Candidates:
     """The rules that take part, at each strength, with and without retention.
 
     Attributes:
@@ -151,28 +151,28 @@ class Entrants:
     retentions: tuple[float, ...]
     left_out: Mapping[str, str]
 
-    def contenders(self, scenario: Scenario) -> Iterator[Contender]:
+    def on(self, scenario: Scenario) -> Iterator[Candidate]:
         """All of them on one scenario.
 
         Args:
             scenario: The scenario.
 
         Yields:
-            Contenders, rule by rule.
+            Candidates, rule by rule.
         """
         for rule in self.rules:
             # Where nothing is read from the moments, retention changes nothing.
             for weight in self.retentions if rule.reads_moments else (0.0,):
-                yield _contender(scenario, rule, weight)
+                yield _candidate(scenario, rule, weight)
 
 
-def enter(
+def choose_candidates(
     names: Sequence[str],
     strengths: Sequence[float | Literal["auto"]] | None,
     retentions: Sequence[float],
     *,
     has_task: bool,
-) -> Entrants:
+) -> Candidates:
     """Find the rules that can take part in a comparison on one fine-tuned model.
 
     Args:
@@ -203,7 +203,7 @@ def enter(
     if not rules:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ConfigurationError(f"no rule can take part ({reasons})")
-    return Entrants(rules=tuple(rules), retentions=tuple(dict.fromkeys(retentions)), left_out=left_out)
+    return Candidates(rules=tuple(rules), retentions=tuple(dict.fromkeys(retentions)), left_out=left_out)
 
 
 def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
@@ -221,8 +221,8 @@ def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
     return [float(f"{math.exp(mild + step * (strict - mild)):.3g}") for step in steps]
 
 
-def _contender(scenario: Scenario, rule: Rule, weight: float) -> Contender:
-    def make() -> Made:
+def _candidate(scenario: Scenario, rule: Rule, weight: float) -> Candidate:
+    def make() -> CandidateModel:
         model, profile = scenario.tuned.restored(), scenario.profile
         if weight:
             assert scenario.ordinary is not None, "checked before anything was made"
@@ -234,6 +234,6 @@ def _contender(scenario: Scenario, rule: Rule, weight: float) -> Contender:
             warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
             report = adjust_model(model, base=scenario.base, profile=profile, rule=rule, task=task, progress=False)
         seconds = time.perf_counter() - started
-        return Made(model, seconds, None if report.search is None else asdict(report.search))
+        return CandidateModel(model, seconds, None if report.search is None else asdict(report.search))
 
-    return Contender(method=rule.name, settings={**rule.settings, "retention": weight}, make=make)
+    return Candidate(method=rule.name, settings={**rule.settings, "retention": weight}, make=make)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
+from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED, Candidate, CandidateModel, TunedModel
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.fingerprint import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
@@ -77,11 +77,11 @@ class ModelScenario:
         }
 
     @property
-    def baselines(self) -> Sequence[Contender]:
+    def baselines(self) -> Sequence[Candidate]:
         """Both models as they are."""
         return [
-            Contender(method=ALIGNED, settings={}, make=lambda: Made(self.base, 0.0)),
-            Contender(method=FINE_TUNED, settings={}, make=lambda: Made(self.tuned.restored(), 0.0)),
+            Candidate(method=ALIGNED, settings={}, make=lambda: CandidateModel(self.base, 0.0)),
+            Candidate(method=FINE_TUNED, settings={}, make=lambda: CandidateModel(self.tuned.restored(), 0.0)),
         ]
 
     def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:

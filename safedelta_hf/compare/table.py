@@ -27,7 +27,7 @@ Group = Sequence[Point]
 
 
 def grouped(points: Sequence[Point]) -> dict[tuple[str, str, str], list[Point]]:
-    """Put the seeds of a contender together.
+    """Put the seeds of a candidate together.
 
     Args:
         points: All points.

@@ -11,7 +11,7 @@ from typing import Final
 from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
+from safedelta_hf.compare import ALIGNED, FINE_TUNED, Candidate, CandidateModel, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.testbed.behaviour import behaviour_scores
@@ -93,7 +93,7 @@ class CaseScenario:
         return TunedModel(*self._trained(load_aligned()[0], self._case))
 
     @property
-    def baselines(self) -> Sequence[Contender]:
+    def baselines(self) -> Sequence[Candidate]:
         """Both models as they are, lower learning rates, and re-tuning on the safety data."""
         case = self._case
         lower = [replace(case, learning_rate=case.learning_rate * factor) for factor in LOWER_RATES]
@@ -102,8 +102,8 @@ class CaseScenario:
             for epochs in RETUNING_EPOCHS
         ]
         return [
-            Contender(method=ALIGNED, settings={}, make=lambda: Made(self.base, 0.0)),
-            Contender(method=FINE_TUNED, settings=_settings(case), make=self._fine_tuned),
+            Candidate(method=ALIGNED, settings={}, make=lambda: CandidateModel(self.base, 0.0)),
+            Candidate(method=FINE_TUNED, settings=_settings(case), make=self._fine_tuned),
             *(self._training("lower learning rate", other, lambda: load_aligned()[0]) for other in lower),
             *(self._training("re-tuned", other, lambda: self.tuned.restored()) for other in again),
         ]
@@ -121,11 +121,13 @@ class CaseScenario:
             model, self._aligned.tokenizer, has_new_skill=self._case.teaches is not None, questions=self._questions
         )
 
-    def _fine_tuned(self) -> Made:
-        return Made(self.tuned.restored(), self.tuned.seconds)
+    def _fine_tuned(self) -> CandidateModel:
+        return CandidateModel(self.tuned.restored(), self.tuned.seconds)
 
-    def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Contender:
-        return Contender(method=method, settings=_settings(case), make=lambda: Made(*self._trained(start(), case)))
+    def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Candidate:
+        return Candidate(
+            method=method, settings=_settings(case), make=lambda: CandidateModel(*self._trained(start(), case))
+        )
 
     def _trained(self, model: PreTrainedModel, case: Case) -> tuple[PreTrainedModel, float]:
         started = time.perf_counter()
