@@ -132,7 +132,7 @@ def layers(options: argparse.Namespace) -> Iterator[list[str]]:
             rules = (Ridge(strength=10 / float(hessian.diagonal().mean())), SafeDelta(strength=3e5))
             for number, rule in enumerate(rules):
                 matrix = MatrixDelta(delta, Role.LINEAR)
-                kept = rule.transform(rule.prepare(LayerMoments(safety=stored)), matrix)(delta)
+                kept = rule.transform(rule.factorise(LayerMoments(safety=stored)), matrix)(delta)
                 left = MatrixDelta(kept, Role.LINEAR).inner(Dense(matrix=hessian))
                 if len(exact) <= number:
                     exact.append((kept, left))

@@ -14,7 +14,7 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use
-from safedelta_hf.rules.rule import LayerMoments, Rule, State, TransformRule
+from safedelta_hf.rules.rule import Factors, LayerMoments, Rule, TransformRule
 
 Key = tuple[str, str | None]
 """Of the safety moment and of the task moment."""
@@ -36,7 +36,7 @@ class Owned(Protocol):
 
 
 class PreparedMoments:
-    """Moments of a profile and the states that a rule prepared from them, for one parameter at a time.
+    """Moments of a profile and the factors that a rule prepared from them, for one parameter at a time.
 
     Parameters that read the same moment stand together in a plan, so each moment is read and factored once. Where there
     are ranks, each factors the moments that it owns, as many of them at a time as there are ranks; the others are given
@@ -74,7 +74,7 @@ class PreparedMoments:
         self._hessians: dict[Key, Tensor] = {}
         self._ahead: list[Key] = []
         self._prepared: set[Key] = set()
-        self._states: dict[Key, State] = {}
+        self._factors: dict[Key, Factors] = {}
 
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
         """Hold what these uses of a parameter need, and of the rest what the memory allows.
@@ -89,7 +89,7 @@ class PreparedMoments:
             if is_spare or hessian.device != device:
                 del self._hessians[key]
         for key in self._prepared - set(self._hessians) - set(self._ahead):
-            self._states.pop(key, None)
+            self._factors.pop(key, None)
             self._prepared.discard(key)
         for key in needed:
             if key not in self._hessians:
@@ -123,14 +123,14 @@ class PreparedMoments:
         """
         key = self._key(use)
         owner, device = self._owner(key), self._hessians[key].device
-        if key not in self._prepared:  # not before: a Hessian may be asked for where no state is
+        if key not in self._prepared:  # not before: a Hessian may be asked for where no factors are
             self._prepare_from(key, device)
         if self._ranks.rank == owner:
-            state = self._states[key]
+            factors = self._factors[key]
             # Of a delta that its owner has whole, there is nothing to ask the others.
             known: list[Tensor] = []
             asked = _AskedStatistics(matrix, self._ranks, known) if isinstance(matrix, ShardedMatrix) else matrix
-            made = rule.transform(state, asked), state.notes
+            made = rule.transform(factors, asked), factors.notes
             return self._ranks.broadcast(made, owner, known=known)
         known = []
         while isinstance(told := self._ranks.broadcast(None, owner, device, known), _Question):
@@ -156,7 +156,7 @@ class PreparedMoments:
             if self._ranks.rank == owner:
                 safety = self._hessians.get(each)
                 safety = self._profile.moments[each[0]].hessian(device) if safety is None else safety
-                self._states[each] = self._rule.prepare(LayerMoments(safety=safety, task=task))
+                self._factors[each] = self._rule.factorise(LayerMoments(safety=safety, task=task))
 
     def _next_of_others(self, first: int) -> list[Key]:
         # The next large moment of each other rank, if it comes soon.

@@ -132,7 +132,7 @@ class Adjustment:
             How the strength was found, and what was done to each parameter.
         """
         running, held_out = _measurable(rule, running, self._profile)
-        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.prepares_for_any_strength else None
+        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.factors_serve_any_strength else None
         records: dict[float, tuple[ParameterRecord, ...]] = {}
 
         def apply(strength: float) -> None:

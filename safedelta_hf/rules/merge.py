@@ -77,8 +77,8 @@ class Merged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NothingPrepared:
-    """State of rules that take nothing from the moments."""
+class NoFactors:
+    """Factors of rules that take nothing from the moments."""
 
     notes: tuple[str, ...] = ()
 
@@ -95,7 +95,7 @@ class MergeRule(Rule):
     """
 
     mildest: ClassVar[float] = 0.0
-    prepares_for_any_strength: ClassVar[bool] = True
+    factors_serve_any_strength: ClassVar[bool] = True
     reads_moments: ClassVar[bool] = False
     storage: ClassVar[frozenset[Storage]] = frozenset({Storage.DENSE})
 
@@ -109,7 +109,7 @@ class MergeRule(Rule):
         """The fields, as plain values; further models by name."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
-    def prepare(self, moments: LayerMoments) -> NothingPrepared:
+    def factorise(self, moments: LayerMoments) -> NoFactors:
         """Take nothing from the moments.
 
         Args:
@@ -118,7 +118,7 @@ class MergeRule(Rule):
         Returns:
             Nothing.
         """
-        return NothingPrepared()
+        return NoFactors()
 
     @abstractmethod
     def merged(self, parameter: MergeInput) -> Merged:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from safedelta_hf.core.ridge import shrinkage
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
+from safedelta_hf.rules.rule import FactoredTransform, LayerMoments, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class Ridge(Shrinking):
     name: ClassVar[str] = "ridge"
     search_range: ClassVar[tuple[float, float]] = (1e-5, 1e6)
 
-    def prepare(self, moments: LayerMoments) -> PreparedTransform:
+    def factorise(self, moments: LayerMoments) -> FactoredTransform:
         """Factor the regularised Hessian.
 
         Args:
             moments: Of the layer; the task's are not used.
 
         Returns:
-            The state that `transform` takes.
+            The factors that `transform` takes.
         """
-        return PreparedTransform(shrinkage(moments.safety, None, number(self.strength)))
+        return FactoredTransform(shrinkage(moments.safety, None, number(self.strength)))

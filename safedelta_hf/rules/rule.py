@@ -106,7 +106,7 @@ class DeltaStatistics(Protocol):
         ...
 
 
-class State(Protocol):
+class Factors(Protocol):
     """What a rule makes of a layer's moments; read by that rule alone, but for the notes."""
 
     @property
@@ -119,7 +119,7 @@ class State(Protocol):
 class Rule(ABC):
     """Decides which part of a delta is kept.
 
-    A rule is a frozen dataclass whose fields are its settings. `prepare` holds what depends on the moments alone, so
+    A rule is a frozen dataclass whose fields are its settings. `factorise` holds what depends on the moments alone, so
     that layers with the same inputs share it.
 
     Args:
@@ -138,8 +138,8 @@ class Rule(ABC):
     """Whether it weighs what the task data uses."""
     reads_moments: ClassVar[bool] = True
     """Whether what it keeps depends on the safety data's moments at all."""
-    prepares_for_any_strength: ClassVar[bool] = False
-    """Whether what `prepare` returns holds for every strength."""
+    factors_serve_any_strength: ClassVar[bool] = False
+    """Whether what `factorise` returns holds for every strength."""
     storage: ClassVar[frozenset[Storage]] = frozenset(Storage)
     """Kinds of storage whose deltas it can adjust."""
 
@@ -171,7 +171,7 @@ class Rule(ABC):
         return replace(self, strength=strength)
 
     @abstractmethod
-    def prepare(self, moments: LayerMoments) -> State:
+    def factorise(self, moments: LayerMoments) -> Factors:
         """Factor the moments of a layer.
 
         Args:
@@ -191,15 +191,15 @@ class Rule(ABC):
 class TransformRule(Rule):
     """Turns the moments of a layer into a transform of its delta, wherever and in whatever form that is stored.
 
-    The state that `prepare` returns is passed back to `transform` unread.
+    The factors that `factorise` returns are passed back to `transform` unread.
     """
 
     @abstractmethod
-    def transform(self, state: Any, delta: DeltaStatistics) -> Transform:  # noqa: ANN401 - the rule's own state
-        """Turn the state and the statistics of one delta into its transform.
+    def transform(self, factors: Any, delta: DeltaStatistics) -> Transform:  # noqa: ANN401 - the rule's own factors
+        """Turn the factors and the statistics of one delta into its transform.
 
         Args:
-            state: What `prepare` returned for the layer.
+            factors: What `factorise` returned for the layer.
             delta: Statistics of the layer's delta.
 
         Returns:
@@ -208,7 +208,7 @@ class TransformRule(Rule):
 
 
 @dataclass(frozen=True)
-class PreparedTransform:
+class FactoredTransform:
     """The transform of every delta with the same inputs, where it does not depend on the delta.
 
     Attributes:
@@ -225,14 +225,14 @@ class Shrinking(TransformRule):
 
     mildest: ClassVar[float] = 0.0
 
-    def transform(self, state: PreparedTransform, delta: DeltaStatistics) -> Transform:
+    def transform(self, factors: FactoredTransform, delta: DeltaStatistics) -> Transform:
         """The transform of a delta.
 
         Args:
-            state: What `prepare` returned for the layer.
+            factors: What `factorise` returned for the layer.
             delta: Not looked at.
 
         Returns:
             The transform.
         """
-        return state.transform
+        return factors.transform

@@ -56,7 +56,7 @@ class SafeDelta(TransformRule):
     name: ClassVar[str] = "safe_delta"
     mildest: ClassVar[float] = 1e12
     search_range: ClassVar[tuple[float, float]] = (1e5, 1e-3)
-    prepares_for_any_strength: ClassVar[bool] = True
+    factors_serve_any_strength: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,33 +72,33 @@ class SafeDelta(TransformRule):
     def _check_strength(self) -> None:
         self._require("strength", "at least 0, or 'auto'", lambda value: value >= 0)
 
-    def prepare(self, moments: LayerMoments) -> Curvature | DiagonalCurvature:
+    def factorise(self, moments: LayerMoments) -> Curvature | DiagonalCurvature:
         """Damp and factor a Hessian.
 
         Args:
             moments: Of the layer; the task's are not used.
 
         Returns:
-            The state that `transform` takes. A diagonal needs no damping: it is never inverted.
+            The factors that `transform` takes. A diagonal needs no damping: it is never inverted.
         """
         if moments.safety.ndim == 1:
             return DiagonalCurvature(moments.safety)
         return factorise(moments.safety, self.damping)
 
-    def transform(self, state: Curvature | DiagonalCurvature, delta: DeltaStatistics) -> Transform:
+    def transform(self, factors: Curvature | DiagonalCurvature, delta: DeltaStatistics) -> Transform:
         """Choose the columns to keep and the response of the others.
 
         Args:
-            state: What `prepare` returned for the layer's Hessian.
+            factors: What `factorise` returned for the layer's Hessian.
             delta: Statistics of the layer's delta.
 
         Returns:
             The transform of the delta.
         """
-        if isinstance(state, DiagonalCurvature):
-            return self._diagonal_transform(state, delta)
+        if isinstance(factors, DiagonalCurvature):
+            return self._diagonal_transform(factors, delta)
         kept = select_blockwise(
-            state,
+            factors,
             delta.column_energy,
             rows=delta.rows,
             strength=number(self.strength),
@@ -108,15 +108,15 @@ class SafeDelta(TransformRule):
         if self.compensation == "none" or not kept.any() or kept.all():
             return KeepColumns(kept=kept, response=None)
         respond = joint_response if self.compensation == "joint" else sequential_response
-        response = respond(state, kept)
+        response = respond(factors, kept)
         return KeepColumns(kept=kept, response=response.matrix, notes=response.notes)
 
-    def _diagonal_transform(self, state: DiagonalCurvature, delta: DeltaStatistics) -> Transform:
+    def _diagonal_transform(self, factors: DiagonalCurvature, delta: DeltaStatistics) -> Transform:
         # What the safety data never used is free. With a diagonal `H` nothing can compensate for anything else, and
         # there is no sweep: hence no blocks, and no exclusion, which would never let a bias (one column) be kept.
-        used = state.pivots > 0
+        used = factors.pivots > 0
         kept = ~used
         if used.any():
-            limit = budget(state.pivots[used], number(self.strength), delta.rows)
-            kept[used] = select_columns(state.pivots[used], delta.column_energy()[used], limit, exclude_top=0.0)
+            limit = budget(factors.pivots[used], number(self.strength), delta.rows)
+            kept[used] = select_columns(factors.pivots[used], delta.column_energy()[used], limit, exclude_top=0.0)
         return Dense(matrix=kept.to(torch.float32))

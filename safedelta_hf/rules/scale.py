@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from safedelta_hf.core.transform import Dense
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
+from safedelta_hf.rules.rule import FactoredTransform, LayerMoments, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,15 @@ class Scale(Shrinking):
     search_range: ClassVar[tuple[float, float]] = (1e-2, 1e2)
     reads_moments: ClassVar[bool] = False
 
-    def prepare(self, moments: LayerMoments) -> PreparedTransform:
+    def factorise(self, moments: LayerMoments) -> FactoredTransform:
         """Make the transform.
 
         Args:
             moments: Of the layer; only their size is used.
 
         Returns:
-            The state that `transform` takes.
+            The factors that `transform` takes.
         """
         share = 1 / (1 + number(self.strength))
         safety = moments.safety
-        return PreparedTransform(Dense(matrix=torch.full((len(safety),), share, device=safety.device)))
+        return FactoredTransform(Dense(matrix=torch.full((len(safety),), share, device=safety.device)))

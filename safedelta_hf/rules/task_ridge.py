@@ -9,7 +9,7 @@ import torch
 from safedelta_hf.core.ridge import shrinkage, utility_of
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
+from safedelta_hf.rules.rule import FactoredTransform, LayerMoments, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,14 @@ class TaskRidge(Shrinking):
         super().__post_init__()
         self._require("blend", "positive and finite", lambda value: 0 < value < math.inf)
 
-    def prepare(self, moments: LayerMoments) -> PreparedTransform:
+    def factorise(self, moments: LayerMoments) -> FactoredTransform:
         """Factor the sum of both moments.
 
         Args:
             moments: Of the layer, the task's too.
 
         Returns:
-            The state that `transform` takes.
+            The factors that `transform` takes.
 
         Raises:
             ProfileError: The task's moment is missing.
@@ -56,6 +56,6 @@ class TaskRidge(Shrinking):
             # The task does not depend on this layer, so any price is too high; what safety never uses is free.
             unused = moments.safety.diagonal() == 0 if moments.safety.ndim == 2 else moments.safety == 0
             dropped = Dense(matrix=unused.to(torch.float32), notes=("the task data never reached it",))
-            return PreparedTransform(dropped)
+            return FactoredTransform(dropped)
         utility = utility_of(moments.task, self.blend)
-        return PreparedTransform(shrinkage(moments.safety, utility, number(self.strength)))
+        return FactoredTransform(shrinkage(moments.safety, utility, number(self.strength)))

@@ -99,12 +99,12 @@ def test_points_that_are_there_are_not_made_again(tmp_path):
 
 
 def test_a_candidate_that_cannot_be_computed_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    def prepare(rule, moments):
+    def factorise(rule, moments):
         raise NumericalError("not positive definite")
 
     candidates = choose_candidates(["ridge", "scale"], [1.0], [0.0], has_task=False)
     with monkeypatch.context() as patch:
-        patch.setattr(Ridge, "prepare", prepare)
+        patch.setattr(Ridge, "factorise", factorise)
         file = comparison(tmp_path)
         compare([TinyScenario()], candidates, file, progress=False)
     assert [point.method for point in file.points] == ["aligned", "scale"]

@@ -338,8 +338,8 @@ def test_a_failure_half_way_changes_nothing_and_can_be_repeated(error):
 def test_each_hessian_is_factored_once(monkeypatch):
     base, tuned = tiny.llama(tied=True), tiny.perturbed(tiny.llama(tied=True))
     profile, factored = collected(base), []
-    prepare = SafeDelta.prepare
-    monkeypatch.setattr(SafeDelta, "prepare", lambda self, m: factored.append(m.safety.shape) or prepare(self, m))
+    factorise = SafeDelta.factorise
+    monkeypatch.setattr(SafeDelta, "factorise", lambda self, m: factored.append(m.safety.shape) or factorise(self, m))
     adjust(tuned, base, profile)
     assert len(factored) == len(profile.moments)
 
@@ -348,8 +348,8 @@ def test_the_hessian_of_each_expert_is_factored_once(monkeypatch):
     base = architectures.tiny_model("mixtral")
     tuned = tiny.perturbed(copy.deepcopy(base))
     profile, factored = collected(base), []
-    prepare = SafeDelta.prepare
-    monkeypatch.setattr(SafeDelta, "prepare", lambda self, m: factored.append(m.safety.shape) or prepare(self, m))
+    factorise = SafeDelta.factorise
+    monkeypatch.setattr(SafeDelta, "factorise", lambda self, m: factored.append(m.safety.shape) or factorise(self, m))
     adjust(tuned, base, profile)
     assert any(use.part is not None for use in profile.uses)
     assert len(factored) <= len(profile.uses)
