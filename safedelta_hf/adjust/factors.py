@@ -35,7 +35,7 @@ class Owned(Protocol):
         ...
 
 
-class PreparedMoments:
+class FactorCache:
     """Moments of a profile and the factors that a rule prepared from them, for one parameter at a time.
 
     Parameters that read the same moment stand together in a plan, so each moment is read and factored once. Where there

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from tqdm.auto import tqdm
 
-from safedelta_hf.adjust.factors import PreparedMoments
+from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.adjust.merging import Merging, require_storage
 from safedelta_hf.adjust.plan import check_moments, require_decisions
 from safedelta_hf.adjust.search import search_strength
@@ -86,7 +86,7 @@ class Adjustment:
     def at(
         self,
         rule: Rule,
-        prepared: PreparedMoments | None = None,
+        prepared: FactorCache | None = None,
         keep: Callable[[ParameterRecord], None] = lambda record: None,
     ) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
@@ -153,9 +153,9 @@ class Adjustment:
             apply(search.strength)
         return search, records[search.strength]
 
-    def _prepared_for(self, rule: Rule, memory: int = 0) -> PreparedMoments:
+    def _prepared_for(self, rule: Rule, memory: int = 0) -> FactorCache:
         uses = (use for entry in self._plan.entries if entry.parameter in self._tuned for use in entry.uses)
-        return PreparedMoments(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
+        return FactorCache(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
 
 
 def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
@@ -189,7 +189,7 @@ def _measurable(rule: Rule, running: RunningModel | None, profile: SafetyProfile
 class _Adjuster:
     """Adjusts one parameter at a time."""
 
-    def __init__(self, store: WeightStore, rule: Rule, prepared: PreparedMoments, merging: Merging | None) -> None:
+    def __init__(self, store: WeightStore, rule: Rule, prepared: FactorCache, merging: Merging | None) -> None:
         self._store = store
         self._rule = rule
         self._prepared = prepared

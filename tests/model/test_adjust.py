@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
-from safedelta_hf.adjust.factors import PreparedMoments
+from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.errors import (
     BaseWeightsError,
     ConfigurationError,
@@ -247,9 +247,9 @@ def test_an_expert_that_the_safety_data_never_reaches_keeps_its_delta_and_the_re
 def test_one_hessian_of_many_experts_is_held_at_a_time(monkeypatch):
     base = architectures.tiny_model("mixtral")
     held = []
-    hold = PreparedMoments.hold
+    hold = FactorCache.hold
     monkeypatch.setattr(
-        PreparedMoments, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._hessians)))
+        FactorCache, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._hessians)))
     )
     adjust(tiny.perturbed(copy.deepcopy(base)), base)
     assert max(held) == 1
