@@ -22,9 +22,6 @@ Key = tuple[str, str | None]
 AHEAD = 4
 """Moments that are looked at for each other rank, to find one that it can factor meanwhile."""
 
-Made = tuple[Transform, tuple[str, ...]]
-"""The transform of a delta, and numerical trouble met in preparing it."""
-
 
 @runtime_checkable
 class Owned(Protocol):
@@ -36,7 +33,7 @@ class Owned(Protocol):
 
 
 class FactorCache:
-    """Moments of a profile and the factors that a rule prepared from them, for one parameter at a time.
+    """Moments of a profile and the factors that a rule made of them, for one parameter at a time.
 
     Parameters that read the same moment stand together in a plan, so each moment is read and factored once. Where there
     are ranks, each factors the moments that it owns, as many of them at a time as there are ranks; the others are given
@@ -44,7 +41,7 @@ class FactorCache:
 
     Args:
         profile: Where the moments are read.
-        rule: What prepares them.
+        rule: What factorises them, at whatever strength.
         task: Profile of the same base on the task data, where the rule needs one.
         uses: All that will be asked for, in order.
         ranks: The processes of the run; all of them ask for the same, in the same order.
@@ -66,14 +63,13 @@ class FactorCache:
     ) -> None:
         self._memory = memory
         self._profile = profile
-        self._rule = rule
         self._task = _checked(task, profile, rule) if rule.needs_task else None
         self._ranks = ranks or Ranks()
         self._order = list(dict.fromkeys(map(self._key, uses)))
         self._positions = {key: number for number, key in enumerate(self._order)}
         self._hessians: dict[Key, Tensor] = {}
         self._ahead: list[Key] = []
-        self._prepared: set[Key] = set()
+        self._factorised: set[Key] = set()
         self._factors: dict[Key, Factors] = {}
 
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
@@ -88,9 +84,9 @@ class FactorCache:
             is_spare = key not in needed and self._held_bytes() > self._memory
             if is_spare or hessian.device != device:
                 del self._hessians[key]
-        for key in self._prepared - set(self._hessians) - set(self._ahead):
+        for key in self._factorised - set(self._hessians) - set(self._ahead):
             self._factors.pop(key, None)
-            self._prepared.discard(key)
+            self._factorised.discard(key)
         for key in needed:
             if key not in self._hessians:
                 owner = self._owner(key)
@@ -110,7 +106,7 @@ class FactorCache:
         """
         return self._hessians[self._key(use)]
 
-    def transform(self, rule: TransformRule, use: Use, matrix: DeltaMatrix) -> Made:
+    def transform(self, rule: TransformRule, use: Use, matrix: DeltaMatrix) -> Transform:
         """What a rule makes of a delta, for a use that is held.
 
         Args:
@@ -119,18 +115,18 @@ class FactorCache:
             matrix: The delta as this use sees it.
 
         Returns:
-            The transform, and numerical trouble met in preparing it.
+            The transform.
         """
         key = self._key(use)
         owner, device = self._owner(key), self._hessians[key].device
-        if key not in self._prepared:  # not before: a Hessian may be asked for where no factors are
-            self._prepare_from(key, device)
+        if key not in self._factorised:  # not before: a Hessian may be asked for where no factors are
+            self._factorise_from(key, rule, device)
         if self._ranks.rank == owner:
             factors = self._factors[key]
             # Of a delta that its owner has whole, there is nothing to ask the others.
             known: list[Tensor] = []
             asked = _AskedStatistics(matrix, self._ranks, known) if isinstance(matrix, ShardedMatrix) else matrix
-            made = rule.transform(factors, asked), factors.notes
+            made = rule.transform(factors, asked)
             return self._ranks.broadcast(made, owner, known=known)
         known = []
         while isinstance(told := self._ranks.broadcast(None, owner, device, known), _Question):
@@ -138,25 +134,26 @@ class FactorCache:
         assert told is not None, "the owner has made it"
         return told
 
-    def _prepare_from(self, key: Key, device: torch.device) -> None:
+    def _factorise_from(self, key: Key, rule: TransformRule, device: torch.device) -> None:
         """Let each rank factor its own of the next moments.
 
         Args:
             key: The first of them.
+            rule: What factorises them.
             device: Where its delta is.
         """
         first = self._positions.get(key)
         self._ahead = [] if first is None else self._next_of_others(first)
         for each in (key, *self._ahead):
-            if each in self._prepared:
+            if each in self._factorised:
                 continue
-            self._prepared.add(each)
+            self._factorised.add(each)
             owner = self._owner(each)
             task = self._task_hessian(each, owner, device)
             if self._ranks.rank == owner:
                 safety = self._hessians.get(each)
                 safety = self._profile.moments[each[0]].hessian(device) if safety is None else safety
-                self._factors[each] = self._rule.factorise(LayerMoments(safety=safety, task=task))
+                self._factors[each] = rule.factorise(LayerMoments(safety=safety, task=task))
 
     def _next_of_others(self, first: int) -> list[Key]:
         # The next large moment of each other rank, if it comes soon.

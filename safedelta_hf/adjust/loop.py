@@ -226,9 +226,9 @@ class _Adjuster:
         rule, remarks = cast(TransformRule, self._rule), tuple[str, ...]()
         for use in entry.uses:
             self._hold(entry, use, delta)
-            transform, notes = self._prepared.transform(rule, use, delta.matrix(use))
+            transform = self._prepared.transform(rule, use, delta.matrix(use))
             delta = delta.transformed(use, transform)
-            remarks += notes + transform.notes
+            remarks += transform.notes
         return delta, remarks
 
     def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.records import Storage
-from safedelta_hf.rules.rule import AutoStrength, LayerMoments, Rule, number
+from safedelta_hf.rules.rule import AutoStrength, Rule, number
 
 
 class WeightReader(Protocol):
@@ -76,13 +77,6 @@ class Merged(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class NoFactors:
-    """Factors of rules that take nothing from the moments."""
-
-    notes: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class MergeRule(Rule):
     """Merges weights without a look at the safety data's moments, which only measure the result in the report.
@@ -105,20 +99,9 @@ class MergeRule(Rule):
         return ()
 
     @property
+    @override
     def settings(self) -> dict[str, Any]:
-        """The fields, as plain values; further models by name."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-
-    def factorise(self, moments: LayerMoments) -> NoFactors:
-        """Take nothing from the moments.
-
-        Args:
-            moments: Not looked at.
-
-        Returns:
-            Nothing.
-        """
-        return NoFactors()
 
     @abstractmethod
     def merged(self, parameter: MergeInput) -> Merged:

@@ -7,10 +7,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from safedelta_hf.core.compensation import joint_response, sequential_response
+from safedelta_hf.core.compensation import joint_compensation, sequential_compensation
 from safedelta_hf.core.curvature import Curvature, factorise
-from safedelta_hf.core.selection import budget, select_entries
-from safedelta_hf.core.transform import KeepColumns
+from safedelta_hf.core.selection import budget
 from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments, SafeDelta
@@ -45,13 +44,12 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 
 
-def by_kept_pattern(golden: Golden, response_of) -> Tensor:
+def by_kept_pattern(golden: Golden, transform_of) -> Tensor:
     """Compensate rows that keep the same entries together: all but the column that the budget cut."""
     result = torch.zeros_like(golden.delta)
     for pattern in torch.unique(golden.kept, dim=0):
         rows = (golden.kept == pattern).all(1)
-        transform = KeepColumns(kept=pattern, response=response_of(golden.curvature(), pattern).matrix)
-        result[rows] = transform(golden.delta[rows])
+        result[rows] = transform_of(golden.curvature(), pattern)(golden.delta[rows])
     return result
 
 
@@ -68,7 +66,7 @@ def test_fully_kept_columns_are_those_of_the_published_code(golden):
 
 
 def test_sequential_compensation_reproduces_the_published_weights(golden):
-    ours = by_kept_pattern(golden, sequential_response)
+    ours = by_kept_pattern(golden, sequential_compensation)
     assert (ours - golden.adjusted).norm() <= 1e-4 * golden.adjusted.norm()
 
 
@@ -85,13 +83,15 @@ def test_published_weights_match_the_float64_sweep(name):
 def test_entry_selection_keeps_the_published_columns_and_cuts_at_most_one(name):
     golden = Golden(name)
     pivots = golden.curvature().pivots
-    kept = select_entries(pivots, golden.delta, budget(pivots, golden.settings["strength"], len(golden.delta)), 0.15)
+    kept = oracles.published_entries(
+        pivots, golden.delta, budget(pivots, golden.settings["strength"], len(golden.delta)), 0.15
+    )
     assert torch.equal(kept.all(0), golden.kept.all(0))
     assert (kept.any(0) & ~kept.all(0)).sum() <= 1
 
 
 def test_joint_compensation_never_leaves_more_loss_than_sequential(golden):
     hessian = golden.curvature().hessian
-    joint = oracles.loss(by_kept_pattern(golden, joint_response), hessian)
-    sequential = oracles.loss(by_kept_pattern(golden, sequential_response), hessian)
+    joint = oracles.loss(by_kept_pattern(golden, joint_compensation), hessian)
+    sequential = oracles.loss(by_kept_pattern(golden, sequential_compensation), hessian)
     assert joint <= sequential * (1 + 1e-5)
