@@ -9,9 +9,8 @@ from typing import Annotated, Any, Final
 import typer
 from transformers.utils import logging
 
-from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import load_model
-from safedelta_hf.cli.options import RULE_HELP, one_of, parsed_strength
+from safedelta_hf.cli.options import RULE_HELP, load_function, one_line_errors, one_of, parsed_strength
 from safedelta_hf.compare import Candidates, ComparisonFile, Scenario, choose_candidates, compare, draw, markdown
 from safedelta_hf.compare.points import RESULTS
 from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
@@ -19,7 +18,6 @@ from safedelta_hf.compare.scenarios import ModelScenario
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings
-from safedelta_hf.evaluation.task import load_function
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES

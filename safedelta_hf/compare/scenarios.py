@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED, Candidate, CandidateModel, TunedModel
 from safedelta_hf.evaluation.evaluate import evaluate_model
-from safedelta_hf.evaluation.fingerprint import model_digest
+from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Score
 from safedelta_hf.profile.profile import SafetyProfile

@@ -21,7 +21,7 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError, EvaluationError, SafeDeltaError
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, PromptSource
-from safedelta_hf.evaluation.task import TaskScore
+from safedelta_hf.evaluation.scoring import TaskScore
 from safedelta_hf.hf.trainer_facts import log_metrics, shows_progress
 
 PREFIX = "safedelta/eval_"

@@ -14,11 +14,8 @@ from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.compare import ALIGNED, FINE_TUNED, Candidate, CandidateModel, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.testbed.behaviour import behaviour_scores
-from safedelta_hf.testbed.cases import Case
-from safedelta_hf.testbed.data import ordinary_data, safety_data
-from safedelta_hf.testbed.finetune import fine_tune
-from safedelta_hf.testbed.model import load_aligned
+from safedelta_hf.testbed.data import Case, ordinary_data, safety_data
+from safedelta_hf.testbed.model import behaviour_scores, fine_tune, load_aligned
 
 LOWER_RATES: Final = (0.3, 0.1)
 """Learning rates of plain fine-tuning, in units of the case's."""

@@ -16,7 +16,7 @@ from safedelta_hf.testbed import (
     safety_data,
     skill_questions,
 )
-from safedelta_hf.testbed.tokenizer import build_tokenizer
+from safedelta_hf.testbed.model import build_tokenizer
 from tests.fixtures.finetuning import answer, finetune
 
 
