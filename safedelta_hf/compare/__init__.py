@@ -1,18 +1,16 @@
 """Several rules over several strengths on the same fine-tuned models, beside baselines that cost little."""
 
-from safedelta_hf.compare.candidates import (
+from safedelta_hf.compare.candidates import Candidates, choose_candidates, compare
+from safedelta_hf.compare.points import ComparisonFile, Point
+from safedelta_hf.compare.scenarios import (
     ALIGNED,
     FINE_TUNED,
     Candidate,
     CandidateModel,
-    Candidates,
+    ModelScenario,
     Scenario,
     TunedModel,
-    choose_candidates,
 )
-from safedelta_hf.compare.points import ComparisonFile, Point
-from safedelta_hf.compare.run import compare
-from safedelta_hf.compare.scenarios import ModelScenario
 from safedelta_hf.compare.table import draw, markdown
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED
 from safedelta_hf.compare.points import ComparisonFile, Point
+from safedelta_hf.compare.scenarios import ALIGNED, FINE_TUNED
 from safedelta_hf.evaluation.result import Score
 
 ATTACK: Final = "attack_success"

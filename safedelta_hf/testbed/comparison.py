@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare import ALIGNED, FINE_TUNED, Candidate, CandidateModel, TunedModel
+from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.testbed.data import Case, ordinary_data, safety_data
@@ -47,7 +48,7 @@ class AlignedModel:
         )
 
 
-class CaseScenario:
+class CaseScenario(Scenario):
     """One case, fine-tuned with one seed when that is first needed.
 
     Args:
@@ -57,41 +58,44 @@ class CaseScenario:
         questions: Number of questions of each kind.
     """
 
+    seed: int
+
     def __init__(self, aligned: AlignedModel, case: Case, seed: int, questions: int) -> None:
-        self.name, self.seed = case.name, seed
+        self.name, self.seed, self.base = case.name, seed, aligned.model
         self._aligned, self._case, self._questions = aligned, case, questions
 
-    @property
-    def base(self) -> PreTrainedModel:
-        """The aligned model."""
-        return self._aligned.model
-
-    @property
+    @cached_property
+    @override
     def profile(self) -> SafetyProfile:
-        """Profile of the aligned model on the safety data."""
         return self._aligned.profile
 
-    @property
+    @cached_property
+    @override
     def ordinary(self) -> SafetyProfile:
-        """Profile of the aligned model on ordinary data."""
         return self._aligned.ordinary
 
     @cached_property
+    @override
     def task(self) -> SafetyProfile:
-        """Profile of the aligned model on examples of the case."""
         examples = self._case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
         return collect_profile(
             self.base, examples, self._aligned.tokenizer, holdout=0.0, purpose="task data", progress=False
         )
 
     @cached_property
+    @override
     def tuned(self) -> TunedModel:
-        """The fine-tuned model."""
         return TunedModel(*self._trained(load_aligned()[0], self._case))
 
     @property
+    @override
+    def fine_tuning(self) -> Mapping[str, Any]:
+        return _settings(self._case)
+
+    @property
+    @override
     def baselines(self) -> Sequence[Candidate]:
-        """Both models as they are, lower learning rates, and re-tuning on the safety data."""
+        # Both models as they are, lower learning rates, and re-tuning on the safety data.
         case = self._case
         lower = [replace(case, learning_rate=case.learning_rate * factor) for factor in LOWER_RATES]
         again = [
@@ -99,27 +103,16 @@ class CaseScenario:
             for epochs in RETUNING_EPOCHS
         ]
         return [
-            Candidate(method=ALIGNED, settings={}, make=lambda: CandidateModel(self.base, 0.0)),
-            Candidate(method=FINE_TUNED, settings=_settings(case), make=self._fine_tuned),
+            *super().baselines,
             *(self._training("lower learning rate", other, lambda: load_aligned()[0]) for other in lower),
             *(self._training("re-tuned", other, lambda: self.tuned.restored()) for other in again),
         ]
 
+    @override
     def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:
-        """Ask a model unseen questions of each kind.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The shares of its responses.
-        """
         return behaviour_scores(
             model, self._aligned.tokenizer, has_new_skill=self._case.teaches is not None, questions=self._questions
         )
-
-    def _fine_tuned(self) -> CandidateModel:
-        return CandidateModel(self.tuned.restored(), self.tuned.seconds)
 
     def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Candidate:
         return Candidate(

@@ -1,10 +1,9 @@
 import math
 
 import pytest
-import torch
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare import Candidate, CandidateModel, TunedModel, choose_candidates, compare
+from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel, choose_candidates, compare
 from safedelta_hf.compare.candidates import grid
 from safedelta_hf.errors import ConfigurationError, NumericalError
 from safedelta_hf.evaluation.result import share
@@ -14,10 +13,10 @@ from tests.compare.points import comparison
 from tests.fixtures import tiny
 
 
-class TinyScenario:
+class TinyScenario(Scenario):
     """Measures how far a model is from its base."""
 
-    name, seed, task, ordinary = "tiny", 3, None, None
+    name, seed, task, ordinary, baselines = "tiny", 3, None, None, ()
 
     def __init__(self):
         self.base = tiny.llama()
@@ -112,12 +111,3 @@ def test_a_candidate_that_cannot_be_computed_is_named_and_the_others_go_on(tmp_p
     assert name.startswith("tiny 3 ridge") and "not positive definite" in reason
     compare([TinyScenario()], candidates, again := comparison(tmp_path), progress=False)
     assert [point.method for point in again.points] == ["aligned", "scale", "ridge"] and not again.left_out
-
-
-def test_restoring_is_exact_after_any_change():
-    model = tiny.perturbed(tiny.llama(tied=True))
-    tuned, before = TunedModel(model), tiny.weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert tiny.same(tiny.weights(tuned.restored()), before)
