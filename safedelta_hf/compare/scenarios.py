@@ -94,19 +94,31 @@ class Scenario(ABC):
         name: What was fine-tuned on, or the fine-tuned model's folder.
         seed: Seed of the fine-tuning, where the comparison made it.
         base: The base model.
-        tuned: The fine-tuned model.
-        profile: Of the base on safety data, part of it held out.
-        task: Profile of the base on the task data, if there are any.
-        ordinary: Profile of the base on ordinary data, if there are any.
     """
 
     name: str
     seed: int | None
     base: PreTrainedModel
-    tuned: TunedModel
-    profile: SafetyProfile
-    task: SafetyProfile | None
-    ordinary: SafetyProfile | None
+
+    @property
+    @abstractmethod
+    def tuned(self) -> TunedModel:
+        """The fine-tuned model."""
+
+    @property
+    @abstractmethod
+    def profile(self) -> SafetyProfile:
+        """Profile of the base on safety data, part of it held out."""
+
+    @property
+    @abstractmethod
+    def task(self) -> SafetyProfile | None:
+        """Profile of the base on the task data, if there are any."""
+
+    @property
+    @abstractmethod
+    def ordinary(self) -> SafetyProfile | None:
+        """Profile of the base on ordinary data, if there are any."""
 
     @property
     def baselines(self) -> Sequence[Candidate]:
@@ -199,10 +211,30 @@ class ModelScenario(Scenario):
         self._processing_class, self._questions = processing_class, questions
         self._settings = settings or EvaluationSettings()
         self._digests = {"base": model_digest(base, processing_class), "tuned": model_digest(tuned, processing_class)}
-        self.profile = self._profiled(safety_data, "safety data", None)
-        self.task = None if task_data is None else self._profiled(task_data, "task data", 0.0)
-        self.ordinary = None if ordinary_data is None else self._profiled(ordinary_data, "ordinary data", 0.0)
-        self.tuned = TunedModel(tuned)
+        self._profile = self._profiled(safety_data, "safety data", None)
+        self._task = None if task_data is None else self._profiled(task_data, "task data", 0.0)
+        self._ordinary = None if ordinary_data is None else self._profiled(ordinary_data, "ordinary data", 0.0)
+        self._tuned = TunedModel(tuned)
+
+    @property
+    @override
+    def tuned(self) -> TunedModel:
+        return self._tuned
+
+    @property
+    @override
+    def profile(self) -> SafetyProfile:
+        return self._profile
+
+    @property
+    @override
+    def task(self) -> SafetyProfile | None:
+        return self._task
+
+    @property
+    @override
+    def ordinary(self) -> SafetyProfile | None:
+        return self._ordinary
 
     @property
     def made_with(self) -> dict[str, Any]:

@@ -64,12 +64,12 @@ class CaseScenario(Scenario):
         self.name, self.seed, self.base = case.name, seed, aligned.model
         self._aligned, self._case, self._questions = aligned, case, questions
 
-    @cached_property
+    @property
     @override
     def profile(self) -> SafetyProfile:
         return self._aligned.profile
 
-    @cached_property
+    @property
     @override
     def ordinary(self) -> SafetyProfile:
         return self._aligned.ordinary

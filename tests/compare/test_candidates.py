@@ -16,7 +16,7 @@ from tests.fixtures import tiny
 class TinyScenario(Scenario):
     """Measures how far a model is from its base."""
 
-    name, seed, task, ordinary, baselines = "tiny", 3, None, None, ()
+    name, seed, task, ordinary, tuned, profile, baselines = "tiny", 3, None, None, None, None, ()
 
     def __init__(self):
         self.base = tiny.llama()
