@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Self
 
+from typing_extensions import override
+
+from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.deltas.dense import Delta, require_finite
 from safedelta_hf.deltas.lora_deltas import AdapterPart, Replaces
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import Storage
 
 
-class AdapterStore:
+class AdapterStore(WeightStore):
     """The parts of one adapter, adjusted in place.
 
     Args:
@@ -40,63 +44,33 @@ class AdapterStore:
         """Shapes of the tuned parameters, by canonical name."""
         return {name: part.shape for name, part in self._parts.items()}
 
-    def __enter__(self) -> "AdapterStore":
+    @override
+    def __enter__(self) -> Self:
         self._writer.__enter__()
         return self
 
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.__exit__(kind, error, trace)
 
+    @override
     def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            Whether its delta is not zero.
-
-        Raises:
-            AdapterError: The adapter has rank 0 there.
-        """
         for place, tensor in self._parts[name].tensors().items():
             if not tensor.numel():
                 raise AdapterError(f"{place}: has the shape {list(tensor.shape)}, so the adapter has rank 0 there")
             require_finite(place, tensor)
         return self._parts[name].delta().tuned_energy > 0
 
+    @override
     def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            The kind.
-        """
         return self._parts[name].storage
 
+    @override
     def delta(self, name: str) -> Delta:
-        """The delta of a parameter.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            In the form in which the adapter holds it.
-        """
         return self._parts[name].delta()
 
+    @override
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Let the adapter carry what is kept of a delta.
-
-        Args:
-            name: Canonical parameter name.
-            delta: From `delta`, adjusted.
-
-        Returns:
-            What there is to say about it.
-        """
         return self._parts[name].write(delta, self._writer)

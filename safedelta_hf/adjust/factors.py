@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from safedelta_hf.deltas.dense import DeltaMatrix
 from safedelta_hf.deltas.sharded import ShardedMatrix
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ProfileError
+from safedelta_hf.profile.moments import OwnedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use
 from safedelta_hf.rules.rule import Factors, LayerMoments, Rule, TransformRule
@@ -21,15 +21,6 @@ Key = tuple[str, str | None]
 
 AHEAD = 4
 """Moments that are looked at for each other rank, to find one that it can factor meanwhile."""
-
-
-@runtime_checkable
-class Owned(Protocol):
-    """Moments of which each is in the memory of one rank."""
-
-    def owner(self, key: str) -> int:
-        """The rank that has a moment."""
-        ...
 
 
 class FactorCache:
@@ -170,7 +161,7 @@ class FactorCache:
         if key[1] is None:
             shape = self._profile.moments[key[0]].total.shape if self._ranks.rank == owner else ()
             return torch.zeros(shape, device=device)  # never reached by the task data
-        has_it = self._task.moments.owner(key[1]) if isinstance(self._task.moments, Owned) else owner
+        has_it = self._task.moments.owner(key[1]) if isinstance(self._task.moments, OwnedMoments) else owner
         found = self._task.moments[key[1]].hessian(device) if self._ranks.rank == has_it else None
         return found if has_it == owner else self._ranks.broadcast(found, has_it, device)
 
@@ -182,7 +173,7 @@ class FactorCache:
 
     def _owner(self, key: Key) -> int:
         moments = self._profile.moments
-        if isinstance(moments, Owned):
+        if isinstance(moments, OwnedMoments):
             return moments.owner(key[0])
         return self._positions.get(key, 0) % self._ranks.size  # each rank can read all of them
 

@@ -3,7 +3,9 @@
 from types import TracebackType
 
 import torch
+from typing_extensions import override
 
+from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
@@ -12,7 +14,7 @@ from safedelta_hf.weights.digest import digest
 from safedelta_hf.weights.readers import verified
 
 
-class CheckpointStore:
+class CheckpointStore(WeightStore):
     """The parameters of a checkpoint: read from its shards, and written into those of another.
 
     Args:
@@ -35,9 +37,7 @@ class CheckpointStore:
         self._output = output
         self._device = device
 
-    def __enter__(self) -> "CheckpointStore":
-        return self
-
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -45,20 +45,8 @@ class CheckpointStore:
         if kind is None:
             self._keep_others()
 
+    @override
     def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            False if it still holds the base weight, be it in another dtype.
-
-        Raises:
-            BaseWeightsError: The base weight is missing, or not the profile's.
-            CheckpointError: A file cannot be read.
-            NumericalError: The fine-tuned weight holds NaN or Inf.
-        """  # noqa: DOC502 - raised by the functions called
         tuned, expected = self._pair.read(name), self._header.base[name]
         if digest(tuned) == expected:
             return False
@@ -68,39 +56,17 @@ class CheckpointStore:
         require_finite(name, tuned)
         return True
 
+    @override
     def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            Always the same: both checkpoints have the weight.
-        """
         return Storage.DENSE
 
+    @override
     def delta(self, name: str) -> DenseDelta:
-        """The delta of a parameter.
-
-        Args:
-            name: Canonical name; `is_tuned` has looked at it.
-
-        Returns:
-            Tuned minus base.
-        """
         base = self._pair.base.read(name).to(getattr(torch, self._header.dtypes[name]))
         return DenseDelta(self._pair.read(name).to(self._device), base)
 
+    @override
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Write the weight that carries what is kept of a delta.
-
-        Args:
-            name: Canonical name.
-            delta: From `delta`, adjusted.
-
-        Returns:
-            Nothing to say.
-        """
         assert isinstance(delta, DenseDelta), "the deltas of a checkpoint are dense"
         for stored, value in self._pair.parts(name, delta.weight().contiguous()):
             self._output.write(stored, value)

@@ -200,7 +200,7 @@ def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
     width = 0.8 / len(found)
     for number, (name, behaviour) in enumerate(found.items()):
         places = [place + (number - 1) * width for place in range(len(labels))]
-        bars = axes.bar(places, [behaviour[key] for key in labels], width, label=name)
+        bars = axes.bar(places, [share for share in behaviour.values() if share is not None], width, label=name)
         axes.bar_label(bars, fmt=lambda value: f"{value:.0%}", fontsize=8)
     axes.set_xticks(range(len(labels)), [_LABELS[key] for key in labels])
     axes.set_ylim(0, 1.1)

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.open_model import HeldModel
@@ -18,7 +21,7 @@ from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import BaseWeights, verified
 
 
-class ModelStore:
+class ModelStore(WeightStore):
     """The parameters of a model in memory, adjusted in place, and the weights that it computes from some of them.
 
     Args:
@@ -41,10 +44,12 @@ class ModelStore:
         self._header = header
         self._journal = Journal(workspace, self._held.ranks)
 
-    def __enter__(self) -> "ModelStore":
+    @override
+    def __enter__(self) -> Self:
         self._journal.__enter__()
         return self
 
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -54,19 +59,8 @@ class ModelStore:
         """Put back every fine-tuned weight that was written over; each may be written again."""
         self._journal.restore()
 
+    @override
     def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter, or any that a weight is computed from.
-
-        Args:
-            name: Canonical parameter name, or that of a computed weight.
-
-        Returns:
-            False if it still holds the base weight, be it in another dtype.
-
-        Raises:
-            BaseWeightsError: The base weight is missing, of another shape, or not the profile's.
-            NumericalError: The fine-tuned weight holds NaN or Inf.
-        """  # noqa: DOC502 - raised by the function called
         weight = self._computed.get(name)
         if weight is None:
             return self._is_moved(name)
@@ -74,27 +68,13 @@ class ModelStore:
         require_finite(name, weight.computed())
         return bool(self._moved[name])
 
+    @override
     def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            Whether this process has all of both weights.
-        """
         is_whole = name in self._computed or self._held.holding.piece(name).is_whole
         return Storage.DENSE if is_whole else Storage.SHARDED
 
+    @override
     def delta(self, name: str) -> DenseDelta | ShardedDelta:
-        """The delta of a parameter, or of a weight that is computed from parameters.
-
-        Args:
-            name: Canonical name; `is_tuned` has looked at it.
-
-        Returns:
-            Tuned minus base, on the device of the model.
-        """
         weight = self._computed.get(name)
         if weight is None:
             own, piece = self._held.parameter(name), self._held.holding.piece(name)
@@ -104,19 +84,8 @@ class ModelStore:
             return ShardedDelta(delta, self._held.holding.shape(name), piece, self._held.ranks)
         return DenseDelta(weight.computed(), weight.computed(self._base_originals(name)))
 
+    @override
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Let the model carry what is kept of a delta.
-
-        Args:
-            name: Canonical name.
-            delta: From `delta`, adjusted.
-
-        Returns:
-            What became of the originals of a computed weight.
-
-        Raises:
-            CoverageError: They cannot be set so that the weight comes out as it should; nothing of it was written.
-        """  # noqa: DOC502 - raised by the function called
         weight = self._computed.get(name)
         if weight is None:
             assert isinstance(delta, DenseDelta | ShardedDelta), "a model's deltas are dense"
