@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from tqdm.auto import tqdm
 
-from safedelta_hf.adjust.factors import PreparedMoments
+from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.adjust.merging import Merging, require_dense
 from safedelta_hf.adjust.plan import check_moments, require_decisions
 from safedelta_hf.adjust.search import search_strength
@@ -73,7 +73,7 @@ class Adjustment:
     def at(
         self,
         rule: Rule,
-        prepared: PreparedMoments | None = None,
+        prepared: FactorCache | None = None,
         keep: Callable[[ParameterRecord], None] = lambda record: None,
     ) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
@@ -116,7 +116,7 @@ class Adjustment:
             How the strength was found, and what was done to each parameter.
         """
         running, held_out = _measurable(rule, self._store.running, self._profile)
-        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.prepares_for_any_strength else None
+        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.factors_serve_any_strength else None
         records: dict[float, tuple[ParameterRecord, ...]] = {}
 
         def apply(strength: float) -> None:
@@ -142,9 +142,9 @@ class Adjustment:
         for name in (entry.parameter for entry in self._plan.entries if entry.parameter in self._tuned):
             self._store.write(name, self._store.delta(name).dropped())
 
-    def _prepared_for(self, rule: Rule, memory: int = 0) -> PreparedMoments:
+    def _prepared_for(self, rule: Rule, memory: int = 0) -> FactorCache:
         uses = (use for entry in self._plan.entries if entry.parameter in self._tuned for use in entry.uses)
-        return PreparedMoments(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
+        return FactorCache(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
 
 
 def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
@@ -178,7 +178,7 @@ def _measurable(rule: Rule, running: ShardedModel | None, profile: SafetyProfile
 class _Adjuster:
     """Adjusts one parameter at a time."""
 
-    def __init__(self, store: WeightStore, rule: Rule, prepared: PreparedMoments, merging: Merging | None) -> None:
+    def __init__(self, store: WeightStore, rule: Rule, prepared: FactorCache, merging: Merging | None) -> None:
         self._store = store
         self._rule = rule
         self._prepared = prepared
@@ -215,9 +215,9 @@ class _Adjuster:
         rule, remarks = cast(TransformRule, self._rule), tuple[str, ...]()
         for use in entry.uses:
             self._hold(entry, use, delta)
-            transform, notes = self._prepared.transform(rule, use, delta.matrix(use))
+            transform = self._prepared.transform(rule, use, delta.matrix(use))
             delta = delta.transformed(use, transform)
-            remarks += notes + transform.notes
+            remarks += transform.notes
         return delta, remarks
 
     def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401

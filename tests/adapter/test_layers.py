@@ -47,7 +47,7 @@ def profile_by_hand(model, uses):
 
 def expected(matrix, hessian):
     """Oracle: the rule on the dense delta of one layer [out, in]."""
-    transform = RULE.transform(RULE.prepare(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR))
+    transform = RULE.transform(RULE.factorise(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR))
     result = transform(matrix)
     assert 0.01 < float(result.norm() / matrix.norm()) and not torch.equal(result, matrix), "it keeps a part"
     return result

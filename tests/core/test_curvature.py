@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from safedelta_hf.core.curvature import cholesky, factorise
+from safedelta_hf.core.curvature import cholesky, factorise, quadratic_loss
 from safedelta_hf.errors import NumericalError
 from tests.fixtures import oracles
 from tests.fixtures.problems import layers
@@ -73,3 +73,14 @@ def test_an_indefinite_matrix_is_an_error_that_says_what_to_do():
 def test_nan_and_inf_are_errors(value):
     with pytest.raises(NumericalError, match="NaN or Inf"):
         cholesky(torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_quadratic_loss_is_half_the_trace(diagonal):
+    delta, inputs = torch.randn(3, 6), torch.randn(20, 6)
+    hessian = inputs.T @ inputs
+    if diagonal:
+        hessian = hessian.diagonal()
+    full = torch.diag(hessian) if diagonal else hessian
+    found = quadratic_loss(lambda transform: float((delta * transform(delta)).sum()), hessian)
+    assert found == pytest.approx(oracles.loss(delta, full), rel=1e-5)

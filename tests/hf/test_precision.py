@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from safedelta_hf import AutoStrength, Ridge, SafeDeltaCallback, Scale, adjust_adapter, adjust_model, collect_profile
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, NumericalError, SafeDeltaWarning
 from safedelta_hf.modules.evaluating import undisturbed
 from tests.fixtures import adapters, refusing, tiny
@@ -59,7 +60,7 @@ def test_a_run_that_changes_nothing_measures_no_drift(kind, lora, tmp_path):
     assert search.noise.precision == "float32" and 0 < search.noise.upper < 1e-5
     # What the base found at the start is what the same weights find after it, and what they find without a Trainer.
     assert found.held_out == expected.held_out
-    drift = found.held_out.drift(model, quantile=0.95)
+    drift = found.held_out.drift(open_model(model), quantile=0.95)
     assert (drift.mean, drift.upper) == (0.0, 0.0)
     for data in (found, callback.task):
         plain = (
@@ -89,8 +90,8 @@ def test_the_noise_is_of_the_size_of_what_rounding_does(tmp_path):
     trained(sharp().bfloat16(), callback, tmp_path, learning_rate=0.0)
     # The same weights, once computed with in bfloat16 and once in float32.
     rounded = sharp().bfloat16()
-    seen = exact.read_again(rounded, quantile=0.95)[0]
-    finer, _ = exact.read_again(rounded.float(), quantile=0.95)
+    seen = exact.read_again(open_model(rounded), quantile=0.95)[0]
+    finer, _ = exact.read_again(open_model(rounded.float()), quantile=0.95)
     differences = [abs(one - other) for one, other in zip(seen.losses, finer.losses, strict=True)]
     mean = sum(differences) / len(differences)
     assert mean / 3 < callback.report.search.noise.mean < 3 * mean

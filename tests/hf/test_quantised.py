@@ -86,7 +86,7 @@ def test_training_on_a_quantised_base_ends_with_the_adjusted_adapter(quantised, 
         kept_up, kept_down = (found[f"{name}.lora_{factor}.weight"] for factor in "BA")
         use = uses[name.removeprefix("base_model.model.") + ".weight"]
         moments = LayerMoments(safety=callback.profile.moments[use.moment].hessian(torch.device("cpu")))
-        state = RULE.prepare(moments)
+        state = RULE.factorise(moments)
         delta = 1.5 * up @ down
         wanted = RULE.transform(state, MatrixDelta(delta, Role.LINEAR))(delta)
         torch.testing.assert_close(1.5 * kept_up @ kept_down, wanted, rtol=1e-3, atol=1e-6)

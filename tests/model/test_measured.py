@@ -89,15 +89,15 @@ def test_the_report_holds_every_trial(profile, tmp_path):
 def test_a_search_that_fails_half_way_changes_nothing(profile, monkeypatch, error):
     tuned, calls = refusing.fine_tuned(), []
     before = tiny.weights(tuned)
-    prepare = Ridge.prepare
+    factorise = Ridge.factorise
 
     def failing(self, moments):
         calls.append(self.strength)
         if len(set(calls)) == 3:
             raise error
-        return prepare(self, moments)
+        return factorise(self, moments)
 
-    monkeypatch.setattr(Ridge, "prepare", failing)
+    monkeypatch.setattr(Ridge, "factorise", failing)
     with pytest.raises(type(error)):
         adjust(tuned, profile, RULES[0])
     assert tiny.same(before, tiny.weights(tuned))
@@ -105,8 +105,8 @@ def test_a_search_that_fails_half_way_changes_nothing(profile, monkeypatch, erro
 
 def test_what_holds_for_every_strength_is_prepared_once(profile, monkeypatch):
     prepared = []
-    prepare = SafeDelta.prepare
-    monkeypatch.setattr(SafeDelta, "prepare", lambda self, moments: prepared.append(1) or prepare(self, moments))
+    factorise = SafeDelta.factorise
+    monkeypatch.setattr(SafeDelta, "factorise", lambda self, moments: prepared.append(1) or factorise(self, moments))
     report = adjust(refusing.fine_tuned(), profile, SafeDelta(strength=AUTO))
     assert len(report.search.trials) > 2 and len(prepared) == len(profile.moments)
 

@@ -61,7 +61,7 @@ def compare(name, ranks, cut):
     assert digest(tuned) == digest_of_shard(tuned[mine], torch.Size(shape), shard, ranks)
     assert (sharded.matrix(use).rows, sharded.matrix(use).columns) == (whole.matrix(use).rows, columns)
     for rule in (Ridge(strength=0.7), SafeDelta(strength=3.0, exclude_top=0.0)):
-        state = rule.prepare(LayerMoments(safety=hessian))
+        state = rule.factorise(LayerMoments(safety=hessian))
         theirs = rule.transform(state, whole.matrix(use))
         ours = rule.transform(state, sharded.matrix(use))
         torch.testing.assert_close(sharded.matrix(use).column_energy(ours), whole.matrix(use).column_energy(theirs))
