@@ -181,7 +181,7 @@ def test_a_whole_model_is_adjusted_again_from_the_folder_that_keeps_it(tmp_path,
     trained(model, callback, tmp_path / "run")
     adjusted = tiny.weights(model)
     with monkeypatch.context() as patched, pytest.raises(NumericalError):
-        patched.setattr(Ridge, "prepare", broken)
+        patched.setattr(Ridge, "factorise", broken)
         callback.adjust(model, rule=NUMBER, progress=False)
     assert tiny.same(tiny.weights(model), adjusted)
     callback.adjust(model, rule=NUMBER, progress=False)

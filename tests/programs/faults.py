@@ -79,7 +79,7 @@ FAULTS = {
     "data": (("safedelta_hf.capture.collect.read_safety_data", 1, 1, 1), "full", "begin"),
     "task_data": ((PROFILES, 1, 1, 1), "task", "begin"),
     "diverged": (None, "full", "end"),
-    "prepare": (("safedelta_hf.rules.ridge.Ridge.factorise", 1, 1, 2), "full", "end"),
+    "factorise": (("safedelta_hf.rules.ridge.Ridge.factorise", 1, 1, 2), "full", "end"),
     "prepare_lora": (("safedelta_hf.rules.safe_delta.SafeDelta.factorise", 1, 1, 2), "lora", "end"),
     "journal_folder": ((f"{JOURNAL}.ScratchFolder", 1, 1, 2), "full", "end"),
     "disk_full": ((f"{JOURNAL}.save_file", 1, 0, 5), "full", "end"),
