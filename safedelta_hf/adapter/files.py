@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.adapter.store import AdapterStore
-from safedelta_hf.adjust.loop import adjust_weights
+from safedelta_hf.adjust.loop import adjust_weights, require_number
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.deltas.lora_folder import AdapterFolder, FolderWriter, initialised_from_base
 from safedelta_hf.deltas.lora_tensors import FileParts
@@ -14,7 +14,7 @@ from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Role, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.readers import BaseWeights, CheckpointBase, ModelBase, verified
 
 
@@ -40,7 +40,8 @@ def adjust_adapter_files(
         adapter: Folder of the adapter.
         profile: Profile of its base, or the folder of one.
         output: Folder to write; must not exist.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
+            `TaskRidge()` with `task` and else `Ridge()`, is measured.
         task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
             folder of one.
         base: The base model, or its folder or cached repository. Read one weight at a time, for whole parameters that
@@ -55,9 +56,12 @@ def adjust_adapter_files(
         What was done to each parameter that the adapter tunes.
 
     Raises:
+        ConfigurationError: The strength is to be measured.
         AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
     """  # noqa: DOC502 - raised by the functions called
+    rule = rule or default_rule(task)
+    require_number(rule)
     folder = AdapterFolder(adapter)
     writer = FolderWriter(folder, Path(output))
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
@@ -79,7 +83,7 @@ def adjust_adapter_files(
         writer=writer,
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment())
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)
+    return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
 
 
 class _Base:

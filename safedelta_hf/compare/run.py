@@ -37,7 +37,6 @@ def compare(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFil
                     # Of one strength, say: the others still tell something, and the table says that it is missing.
                     file.left_out[" ".join(map(str, key))] = str(error)
             bar.update()
-    file.save()
 
 
 def _measured(subject: Subject, contender: Contender) -> Point:

@@ -40,7 +40,7 @@ from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, TaskRidge
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.journal import standing_in
 
 logger = logging.get_logger(__name__)
@@ -123,7 +123,7 @@ class SafeDeltaCallback(TrainerCallback):
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
-        self._rule = rule or TaskRidge()
+        self._rule = rule or default_rule(task_dataset or "drawn from the Trainer's data")
         if profile is not None and retention_dataset is not None:
             raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
         if task_dataset is not None and not self._rule.needs_task:
