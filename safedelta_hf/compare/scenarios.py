@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.fingerprint import model_digest
@@ -107,8 +108,7 @@ class ModelSubject:
             self.base,
             data,
             self._processing_class,
-            batch_size=self._settings.batch_size,
-            holdout=holdout,
+            config=ProfileConfig(batch_size=self._settings.batch_size, holdout=holdout),
             purpose=purpose,
             progress=False,
         )

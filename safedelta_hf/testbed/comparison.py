@@ -11,6 +11,7 @@ from typing import Final
 from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
@@ -46,7 +47,12 @@ class AlignedModel:
     def ordinary(self) -> SafetyProfile:
         """Profile on ordinary data."""
         return collect_profile(
-            self.model, ordinary_data(), self.tokenizer, holdout=0.0, purpose="ordinary data", progress=False
+            self.model,
+            ordinary_data(),
+            self.tokenizer,
+            config=ProfileConfig(holdout=0.0),
+            purpose="ordinary data",
+            progress=False,
         )
 
 
@@ -84,7 +90,12 @@ class CaseSubject:
         """Profile of the aligned model on examples of the case."""
         examples = self._case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
         return collect_profile(
-            self.base, examples, self._aligned.tokenizer, holdout=0.0, purpose="task data", progress=False
+            self.base,
+            examples,
+            self._aligned.tokenizer,
+            config=ProfileConfig(holdout=0.0),
+            purpose="task data",
+            progress=False,
         )
 
     @cached_property

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from safedelta_hf import (
     AutoStrength,
+    ProfileConfig,
     Ridge,
     SafeDelta,
     Scale,
@@ -30,12 +31,12 @@ RULES = [Ridge(strength=AUTO), TaskRidge(strength=AUTO), Scale(strength=AUTO), S
 
 @pytest.fixture(scope="module")
 def profile():
-    return collect_profile(refusing.base(), refusing.REFUSALS, holdout=0.25, progress=False)
+    return collect_profile(refusing.base(), refusing.REFUSALS, config=ProfileConfig(holdout=0.25), progress=False)
 
 
 @pytest.fixture(scope="module")
 def task():
-    return collect_profile(refusing.base(), refusing.TASK, holdout=0.0, progress=False)
+    return collect_profile(refusing.base(), refusing.TASK, config=ProfileConfig(holdout=0.0), progress=False)
 
 
 def adjust(model, profile, rule, task=None):
@@ -115,7 +116,7 @@ def test_what_holds_for_every_strength_is_prepared_once(profile, monkeypatch):
 
 
 def test_a_profile_that_holds_nothing_out_is_a_named_error():
-    whole = collect_profile(refusing.base(), refusing.REFUSALS, holdout=0.0, progress=False)
+    whole = collect_profile(refusing.base(), refusing.REFUSALS, config=ProfileConfig(holdout=0.0), progress=False)
     tuned = refusing.fine_tuned()
     before = tiny.weights(tuned)
     with pytest.raises(ProfileError, match=r"holdout=0\.25"):
