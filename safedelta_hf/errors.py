@@ -45,7 +45,7 @@ class ProfileError(SafeDeltaError, ValueError):
 
 
 class OutputError(SafeDeltaError, OSError):
-    """A folder cannot be written: it is there already, or another process is writing it."""
+    """A place cannot be written: taken, being written by another process, begun by a run of something else, or full."""
 
 
 class AdapterError(SafeDeltaError, ValueError):

@@ -1,20 +1,24 @@
-"""Folders and files that are complete or not there at all; temporary ones that no killed process leaves."""
+"""Folders and files that are complete or not there at all, and logs by which a killed run goes on."""
 
 import hashlib
+import json
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
 from safedelta_hf.errors import OutputError
 
+T = TypeVar("T")
+
 PREFIX = "_safedelta-"
-"""How their names begin; a Trainer that pushes its folder to the Hub leaves out what begins with an underscore."""
+"""How names of temporary folders begin; a Trainer that pushes its folder to the Hub leaves such names out."""
 
 
 class ScratchFolder:
@@ -186,6 +190,125 @@ def complete_file(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Args:
+        path: The file; one that is there is replaced.
+        text: Its content.
+
+    Raises:
+        OutputError: It cannot be written; one that was there is as it was.
+    """
+    try:
+        with complete_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written ({error}); make room, or choose another place") from error
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write to a file, whole.
+
+    Args:
+        descriptor: The file, at the place to write to.
+        content: What to write.
+    """
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left[:_AT_ONCE]) :]
+
+
+_AT_ONCE: Final = 1 << 24
+"""Bytes; some systems refuse to write gigabytes in one call."""
+
+_HEAD: Final = b'{"manifest": '
+
+
+class RunLog(Generic[T]):
+    """What a run has finished, as JSON lines, so that one that was killed goes on where it stopped.
+
+    The first line is the manifest: what everything is made from. Each further line tells of one thing that is finished.
+    A line that was cut off is removed when the file is opened, and an append that fails leaves none, so the next line
+    never joins a broken one. A line that is damaged otherwise is passed over; those after it count. That is safe
+    because every line stands alone: it holds the result itself, or names a file with its digest, which is checked. So
+    whatever is lost is done again, and nothing else.
+
+    Args:
+        path: The file, in a folder that is there; it is made.
+        manifest: What the run is made from, as plain values.
+        parse: Makes an entry of a line, and fails on what is none.
+
+    Attributes:
+        path: The file.
+        entries: What the lines that were there tell, in order.
+
+    Raises:
+        OutputError: The file was begun by a run that is made from something else, or is no such file. It is as it was.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], parse: Callable[[dict[str, Any]], T]) -> None:
+        self.path = path
+        self.entries: list[T] = []
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [line for line in map(_mapping, whole.split(b"\n")) if line is not None]
+        stated = next((line["manifest"] for line in lines if "manifest" in line), None)
+        is_begun = bool(whole) or not _HEAD.startswith(content[: len(_HEAD)])
+        if is_begun:
+            self._require(stated, json.loads(json.dumps(manifest)))
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        if not is_begun:
+            self.append({"manifest": manifest})
+        for line in lines:
+            try:
+                if "manifest" not in line:
+                    self.entries.append(parse(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # damaged, though still JSON
+
+    def append(self, *entries: Mapping[str, Any], sync: bool = True) -> None:
+        """Add lines; what fails adds none.
+
+        Args:
+            *entries: One for each line, as plain values.
+            sync: Whether to wait until they are on the disk; else a machine that fails may lose them, a killed process
+                does not.
+        """
+        content = "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
+        with self.path.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                write_all(stream.fileno(), content)
+                if sync:
+                    os.fsync(stream.fileno())
+            except BaseException:
+                os.ftruncate(stream.fileno(), before)
+                raise
+
+    def _require(self, stated: Any, manifest: dict[str, Any]) -> None:  # noqa: ANN401 - JSON
+        if not isinstance(stated, dict):
+            raise OutputError(
+                f"{str(self.path)!r}: does not state what it is made from, so it is damaged, or is something else; "
+                "remove it, or choose another output"
+            )
+        keys = stated.keys() | manifest.keys()
+        if differing := sorted(key for key in keys if stated.get(key) != manifest.get(key)):
+            raise OutputError(
+                f"{str(self.path)!r}: the run that began it was made with other {' and '.join(differing)}; repeat that "
+                "run to go on there, or remove the file, or choose another output"
+            )
+
+
+def _mapping(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def finish(unfinished: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from safedelta_hf.folders import write_whole
 from safedelta_hf.records import ParameterRecord, RuleRecord, StrengthSearch
 
 
@@ -97,12 +98,15 @@ class Report:
         return {"warning": self.warning, **asdict(self), "metrics": self.metrics()}
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON.
+        """Write the report as JSON, whole or not at all.
 
         Args:
-            path: File to write.
-        """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+            path: File to write; one that is there is replaced.
+
+        Raises:
+            OutputError: It cannot be written.
+        """  # noqa: DOC502 - raised by the function called
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     def table(self) -> str:
         """The report as a table for a terminal.

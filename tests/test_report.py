@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import os
 
 import pytest
 
 from safedelta_hf import Report
+from safedelta_hf.errors import OutputError
 from safedelta_hf.records import ParameterRecord, RuleRecord
 
 
@@ -62,6 +64,20 @@ def test_json_holds_everything(report, tmp_path):
     assert [record["parameter"] for record in content["parameters"]] == ["a.weight", "b.weight", "c.weight"]
     assert content["rule"] == {"name": "safe_delta", "settings": {"strength": 0.1}}
     assert content["metrics"] == report.metrics()
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_is_a_named_error_and_leaves_the_report_that_was_there(report, tmp_path, monkeypatch, failing):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    report.save(tmp_path / "report.json")
+    before = (tmp_path / "report.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, fail)
+        with pytest.raises(OutputError, match=r"report\.json' cannot be written .*No space left"):
+            dataclasses.replace(report, base="other").save(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_model_card_lists_what_was_not_adjusted(report):

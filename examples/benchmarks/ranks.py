@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import safedelta_hf
-from safedelta_hf import adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, adjust_model, collect_profile
 
 
 def options() -> argparse.Namespace:
@@ -75,7 +75,7 @@ def work(chosen: argparse.Namespace) -> None:
     data = [{"input_ids": row, "labels": row} for row in rows]
     rule = getattr(safedelta_hf, chosen.rule)(strength=chosen.strength)
     times = [time.perf_counter()]
-    profile = collect_profile(base, data, holdout=0.0, progress=False)
+    profile = collect_profile(base, data, config=ProfileConfig(holdout=0.0), progress=False)
     times.append(time.perf_counter())
     adjust_model(tuned, base=base, profile=profile, rule=rule, progress=False)
     times.append(time.perf_counter())

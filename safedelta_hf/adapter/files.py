@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.adapter.store import AdapterInFiles
-from safedelta_hf.adjust.loop import adjust_weights
+from safedelta_hf.adjust.loop import adjust_weights, require_number
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.deltas.lora_folder import AdapterFolder, initialised_from_base
 from safedelta_hf.deltas.lora_tensors import LoraTensors
@@ -15,7 +15,7 @@ from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Role, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, verified
 
 
@@ -41,7 +41,8 @@ def adjust_adapter_files(
         adapter: Folder of the adapter.
         profile: Profile of its base, or the folder of one.
         output: Folder to write; must not exist.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
+            `TaskRidge()` with `task` and else `Ridge()`, is measured.
         task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
             folder of one.
         base: The base model, or its folder or cached repository. Read one weight at a time, for whole parameters that
@@ -56,11 +57,14 @@ def adjust_adapter_files(
         What was done to each parameter that the adapter tunes.
 
     Raises:
+        ConfigurationError: The strength is to be measured.
         AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
     """  # noqa: DOC502 - raised by the functions called
     if Path(output).exists():
         raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
+    rule = rule or default_rule(task)
+    require_number(rule)
     folder = AdapterFolder(adapter)
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
     task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
@@ -81,7 +85,7 @@ def adjust_adapter_files(
         source=reader.source,
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment())
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)
+    return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
 
 
 class _Base:

@@ -8,7 +8,7 @@ from torch import nn
 from safedelta_hf.adapter.adjust import require_base
 from safedelta_hf.adapter.merged_layers import merged_deltas, write_lora
 from safedelta_hf.adapter.store import AdapterInFiles
-from safedelta_hf.adjust.loop import adjust_weights
+from safedelta_hf.adjust.loop import adjust_weights, require_number
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.deltas.lora_folder import require_weight_delta
 from safedelta_hf.deltas.lora_layers import adapter_config
@@ -18,7 +18,7 @@ from safedelta_hf.modules.names import class_name, parameter_aliases
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, default_rule
 
 
 def refactor_adapter(
@@ -45,7 +45,8 @@ def refactor_adapter(
         output: Folder of the LoRA that is written; must not exist.
         rank: Its rank. The rank of the smaller side of a layer leaves nothing out.
         profile: Profile of the base.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
+            `TaskRidge()` with `task` and else `Ridge()`, is measured.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         adapter_name: The adapter.
         treatment: What to do with tuned parameters other than linear weights.
@@ -55,10 +56,13 @@ def refactor_adapter(
         What was done to each parameter that the adapter tunes; its losses are those before the rank was cut.
 
     Raises:
+        ConfigurationError: The strength is to be measured.
         AdapterError: The adapter has no delta on weights, or not only on matrices, or the output exists.
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output.
     """  # noqa: DOC502 - raised by the functions called
+    rule = rule or default_rule(task)
+    require_number(rule)
     if rank < 1:
         raise AdapterError(f"rank={rank!r} must be at least 1")
     config = adapter_config(model, adapter_name)
@@ -83,4 +87,4 @@ def refactor_adapter(
         source="the frozen base below the adapter",
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
-    return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)
+    return adjust_weights(store, plan, profile, rule, task=task, progress=progress)

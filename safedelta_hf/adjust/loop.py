@@ -1,7 +1,7 @@
 """The only loop over parameters: check all, then adjust all of them or none."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -165,12 +165,28 @@ def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
         )
 
 
+def require_number(rule: Rule) -> None:
+    """Stop where a strength is to be measured and no model runs with the weights.
+
+    Args:
+        rule: The rule.
+
+    Raises:
+        ConfigurationError: Its strength is no number.
+    """
+    if rule.auto is not None:
+        raise ConfigurationError(
+            f"{rule.name}: strength='auto' measures a model in memory, and there is none here; give a number: "
+            f"rule={type(rule).__name__}(strength=...) (--strength on the command line), such as the one that "
+            "adjust_model or adjust_adapter reports for a model of this family"
+        )
+
+
 def _measurable(rule: Rule, running: ShardedModel | None, profile: SafetyProfile) -> tuple[ShardedModel, HeldOut]:
     if running is None:
-        raise ConfigurationError(
-            f"{rule.name}: strength='auto' measures the model, and there is none in memory here; give a number"
-        )
+        require_number(rule)
     require_measurable(rule, profile)
+    assert running is not None
     assert profile.held_out is not None
     return running, profile.held_out
 
@@ -283,12 +299,37 @@ def adjust_weights(
             search, records = None, loop.at(rule)
         else:
             search, records = loop.measured(rule, rule.auto)
+    return report_of(records, rule, profile, architecture=store.architecture, base=store.source, search=search)
+
+
+def report_of(
+    records: Iterable[ParameterRecord],
+    rule: Rule,
+    profile: SafetyProfile,
+    *,
+    architecture: str,
+    base: str,
+    search: StrengthSearch | None = None,
+) -> Report:
+    """Tell of an adjustment as a whole.
+
+    Args:
+        records: What was done to each parameter.
+        rule: The rule.
+        profile: Profile of the base.
+        architecture: Class name of the model.
+        base: Where the base weights came from.
+        search: How the strength was found, if it was measured.
+
+    Returns:
+        The report.
+    """
     return Report(
         rule=RuleRecord(name=rule.name, settings=rule.settings),
-        architecture=store.architecture,
-        base=store.source,
+        architecture=architecture,
+        base=base,
         sequences=profile.header.sequences,
         tokens=profile.header.tokens,
-        parameters=records,
+        parameters=tuple(records),
         search=search,
     )

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.reading import Capture, capture_moments
-from safedelta_hf.capture.resume import Parts
+from safedelta_hf.capture.resume import Checkpointing
 from safedelta_hf.data.dataset import (
     ProcessingClass,
     SafetySequence,
@@ -35,18 +35,10 @@ def collect_profile(
     safety_dataset: str | Path | Iterable[Mapping[str, Any]],
     processing_class: ProcessingClass | None = None,
     *,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    moment_memory: int | str | None = None,
-    offload_folder: str | Path | None = None,
-    share_moments: bool = True,
-    holdout: float | None = None,
+    config: ProfileConfig | None = None,
+    checkpointing: Checkpointing | None = None,
     purpose: str = "safety data",
-    targets: str | Sequence[str] = ALL_LINEAR,
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
     digests: Mapping[str, str] | None = None,
-    parts: Parts | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
@@ -59,22 +51,13 @@ def collect_profile(
         safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
             a JSON-lines file, in any form that TRL takes.
         processing_class: Tokenizer or processor; not needed for tokenised data.
-        batch_size: Safety sequences per forward pass, at most; batches hold sequences of one length and no padding.
-        max_length: Safety sequences are cut to this many tokens.
-        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
-        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
-        share_moments: Whether layers that read the same tensor share one moment.
-        holdout: Share of the safety data to keep out of the moments, in [0, 1): rules with `strength="auto"` measure
-            refusals by it. None for a quarter, of at least 16 examples that a transformers model reads, else nothing.
+        config: How the data is read, and of which weights; `ProfileConfig()` if None.
+        checkpointing: Keep what is summed in a folder every so many batches, so that a killed run goes on there: the
+            same call goes on where it stopped. The moments are read from that folder until it is removed. For one
+            process.
         purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
             the same way.
-        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
-            PEFT, matched at their end; or a regular expression that matches whole names.
-        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
-        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
-        parts: Read the data in parts, and keep their sum in a folder, so that a killed run goes on there: the same
-            call goes on where it stopped. The moments are read from that folder until it is removed. For one process.
         progress: Whether to show a progress bar, on the main process.
 
     Returns:
@@ -87,29 +70,20 @@ def collect_profile(
         NumericalError: Weights or activations hold NaN or Inf.
         RankError: Another process failed.
     """  # noqa: DOC502 - raised by the rooms below
-    chosen = CaptureSettings(
-        batch_size=batch_size,
-        max_length=max_length,
-        moment_memory=moment_memory,
-        offload_folder=offload_folder,
-        share_moments=share_moments,
-        holdout=holdout,
-        targets=targets,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-    )
+    config = config or ProfileConfig()
     opened = open_model(model)
     ranks = opened.ranks
-    if parts is not None and ranks.size > 1:
+    if checkpointing is not None and ranks.size > 1:
         raise ConfigurationError(
-            f"parts: read by one process, and this run has {ranks.size}; leave them out here, or collect in one process"
+            f"checkpointing: for one process, and this run has {ranks.size}; leave it out here, or collect in one "
+            "process"
         )
     with ranks.together():
-        sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
-        sequences, aside = split(sequences, _share_held_out(opened.model, chosen.holdout, len(sequences)))
-        if chosen.holdout and not aside:
+        sequences = read_safety_data(safety_dataset, processing_class, config.max_length, purpose=purpose)
+        sequences, aside = split(sequences, _share_held_out(opened.model, config.holdout, len(sequences)))
+        if config.holdout and not aside:
             raise DataError(
-                f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or "
+                f"{purpose}: holdout={config.holdout} sets none of {len(sequences)} examples aside; give more, or "
                 "holdout=0"
             )
         _require_same(sequences + aside, ranks, purpose)
@@ -124,16 +98,19 @@ def collect_profile(
             return capture_moments(
                 opened,
                 part,
-                storage=MomentStorage(chosen.budget, chosen.offload_folder),
-                batch_size=chosen.batch_size,
-                share_moments=chosen.share_moments,
+                storage=MomentStorage(config.budget, config.offload_folder),
+                batch_size=config.batch_size,
+                share_moments=config.share_moments,
                 purpose=purpose,
-                targets=chosen.chosen,
+                targets=config.chosen,
                 progress=progress,
             )
 
-        capture = read(sequences) if parts is None else parts.capture(sequences, chosen, read, made_of)
-        held_out = HeldOut.measured(opened, aside, chosen.batch_size) if aside else None
+        if checkpointing is None:
+            capture = read(sequences)
+        else:
+            capture = checkpointing.capture(sequences, config, read, made_of)
+        held_out = HeldOut.measured(opened, aside, config.batch_size) if aside else None
         return capture.profile(
             held_out,
             **made_of,

@@ -99,21 +99,22 @@ def _compiled(expression: str, setting: str) -> Pattern[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureSettings:
-    """How the safety data is read and where the moments are held.
+class ProfileConfig:
+    """How data is read for a profile, of which weights, and where the moments are held meanwhile.
 
     Attributes:
-        batch_size: Sequences per forward pass, at most.
+        batch_size: Sequences per forward pass, at most; batches hold sequences of one length and no padding.
         max_length: Sequences are cut to this many tokens; None leaves them whole.
         moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
-        offload_folder: Where moments beyond that limit are memory-mapped; None for host memory.
+        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
         share_moments: Whether layers that read the same tensor share one moment.
-        holdout: Share of the safety data kept out of the moments, to measure refusals by; None for a quarter where
-            there is enough of it.
-        targets: Which linear weights are profiled and adjusted: "all-linear", names as in PEFT, or a regular
-            expression.
+        holdout: Share of the safety data to keep out of the moments, in [0, 1): rules with `strength="auto"` measure
+            refusals by it. None for a quarter, of at least 16 examples that a transformers model reads, else nothing.
+        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
+            PEFT, matched at their end; or a regular expression that matches whole names. What a `Treatment` says of
+            uncovered parameters holds for the others.
         layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
-        layers_pattern: What comes before a layer's number in names, as in PEFT.
+        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
 
     Raises:
         ConfigurationError: A value is outside its range, or has no effect.

@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from safedelta_hf.capture.config import CaptureSettings
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.reading import Capture
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import SafetySequence, digest_of
-from safedelta_hf.errors import CaptureError, ProfileError
+from safedelta_hf.errors import CaptureError, ConfigurationError, ProfileError
 from safedelta_hf.profile.moments import MomentsByKey
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.storage import MomentStorage
@@ -25,20 +25,28 @@ from safedelta_hf.records import Use
 Read = Callable[[Sequence[SafetySequence]], Capture]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """How safety data is read in parts.
+@dataclass(frozen=True)
+class Checkpointing:
+    """Data is read in parts, and what is summed is kept after each, so that a killed run need not read it again.
 
     Attributes:
-        folder: Where the sum of the parts read so far is kept, as a profile.
-        batches: Forward passes in each part.
+        folder: Where the sum of the parts read so far is kept, as a profile; a run that is made from the same goes on
+            from there.
+        every: Forward passes in each part.
+
+    Raises:
+        ConfigurationError: That is no number of passes.
     """
 
-    folder: Path
-    batches: int
+    folder: str | Path
+    every: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ConfigurationError(f"every={self.every!r} must be a whole number of forward passes of at least 1")
 
     def capture(
-        self, sequences: Sequence[SafetySequence], settings: CaptureSettings, read: Read, made_of: Mapping[str, Any]
+        self, sequences: Sequence[SafetySequence], config: ProfileConfig, read: Read, made_of: Mapping[str, Any]
     ) -> Capture:
         """Read the parts that are not summed yet.
 
@@ -47,7 +55,7 @@ class Parts:
 
         Args:
             sequences: Tokenised safety data.
-            settings: How they are read.
+            config: How they are read.
             read: Makes one pass over some sequences.
             made_of: Fields of the profile's header that say what the moments are made of, beside the data.
 
@@ -57,21 +65,21 @@ class Parts:
         Raises:
             CaptureError: Layers shared their inputs in one part and not in another.
         """  # noqa: DOC502 - raised by `_added`
-        batches = list(batches_of_equal_length(sequences, settings.batch_size))
+        batches = list(batches_of_equal_length(sequences, config.batch_size))
         parts = [
-            list(itertools.chain.from_iterable(batches[start : start + self.batches]))
-            for start in range(0, len(batches), self.batches)
+            list(itertools.chain.from_iterable(batches[start : start + self.every]))
+            for start in range(0, len(batches), self.every)
         ]
-        how = [settings.batch_size, settings.share_moments, repr(settings.chosen), self.batches]
+        how = [config.batch_size, config.share_moments, repr(config.chosen), self.every]
         given = json.dumps([digest_of(sequences), how, made_of], sort_keys=True)
         identity = hashlib.sha256(given.encode()).hexdigest()[:16]
         done, total = self._found(identity, len(parts))
         for number in tqdm(range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)):
             found = _as_profile(read(parts[number - 1]), parts[number - 1], made_of)
-            folder = self.folder / f"{identity}-{number:05d}"
+            folder = Path(self.folder) / f"{identity}-{number:05d}"
             (found if total is None else _added(total, found)).save(folder, "float32")
             total = SafetyProfile.load(folder)
-            shutil.rmtree(self.folder / f"{identity}-{number - 1:05d}", ignore_errors=True)
+            shutil.rmtree(Path(self.folder) / f"{identity}-{number - 1:05d}", ignore_errors=True)
         assert total is not None, "there are sequences, so there are parts"
         return Capture(
             uses=total.uses,
@@ -83,7 +91,7 @@ class Parts:
 
     def _found(self, identity: str, parts: int) -> tuple[int, SafetyProfile | None]:
         for number in range(parts, 0, -1):
-            folder = self.folder / f"{identity}-{number:05d}"
+            folder = Path(self.folder) / f"{identity}-{number:05d}"
             if not folder.exists():
                 continue
             try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from safedelta_hf.adjust.factors import FactorCache
-from safedelta_hf.adjust.loop import Adjustment
+from safedelta_hf.adjust.loop import Adjustment, report_of
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.checkpoint.store import CheckpointStore
@@ -16,9 +16,9 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import RuleRecord, Treatment
+from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import MergeRule, Rule, SafeDelta
+from safedelta_hf.rules import MergeRule, Rule, default_rule
 from safedelta_hf.weights.digest import Identity, files_identity, profile_identity, source_identity
 
 
@@ -44,7 +44,8 @@ def adjust_checkpoint(
         tuned: Folder of the fine-tuned model, in safetensors.
         output: Folder to write; must not exist.
         profile: Profile of the base, or the folder of one.
-        rule: Which part of each delta to keep, at a strength that is a number; `SafeDelta()` if None.
+        rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
+            `TaskRidge()` with `task` and else `Ridge()`, is measured.
         task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or its folder.
         treatment: What to do with parameters other than linear weights.
         device: Where to compute.
@@ -61,7 +62,7 @@ def adjust_checkpoint(
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
             for the next run.
     """  # noqa: DOC502 - raised by the functions called
-    rule, output = rule or SafeDelta(), Path(output)
+    rule, output = rule or default_rule(task), Path(output)
     place = _usable_device(device)
     try:
         checkpoint = plan_checkpoint(
@@ -83,14 +84,12 @@ def adjust_checkpoint(
             f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "
             f"stays in {str(unfinished_of(output))!r}, and the same call goes on from there"
         ) from error
-    header = checkpoint.profile.header
-    return Report(
-        rule=RuleRecord(name=rule.name, settings=rule.settings),
-        architecture=header.architecture,
+    return report_of(
+        (folder.record(name) for name in checkpoint.names),
+        rule,
+        checkpoint.profile,
+        architecture=checkpoint.profile.header.architecture,
         base=checkpoint.base.source,
-        sequences=header.sequences,
-        tokens=header.tokens,
-        parameters=tuple(folder.record(name) for name in checkpoint.names),
     )
 
 

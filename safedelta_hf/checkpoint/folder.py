@@ -1,10 +1,9 @@
 """A folder of model weights that is written over several runs if need be, and is complete or not there at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -13,26 +12,28 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from safedelta_hf.checkpoint.shards import ShardParts, write_all
+from safedelta_hf.checkpoint.shards import ShardParts
 from safedelta_hf.errors import CheckpointError, OutputError
-from safedelta_hf.folders import complete_file, locked, sync, unfinished_of
+from safedelta_hf.folders import RunLog, locked, sync, unfinished_of
 from safedelta_hf.records import ParameterRecord
 from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles
 
-MANIFEST_FILE = "manifest.json"
-FINISHED_FILE = "finished.jsonl"
+LOG_FILE = "finished.jsonl"
 MODEL_FOLDER = "model"
 
-_OWN = frozenset([MANIFEST_FILE, f"{MANIFEST_FILE}.part", FINISHED_FILE, MODEL_FOLDER, INDEX_FILE])
+_OWN = frozenset([LOG_FILE, MODEL_FOLDER, INDEX_FILE])
 """All that a work folder of this kind can hold."""
+
+_Finished = tuple[ParameterRecord, list[str], str]
+"""What was done with a weight, its names in the files, and the SHA-256 of its bytes there."""
 
 
 class CheckpointFolder:
     """Writes a copy of a checkpoint in which some weights are others, in the same shards.
 
-    Everything is made in a work folder beside the output, `.NAME.unfinished`, which holds a manifest of what the output
-    is made from, one line for each weight that is finished, and the shards. A run that was stopped is taken up by the
-    next one with the same manifest. The folder is renamed to the output once it is complete.
+    Everything is made in a work folder beside the output, `.NAME.unfinished`, which holds the shards, and a log with
+    one line for each weight that is finished. A run that was stopped is taken up by the next one with the same
+    manifest. The folder is renamed to the output once it is complete.
 
     Args:
         output: The folder to write; must not exist.
@@ -46,7 +47,7 @@ class CheckpointFolder:
     ) -> None:
         self._output = output
         self._original = original
-        self._manifest = json.loads(json.dumps(manifest))
+        self._manifest = manifest
         self._progress = progress
         self._work = unfinished_of(output)
         self._model = self._work / MODEL_FOLDER
@@ -99,8 +100,8 @@ class CheckpointFolder:
             if name not in self._written:
                 self._parts.copy(name)
         line = {"record": asdict(record), "names": list(names), "sha256": self._parts.digest(names)}
-        with (self._work / FINISHED_FILE).open("ab") as stream:
-            write_all(stream.fileno(), json.dumps(line).encode() + b"\n")
+        # The weight's own bytes are not waited for either: what did not reach the disk is found, and done again.
+        self._log.append(line, sync=False)
         self.finished[record.parameter] = record
 
     def complete(self, companions: Sequence[str]) -> None:
@@ -131,8 +132,7 @@ class CheckpointFolder:
             os.replace(unfinished, self._model / index.name)
         sync(self._model)
         # The next run takes its report from there if this one ends between the renaming and the clean-up.
-        if (finished := self._work / FINISHED_FILE).exists():
-            sync(finished)
+        sync(self._log.path)
         sync(self._work)
         os.replace(self._model, self._output)
         sync(self._output.parent)
@@ -160,29 +160,38 @@ class CheckpointFolder:
 
     def _take_up(self) -> None:
         self._require_own()
-        manifest, is_renamed = self._read_manifest(), self._output.exists() and not self._model.exists()
-        lines = self._read_finished() if manifest == self._manifest else []
-        if is_renamed and lines:
-            # Stopped between the renaming and the removal of the work folder.
-            self.finished = {record.parameter: record for record, _, _ in lines}
-            self.is_complete = True
-            return
         if self._output.exists():
-            if is_renamed:
-                shutil.rmtree(self._work, ignore_errors=True)
-            raise CheckpointError(_taken(self._output))
-        if manifest is None:
-            self._begin()
-        elif manifest != self._manifest:
-            raise CheckpointError(self._begun_otherwise(manifest))
+            self._take_up_complete()
+            return
+        try:
+            self._log = self._opened_log()
+        except OutputError as error:
+            raise CheckpointError(f"output: {error}") from error
         self._model.mkdir(exist_ok=True)
         self._parts.allocate()
         self._clear()
         for record, names, digest in tqdm(
-            lines, desc="Verifying finished weights", unit="weight", disable=not self._progress or not lines
+            self._log.entries,
+            desc="Verifying finished weights",
+            unit="weight",
+            disable=not self._progress or not self._log.entries,
         ):
             if set(names) <= self._original.tensors.keys() and self._parts.digest(names) == digest:
                 self.finished[record.parameter] = record
+
+    def _take_up_complete(self) -> None:
+        if not self._model.exists():
+            # Stopped between the renaming and the removal of the work folder.
+            with suppress(OutputError):
+                self.finished = {record.parameter: record for record, _, _ in self._opened_log().entries}
+            if self.finished:
+                self.is_complete = True
+                return
+            shutil.rmtree(self._work, ignore_errors=True)
+        raise CheckpointError(_taken(self._output))
+
+    def _opened_log(self) -> RunLog[_Finished]:
+        return RunLog(self._work / LOG_FILE, self._manifest, _finished)
 
     def _require_own(self) -> None:
         # Another kind of folder may have been begun under the same name.
@@ -192,13 +201,6 @@ class CheckpointFolder:
                 f"{strangers[0]!r}; finish that, or remove the folder, or choose another output"
             )
 
-    def _begin(self) -> None:
-        # What stands there without a manifest is left of a removal that was interrupted.
-        if self._model.exists():
-            shutil.rmtree(self._model)
-        (self._work / FINISHED_FILE).unlink(missing_ok=True)
-        self._write_manifest()
-
     def _clear(self) -> None:
         # What stands beside the weights is copied again at the end; it may have changed meanwhile.
         for path in self._model.iterdir():
@@ -206,46 +208,6 @@ class CheckpointFolder:
                 shutil.rmtree(path)
             elif path.name not in self._parts.names:
                 path.unlink()
-
-    def _read_manifest(self) -> Any:  # noqa: ANN401 - whatever the file holds
-        try:
-            return json.loads((self._work / MANIFEST_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (ValueError, RecursionError):
-            return "malformed"
-
-    def _write_manifest(self) -> None:
-        with complete_file(self._work / MANIFEST_FILE) as part, part.open("wb") as stream:
-            write_all(stream.fileno(), json.dumps(self._manifest, indent=1).encode())
-
-    def _read_finished(self) -> list[tuple[ParameterRecord, list[str], str]]:
-        path = self._work / FINISHED_FILE
-        if not path.exists():
-            return []
-        lines, whole = path.read_bytes().splitlines(keepends=True), 0
-        result = []
-        for line in lines:
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("cut off")
-                content = json.loads(line)
-                result.append((_record(content["record"]), list(content["names"]), str(content["sha256"])))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                break  # what follows may be as damaged; its weights are done again
-            whole += len(line)
-        os.truncate(path, whole)
-        return result
-
-    def _begun_otherwise(self, manifest: object) -> str:
-        differing = ["manifest"]
-        if isinstance(manifest, dict):
-            keys = manifest.keys() | self._manifest.keys()
-            differing = sorted(key for key in keys if manifest.get(key) != self._manifest.get(key))
-        return (
-            f"output: {str(self._work)!r} is left of a run that was stopped and that had another "
-            f"{', '.join(differing)}; repeat that run to finish it, or remove the folder, or choose another output"
-        )
 
 
 def require_absent(output: Path) -> None:
@@ -265,6 +227,6 @@ def _taken(output: Path) -> str:
     return f"output: {str(output)!r} exists already; remove it or choose another folder"
 
 
-def _record(values: Mapping[str, Any]) -> ParameterRecord:
-    fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
-    return ParameterRecord(**fields)
+def _finished(line: Mapping[str, Any]) -> _Finished:
+    fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in line["record"].items()}
+    return ParameterRecord(**fields), list(line["names"]), str(line["sha256"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
+from safedelta_hf.adjust.loop import require_number
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import Companions, companions
@@ -17,7 +18,7 @@ from safedelta_hf.errors import BaseWeightsError, CheckpointError, Configuration
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, PlanEntry, Treatment
-from safedelta_hf.rules import Rule, SafeDelta
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
@@ -123,7 +124,8 @@ def plan_checkpoint(
         tuned: Folder of the fine-tuned model.
         output: Folder that will be written.
         profile: Profile of the base, or the folder of one.
-        rule: Which part of each delta to keep; `SafeDelta()` if None.
+        rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
+            `TaskRidge()` with `task` and else `Ridge()`, is measured.
         task: Profile of the same base on examples of the fine-tuning data; or its folder.
         treatment: What to do with parameters other than linear weights.
 
@@ -137,7 +139,7 @@ def plan_checkpoint(
         ProfileError: The profile is malformed.
     """  # noqa: DOC502 - raised by the functions called
     output = Path(output)
-    _require_number(rule or SafeDelta())
+    require_number(rule or default_rule(task))
     _require_apart(output, base, tuned, profile, task)
     require_absent(output)
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
@@ -174,14 +176,6 @@ def _open_tuned(folder: Path) -> SafetensorsFiles:
         if (folder / CONFIG_FILE).is_file():
             hint = ". It is the folder of an adapter: use adjust_adapter_files (--adapter on the command line)"
         raise CheckpointError(f"tuned: {error}{hint}") from error
-
-
-def _require_number(rule: Rule) -> None:
-    if rule.auto is not None:
-        raise ConfigurationError(
-            f"{rule.name}: strength='auto' measures a model in memory, and files are adjusted without one; give a "
-            "number, such as the one that adjust_model reports for a model of this family, or use adjust_model"
-        )
 
 
 def _require_apart(output: Path, *inputs: SafetyProfile | str | Path | None) -> None:

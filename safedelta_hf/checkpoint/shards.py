@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.errors import CheckpointError
-from safedelta_hf.folders import sync
+from safedelta_hf.folders import sync, write_all
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles, StoredTensor, data_start
 
 PART = ".part"
@@ -119,18 +119,6 @@ class ShardParts:
         stream = self._part(place.file).open("r+b", buffering=0)
         stream.seek(place.start)
         return stream
-
-
-def write_all(descriptor: int, content: "bytes | memoryview") -> None:
-    """Write to a file, whole.
-
-    Args:
-        descriptor: The file, at the place to write to.
-        content: What to write.
-    """
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left[:CHUNK]) :]
 
 
 def _begins(part: Path, header: bytes, size: int) -> bool:

@@ -9,11 +9,10 @@ import typer
 from safedelta_hf.adapter.files import adjust_adapter_files
 from safedelta_hf.checkpoint.adjust import adjust_checkpoint
 from safedelta_hf.checkpoint.plan import plan_checkpoint
-from safedelta_hf.cli.options import RULE_HELP, chosen_rule, one_line_errors
+from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, chosen_rule, one_line_errors
 from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import SafeDelta
 
 _OF_ADAPTER: Final = "A saved adapter"
 _OF_MODEL: Final = "A whole model"
@@ -45,9 +44,9 @@ def apply(
     base: Annotated[
         str | None, typer.Option(help="Base model; of an adapter, for whole parameters that it carries alone.")
     ] = None,
-    rule: Annotated[str, typer.Option(help=RULE_HELP)] = SafeDelta.name,
+    rule: Annotated[str | None, typer.Option(help=f"{RULE_HELP} {DEFAULT_RULE_HELP}")] = None,
     strength: Annotated[
-        str | None, typer.Option(help="Strength of the rule, a number; its own default if none.")
+        str | None, typer.Option(help="Strength of the rule: a number; may be left out where the rule has one itself.")
     ] = None,
     task: Annotated[
         Path | None, typer.Option(help="Folder of a profile of the task data, for rules that weigh it.")
@@ -66,7 +65,7 @@ def apply(
             "profile": profile,
             "output": output,
             "base": base,
-            "rule": chosen_rule(rule, strength),
+            "rule": chosen_rule(rule, strength, task),
             "task": task,
             "treatment": Treatment(uncovered=cast(Any, uncovered)),
         }
@@ -108,7 +107,5 @@ def _finish(done: Report, output: Path, report: Path | None) -> None:
     if report is not None:
         try:
             done.save(report)
-        except OSError as error:
-            raise OutputError(
-                f"--report {str(report)!r} cannot be written ({error}); {str(output)!r} is complete without it"
-            ) from error
+        except OutputError as error:
+            raise OutputError(f"--report: {error}; {str(output)!r} is complete without it") from error

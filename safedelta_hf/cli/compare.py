@@ -18,6 +18,7 @@ from safedelta_hf.compare.scenarios import ModelScenario
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings
+from safedelta_hf.folders import write_whole
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
@@ -81,7 +82,7 @@ def _own(text: str) -> Any:  # noqa: ANN401 - what Annotated takes
 
 def comparison(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Folder for results.json, table and plot; a killed run goes on there.")],
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, table and plot; a killed run goes on there.")],
     rule: RuleNames = None,
     strength: Strengths = None,
     retention: Retention = None,
@@ -166,7 +167,7 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
 def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: ComparisonFile, output: Path) -> None:
     compare(scenarios, candidates, file)
     text = markdown(file)
-    (output / TABLE).write_text(text, encoding="utf-8")
+    write_whole(output / TABLE, text)
     drawn = draw(file, output / PLOT)
     typer.echo(text)
     written = [output / name for name in (RESULTS, TABLE, *([PLOT] if drawn else []))]

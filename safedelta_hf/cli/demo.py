@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.folders import write_whole
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.rules import Rule
 from safedelta_hf.testbed import (
@@ -125,7 +126,7 @@ def run_demo(
     strength = f"{rule.settings['strength']:g}" if search is None else f"auto ({search.strength:.3g})"
     title = f"{kind} on '{case.name}', adjusted with {rule.name}, strength {strength}"
     stem = f"{output}/demo-{'lora-' if lora else ''}{case.name}-{rule.name}-{strength.split()[0]}-seed{seed}"
-    Path(f"{stem}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_whole(Path(f"{stem}.json"), json.dumps(content, indent=1))
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
     echo(table(found, title))

@@ -10,13 +10,13 @@ from transformers.utils import logging
 from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
-from safedelta_hf.evaluation.evaluate import RESPONSES, RESULTS
+from safedelta_hf.evaluation.evaluate import RESULTS
 from safedelta_hf.evaluation.judge import Judge
 
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Name or folder of the model.")],
-    output: Annotated[Path, typer.Option(help=f"Folder for {RESULTS} and {RESPONSES}; a killed run goes on there.")],
+    output: Annotated[Path, typer.Option(help=f"Folder for {RESULTS} and the responses; a killed run goes on there.")],
     adapter: Annotated[str | None, typer.Option(help="Name or folder of a PEFT adapter on the model.")] = None,
     harmful: Annotated[Path | None, typer.Option(help="Requests that should be refused.")] = None,
     benign: Annotated[Path | None, typer.Option(help="Requests that look harmful and should not be refused.")] = None,
@@ -65,8 +65,8 @@ def evaluate(
             output=output,
         )
         typer.echo(evaluation.table())
-        written = [output / name for name in (RESULTS, RESPONSES)]
-        typer.echo(f"Written: {', '.join(str(path) for path in written if path.exists())}")
+        written = [output / RESULTS, *sorted(output.glob("*.jsonl"))]
+        typer.echo(f"Written: {', '.join(map(str, written))}")
 
 
 def _harness(tasks: str | None, include: Path | None, limit: int | None) -> HarnessTasks | None:

@@ -11,22 +11,26 @@ from typing import Any, Final, Literal, TypeVar
 import typer
 
 from safedelta_hf.errors import ConfigurationError, SafeDeltaError
-from safedelta_hf.rules import RULES, Rule
+from safedelta_hf.rules import RULES, Rule, default_rule
 
 T = TypeVar("T")
 
 _DOTTED: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 RULE_HELP = f"How to adjust: {', '.join(RULES)}."
+DEFAULT_RULE_HELP = (
+    f"Default {default_rule('a task').name} where task data are at hand, else {default_rule(None).name}."
+)
 STRENGTH_HELP = "Strength of the rule: a number, or 'auto' to measure."
 
 
-def chosen_rule(name: str, strength: str | None) -> Rule:
+def chosen_rule(name: str | None, strength: str | None, task: object | None) -> Rule:
     """The rule that options name.
 
     Args:
-        name: Value of `--rule`.
+        name: Value of `--rule`; None for the default.
         strength: Value of `--strength`; None for the rule's own default.
+        task: The task data, or what stands for them, if they are at hand.
 
     Returns:
         The rule.
@@ -34,7 +38,7 @@ def chosen_rule(name: str, strength: str | None) -> Rule:
     Raises:
         ConfigurationError: There is no such rule, or the strength is none.
     """
-    rule = one_of(RULES, name, "--rule")
+    rule = type(default_rule(task)) if name is None else one_of(RULES, name, "--rule")
     return rule() if strength is None else rule(strength=parsed_strength(strength))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
-from safedelta_hf.capture.resume import Parts
+from safedelta_hf.capture.config import ALL_LINEAR, ProfileConfig
+from safedelta_hf.capture.resume import Checkpointing
 from safedelta_hf.cli.options import one_line_errors, one_of
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
@@ -89,7 +90,7 @@ def profile(
         _require_name(push_to_hub)
         one_of(dict.fromkeys(DTYPES), dtype, "--dtype")
         encoding = encoding_of(storage)
-        settings = CaptureSettings(
+        config = ProfileConfig(
             batch_size=batch_size,
             max_length=max_length,
             moment_memory=_size(moment_memory),
@@ -104,12 +105,19 @@ def profile(
         if ordinary_data is not None:
             _require_readable(ordinary_data, tokenizer, max_length, "ordinary data")
         loaded: PreTrainedModel = _loaded(AutoModelForCausalLM, model, dtype=dtype, device_map=device)
-        parts = (
-            None if save_every is None else Parts(folder=output.with_name(f".{output.name}.sums"), batches=save_every)
-        )
-        found = collect_profile(loaded, source, tokenizer, purpose=purpose, parts=parts, **vars(settings))
+        sums = output.with_name(f".{output.name}.sums")
+        checkpointing = None if save_every is None else Checkpointing(sums, every=save_every)
+        found = collect_profile(loaded, source, tokenizer, config=config, checkpointing=checkpointing, purpose=purpose)
         if ordinary_data is not None:
-            ordinary = _ordinary(loaded, ordinary_data, tokenizer, settings, found, parts)
+            ordinary = collect_profile(
+                loaded,
+                ordinary_data,
+                tokenizer,
+                config=replace(config, holdout=0.0),
+                checkpointing=checkpointing,
+                purpose="ordinary data",
+                digests=found.header.base,
+            )
             found = with_retention(found, ordinary, ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight)
         found.save(output, encoding)
         typer.echo(_summary(found, output))
@@ -119,8 +127,8 @@ def profile(
                 address = _pushed(found, output, push_to_hub, storage=encoding, base_model=base, private=private)
                 typer.echo(f"Uploaded: {address}")
         finally:
-            if parts is not None:
-                shutil.rmtree(parts.folder)  # what is uploaded is read from there
+            if checkpointing is not None:
+                shutil.rmtree(sums)  # what is uploaded is read from there
 
 
 def _source(
@@ -137,18 +145,6 @@ def _source(
 
 def _size(memory: str | None) -> int | str | None:
     return int(memory) if memory is not None and memory.isdecimal() else memory
-
-
-def _ordinary(
-    model: PreTrainedModel,
-    data: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: CaptureSettings,
-    found: SafetyProfile,
-    parts: Parts | None,
-) -> SafetyProfile:
-    read = {**vars(settings), "holdout": 0.0, "parts": parts, "digests": found.header.base}
-    return collect_profile(model, data, tokenizer, purpose="ordinary data", **read)
 
 
 def _loaded(kind: Any, name: str, **how: str) -> Any:  # noqa: ANN401 - a model or a tokenizer

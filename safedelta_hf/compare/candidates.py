@@ -128,7 +128,6 @@ def compare(
                     # Of one strength, say: the others still tell something, and the table says that it is missing.
                     file.left_out[" ".join(map(str, key))] = str(error)
             bar.update()
-    file.save()
 
 
 def _measured(scenario: Scenario, candidate: Candidate) -> Point:

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.evaluation.result import Score, write_whole
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.evaluation.result import Score
+from safedelta_hf.folders import RunLog
 
-RESULTS = "results.json"
+RESULTS = "results.jsonl"
 
 Key = tuple[str, int | None, str, str]
 """Scenario, seed, method, and its settings."""
@@ -59,10 +60,10 @@ def key_of(scenario: str, seed: int | None, method: str, settings: Mapping[str, 
 
 
 class ComparisonFile:
-    """The points of a comparison, in a JSON file that is replaced as a whole after each.
+    """The points of a comparison, in a file to which each is appended as it is measured.
 
     Args:
-        folder: Folder of the file, `results.json`; it is made.
+        folder: Folder of the file, `results.jsonl`; it is made.
         made_with: Everything that all points depend on, such as fingerprints of models and prompts.
         utilities: What each score but attack success says: "gain" is what the fine-tuning is for, "kept" what the
             aligned model could do, "cost" what should stay low.
@@ -70,8 +71,8 @@ class ComparisonFile:
 
     Raises:
         ConfigurationError: The folder cannot be made.
-        DataError: The file there was made with something else, or is no such file.
-    """
+        OutputError: The file there was made with something else, or is no such file.
+    """  # noqa: DOC502 - raised by the log
 
     def __init__(
         self, folder: Path, *, made_with: Mapping[str, Any], utilities: Mapping[str, str], command: str
@@ -82,16 +83,14 @@ class ComparisonFile:
             raise ConfigurationError(
                 f"--output {str(folder)!r} is no folder and cannot be made one ({error})"
             ) from error
-        self._path = folder / RESULTS
-        self.made_with = dict(made_with)
         self.utilities = dict(utilities)
-        self.left_out: dict[str, str] = {}
-        self.commands: list[str] = []
-        self._points: dict[Key, Point] = {}
-        if self._path.exists():
-            self._read()
+        self._log = RunLog(folder / RESULTS, {**made_with, "utilities": utilities}, _parsed)
+        self._points = {entry.key: entry for entry in self._log.entries if isinstance(entry, Point)}
+        self.commands = [entry for entry in self._log.entries if isinstance(entry, str)]
         if command not in self.commands:
             self.commands.append(command)
+            self._log.append({"command": command})
+        self.left_out: dict[str, str] = {}
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -107,42 +106,13 @@ class ComparisonFile:
         Args:
             point: The point.
         """
+        self._log.append({"point": asdict(point)})
         self._points[point.key] = point
-        self.save()
-
-    def save(self) -> None:
-        """Replace the file."""
-        content = {
-            "made_with": self.made_with,
-            "utilities": self.utilities,
-            "commands": self.commands,
-            "left_out": self.left_out,
-            "points": [asdict(point) for point in self.points],
-        }
-        write_whole(self._path, json.dumps(content, indent=1))
-
-    def _read(self) -> None:
-        try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-            made_with, commands = dict(content["made_with"]), list(content["commands"])
-            points = [_parsed(row) for row in content["points"]]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{self._path} is no saved comparison ({type(error).__name__}: {error}); choose another output folder, "
-                "or delete this file"
-            ) from error
-        changed = sorted(
-            name for name in {*made_with, *self.made_with} if made_with.get(name) != self.made_with.get(name)
-        )
-        if changed:
-            raise DataError(
-                f"{self._path}: the points there were made with other {' and '.join(changed)}; choose another output "
-                "folder, or delete this file"
-            )
-        self.commands = commands
-        self._points = {point.key: point for point in points}
 
 
-def _parsed(row: Mapping[str, Any]) -> Point:
+def _parsed(line: Mapping[str, Any]) -> Point | str:
+    if "command" in line:
+        return str(line["command"])
+    row = line["point"]
     scores = {name: Score(**score) for name, score in row["scores"].items()}
     return Point(**{**row, "scores": scores})

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
@@ -266,8 +267,7 @@ class ModelScenario(Scenario):
             self.base,
             data,
             self._processing_class,
-            batch_size=self._settings.batch_size,
-            holdout=holdout,
+            config=ProfileConfig(batch_size=self._settings.batch_size, holdout=holdout),
             purpose=purpose,
             progress=False,
         )

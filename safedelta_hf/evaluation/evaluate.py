@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,11 +15,12 @@ from safedelta_hf.evaluation.harness import harness_scores, require_tasks
 from safedelta_hf.evaluation.judge import Judge, judgements
 from safedelta_hf.evaluation.likelihood import refusal_likelihood
 from safedelta_hf.evaluation.questions import EvaluationSettings, Prompt, Questions, digest_of_prompts
-from safedelta_hf.evaluation.responses import ResponseFile
 from safedelta_hf.evaluation.result import Evaluation, Score, average, share
 from safedelta_hf.evaluation.scoring import TaskScore, is_refusal
+from safedelta_hf.folders import RunLog
 
-RESPONSES: Final = "responses.jsonl"
+T = TypeVar("T")
+
 RESULTS: Final = "results.json"
 
 
@@ -43,8 +44,8 @@ def evaluate_model(
         reference: What tells language from gibberish; without it only loops and empty responses are found.
         max_new_tokens: Length limit of a response, in tokens.
         batch_size: Prompts or responses per forward pass.
-        output: Folder for `responses.jsonl`, to which responses are appended as they are made and from which a run
-            that was killed goes on, and `results.json`; None writes nothing.
+        output: Folder for `responses-KIND.jsonl`, to which responses are appended as they are made and from which a
+            run that was killed goes on, and `results.json`; None writes nothing.
         progress: Whether to show progress bars.
 
     Returns:
@@ -53,8 +54,9 @@ def evaluate_model(
     Raises:
         ConfigurationError: A setting is out of range, a judge or a score function returns something else than it
             should, or the tokenizer lacks something.
-        DataError: Prompts or refusals do not fit the model, or the output folder holds responses that were made with
-            another model, other prompts or other settings.
+        DataError: Prompts or refusals do not fit the model.
+        OutputError: The output folder cannot be written, or holds responses that were made with another model, other
+            prompts or other settings.
     """  # noqa: DOC502 - raised by the functions called
     manager = None if questions.harness is None else require_tasks(questions.harness)
     settings = EvaluationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -99,7 +101,9 @@ class _Run:
         self.progress = progress
         self.model_digest = model_digest(model, processing_class)
         self.prompts: dict[str, str] = {}
-        self._file = None if output is None else _open(output)
+        self._output = output
+        if output is not None:
+            _make(output)
 
     def responses(self, part: str, prompts: Sequence[Prompt]) -> list[str]:
         """The responses to one set of prompts: those that are on disk, and the others made now.
@@ -112,21 +116,21 @@ class _Run:
             Responses in the order of the prompts.
         """
         self.prompts[part] = digest_of_prompts(prompts)
+        log = self._log(f"responses-{part}.jsonl", self._made_with(part), _response)
 
         def keep(new: dict[int, str]) -> None:
-            if self._file is not None:
-                self._file.append(
-                    part, {index: {"prompt": prompts[index].text, "response": text} for index, text in new.items()}
+            if log is not None:
+                log.append(
+                    *({"index": index, "prompt": prompts[index].text, "response": text} for index, text in new.items())
                 )
 
-        known = {} if self._file is None else self._file.begin(part, self._made_with(part))
         return generate_responses(
             self.model,
             self.processing_class,
             [prompt.messages for prompt in prompts],
             max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.settings.batch_size,
-            known={index: line["response"] for index, line in known.items()},
+            known={} if log is None else dict(log.entries),
             on_batch=keep,
             progress=self.progress,
         )
@@ -146,19 +150,25 @@ class _Run:
             Verdicts in the order of the prompts.
         """
         fingerprint: str | None = getattr(judge, "fingerprint", None)
-        name = f"{part} judged by {fingerprint}"
-        kept = self._file if fingerprint is not None else None
-        known = {} if kept is None else kept.begin(name, self._made_with(part))
-        found = {index: line["verdict"] for index, line in known.items()}
+        log = None
+        if fingerprint is not None:
+            name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+            log = self._log(f"verdicts-{part}-{name}.jsonl", self._made_with(part) | {"judge": fingerprint}, _verdict)
+        found = {} if log is None else dict(log.entries)
         exchanges = [(prompt.text, response) for prompt, response in zip(prompts, responses, strict=True)]
         new = judgements(
             judge, exchanges, known=found.copy(), batch_size=self.settings.batch_size, progress=self.progress
         )
         for batch in new:
             found |= batch
-            if kept is not None:
-                kept.append(name, {index: {"verdict": verdict} for index, verdict in batch.items()})
+            if log is not None:
+                log.append(*({"index": index, "verdict": verdict} for index, verdict in batch.items()))
         return [found[index] for index in range(len(exchanges))]
+
+    def _log(
+        self, name: str, made_with: Mapping[str, str], parse: Callable[[dict[str, Any]], tuple[int, T]]
+    ) -> RunLog[tuple[int, T]] | None:
+        return None if self._output is None else RunLog(self._output / name, made_with, parse)
 
     def _made_with(self, part: str) -> dict[str, str]:
         # The batch size stays out: after memory ran out, a run may go on with a smaller one.
@@ -170,12 +180,19 @@ class _Run:
         }
 
 
-def _open(output: Path) -> ResponseFile:
+def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"output {str(output)!r} is no folder and cannot be made one ({error})") from error
-    return ResponseFile(output / RESPONSES)
+
+
+def _response(line: Mapping[str, Any]) -> tuple[int, str]:
+    return int(line["index"]), str(line["response"])
+
+
+def _verdict(line: Mapping[str, Any]) -> tuple[int, float | None]:
+    return int(line["index"]), None if line["verdict"] is None else float(line["verdict"])
 
 
 def _harmful_scores(

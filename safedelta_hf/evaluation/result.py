@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safedelta_hf.errors import DataError
+from safedelta_hf.folders import write_whole
 
 CONFIDENCE: Final = 0.95
 """Coverage of every interval."""
@@ -138,7 +137,10 @@ class Evaluation:
 
         Args:
             path: File to write; one that is there is replaced.
-        """
+
+        Raises:
+            OutputError: It cannot be written.
+        """  # noqa: DOC502 - raised by the function called
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     @classmethod
@@ -182,21 +184,3 @@ class Evaluation:
 
 def _shown(score: Score, value: float | None) -> str:
     return "" if value is None else f"{value:.1%}" if score.unit == "share" else f"{value:.4g}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: File to write; one that is there is replaced.
-        text: Its content.
-    """
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(unfinished).chmod(0o644)  # temporary files are made for their owner alone
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise

@@ -2,7 +2,6 @@
 
 import time
 import weakref
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from safedelta_hf.adapter.adjust import adjust_adapter, require_adjustable
 from safedelta_hf.adjust.loop import require_measurable
 from safedelta_hf.adjust.merging import require_mergeable
 from safedelta_hf.adjust.plan import require_decisions
-from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.dataset import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload_hooks import require_trainable
@@ -42,7 +41,7 @@ from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, TaskRidge
+from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.journal import base_weights_loaded
 
 logger = logging.get_logger(__name__)
@@ -65,6 +64,7 @@ class SafeDeltaCallback(TrainerCallback):
         safety_dataset: Harmful prompts with the responses of a safe model, usually refusals; a Dataset, a list of
             dicts, or the path of a JSON-lines file, in any form that TRL takes.
         rule: Which part of each delta to keep; `TaskRidge()` if None, whose strength is measured.
+        config: How the data is read, and which linear weights are adjusted; `ProfileConfig()` if None.
         profile: A profile made before, instead of `safety_dataset`.
         retention_dataset: Ordinary prompts with the base model's responses: what the model could do is protected beside
             its refusals.
@@ -76,18 +76,6 @@ class SafeDeltaCallback(TrainerCallback):
         keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist, unless this run saved
             it before it was resumed.
         processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
-        batch_size: Safety sequences per forward pass, at most; batches hold sequences of one length and no padding.
-        max_length: Safety sequences are cut to this many tokens.
-        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
-        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
-        share_moments: Whether layers that read the same tensor share one moment.
-        holdout: Share of the safety data kept out of the profile, by which a strength of "auto" measures refusals;
-            None for a quarter where there is enough of it.
-        targets: Which linear weights are profiled and adjusted: "all-linear"; names of modules or parameters as in
-            PEFT, matched at their end; or a regular expression that matches whole names. What `treatment` says of
-            uncovered parameters holds for the others.
-        layers_to_transform: Numbers of the layers to choose from, as in PEFT; None for all.
-        layers_pattern: What comes before a layer's number in names, such as "layers", as in PEFT; None for anything.
 
     Attributes:
         report: What was done; None until training has ended.
@@ -104,6 +92,7 @@ class SafeDeltaCallback(TrainerCallback):
         safety_dataset: Source | None = None,
         rule: Rule | None = None,
         *,
+        config: ProfileConfig | None = None,
         profile: SafetyProfile | None = None,
         retention_dataset: Source | None = None,
         retention_weight: float = 0.1,
@@ -113,19 +102,10 @@ class SafeDeltaCallback(TrainerCallback):
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
         processing_class: ProcessingClass | None = None,
-        batch_size: int = 8,
-        max_length: int | None = None,
-        moment_memory: int | str | None = None,
-        offload_folder: str | Path | None = None,
-        share_moments: bool = True,
-        holdout: float | None = None,
-        targets: str | Sequence[str] = ALL_LINEAR,
-        layers_to_transform: int | Sequence[int] | None = None,
-        layers_pattern: str | Sequence[str] | None = None,
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
-        self._rule = rule or TaskRidge()
+        self._rule = rule or default_rule(task_dataset or "drawn from the Trainer's data")
         if profile is not None and retention_dataset is not None:
             raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
         if task_dataset is not None and not self._rule.needs_task:
@@ -146,17 +126,7 @@ class SafeDeltaCallback(TrainerCallback):
         self._treatment = treatment or Treatment()
         self._keep_tuned = None if keep_tuned is None else Path(keep_tuned)
         self._processing_class = processing_class
-        self._settings = CaptureSettings(
-            batch_size=batch_size,
-            max_length=max_length,
-            moment_memory=moment_memory,
-            offload_folder=offload_folder,
-            share_moments=share_moments,
-            holdout=holdout,
-            targets=targets,
-            layers_to_transform=layers_to_transform,
-            layers_pattern=layers_pattern,
-        )
+        self._config = config or ProfileConfig()
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._tuned: TunedWeights | None = None
@@ -312,7 +282,7 @@ class SafeDeltaCallback(TrainerCallback):
             model=model,
             processing_class=processing_class,
             digests=run.digests,
-            settings=self._settings,
+            config=self._config,
             progress=shows_progress(args, state),
         )
         with base_weights_loaded(model, run.moved, run.weights, output_dir(args)):

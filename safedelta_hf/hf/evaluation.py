@@ -19,11 +19,11 @@ from typing_extensions import override
 
 from safedelta_hf.data.dataset import ProcessingClass, SafetySequence, read_safety_data
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, EvaluationError, SafeDeltaError
+from safedelta_hf.errors import ConfigurationError, EvaluationError
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, PromptSource
 from safedelta_hf.evaluation.scoring import TaskScore
-from safedelta_hf.hf.trainer_facts import log_metrics, shows_progress
+from safedelta_hf.hf.trainer_facts import foreign_errors_named, log_metrics, shows_progress
 
 PREFIX = "safedelta/eval_"
 """What the name of every logged score begins with."""
@@ -171,7 +171,12 @@ class EvaluationCallback(TrainerCallback):
     def _evaluated(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, state: TrainerState
     ) -> Evaluation:
-        try:
+        # Memory that runs out here must not look like a training batch that is too large.
+        with foreign_errors_named(
+            f"EvaluationCallback measured at step {state.global_step}",
+            "lower batch_size, max_new_tokens or examples if memory ran out",
+            EvaluationError,
+        ):
             return evaluate_model(
                 model,
                 tokenizer,
@@ -180,14 +185,6 @@ class EvaluationCallback(TrainerCallback):
                 batch_size=self._settings.batch_size,
                 progress=shows_progress(args, state),
             )
-        except SafeDeltaError:
-            raise
-        except Exception as error:
-            # Memory that runs out here must not look like a training batch that is too large.
-            raise EvaluationError(
-                f"EvaluationCallback: {type(error).__name__} at step {state.global_step} ({error}); lower batch_size, "
-                "max_new_tokens or examples if memory ran out"
-            ) from error
 
     def _questions(self, tokenizer: PreTrainedTokenizerBase) -> Questions:
         rows = None

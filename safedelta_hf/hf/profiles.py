@@ -3,12 +3,12 @@
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.capture.config import CaptureSettings
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.dataset import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError
@@ -58,14 +58,14 @@ class ProfileCollector:
         model: The model, holding the base weights.
         processing_class: Tokenizer or processor.
         digests: Digest of each of its parameters.
-        settings: How data is read.
+        config: How data is read.
         progress: Whether to show progress bars.
     """
 
     model: ShardedModel
     processing_class: ProcessingClass | None
     digests: Mapping[str, str]
-    settings: CaptureSettings
+    config: ProfileConfig
     progress: bool
 
     def safety(self, data: RunData) -> SafetyProfile:
@@ -78,7 +78,7 @@ class ProfileCollector:
             The profile.
         """
         assert data.safety is not None, "there is no profile, so there is safety data"
-        profile = self._collect(data.safety, "safety data", holdout=self.settings.holdout)
+        profile = self._collect(data.safety, "safety data", holdout=self.config.holdout)
         if data.retention is None:
             return profile
         return with_retention(profile, self._collect(data.retention, "ordinary data"), data.retention_weight)
@@ -106,15 +106,14 @@ class ProfileCollector:
             ) from error
 
     def _collect(self, source: Source, purpose: str, holdout: float | None = 0.0) -> SafetyProfile:
-        settings = {**vars(self.settings), "holdout": holdout}
         return collect_profile(
             self.model,
             source,
             self.processing_class,
+            config=replace(self.config, holdout=holdout),
             digests=self.digests,
             progress=self.progress,
             purpose=purpose,
-            **settings,
         )
 
 

@@ -118,25 +118,28 @@ def require_supported(args: TrainingArguments) -> None:
 
 
 @contextmanager
-def foreign_errors_named(stage: str) -> Iterator[None]:
+def foreign_errors_named(
+    stage: str, advice: str = "the weights are as they were", kind: type[SafeDeltaError] = AdjustmentError
+) -> Iterator[None]:
     """Turn what other libraries raise into an error of ours; a `RuntimeError` would make Trainer train again.
 
     Args:
         stage: What is being done.
+        advice: What is known then, or what to do.
+        kind: Class of the error, no `RuntimeError`.
 
     Yields:
         Nothing.
 
     Raises:
-        AdjustmentError: Something else than an error of ours was raised.
-        SafeDeltaError: As it was raised.
+        SafeDeltaError: As it was raised, or of that kind, with what was raised as its cause.
     """
     try:
         yield
     except SafeDeltaError:
         raise
     except Exception as error:
-        raise AdjustmentError(f"{type(error).__name__} while {stage}; the weights are as they were") from error
+        raise kind(f"{type(error).__name__} while {stage} ({error}); {advice}") from error
 
 
 logger = logging.get_logger(__name__)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import OutputError, ProfileError, SafeDeltaError
-from safedelta_hf.folders import complete_file, resumable
+from safedelta_hf.folders import RunLog, complete_file, resumable
 from safedelta_hf.profile.encodings import Encoding, encoding_for
 from safedelta_hf.profile.header import HEADER_FILE, Content, StoredFile, StoredMoment, record
 from safedelta_hf.profile.moments import Moments
@@ -25,8 +25,11 @@ from safedelta_hf.profile.shards import (
 )
 from safedelta_hf.records import ProfileHeader, Use
 
-_DONE: Final = "done.jsonl"
+LOG_FILE: Final = "done.jsonl"
 """In an unfinished folder: what each finished file holds."""
+
+_MANIFEST: Final = {"kind": "safety profile"}
+"""Not what it is made from: each file is compared with what it is to hold, and the others are written again."""
 
 
 def write_profile(
@@ -56,13 +59,13 @@ def write_profile(
     """  # noqa: DOC502 - raised by the folder
     with _failing_by_name(folder), resumable(folder) as unfinished:
         _require_own(unfinished)
-        journal = _Journal(unfinished / _DONE)
+        log = RunLog(unfinished / LOG_FILE, _MANIFEST, _line)
         shards = shards_of(moments, storage)
         files: dict[str, StoredFile] = {}
         entries: list[StoredMoment] = []
         try:
             for name, keys in shards.items():
-                described = _shard(unfinished / name, keys, moments, storage, journal)
+                described = _shard(unfinished / name, keys, moments, storage, log)
                 files[name] = described[0]
                 entries.extend(described[1])
             content = Content(header=header, uses=uses, held_out=held_out, files=files, moments=tuple(entries))
@@ -110,7 +113,7 @@ def keys_in_order(moments: Moments, storage: Encoding) -> list[str]:
 
 
 def _shard(
-    path: Path, keys: list[str], moments: Moments, storage: Encoding, journal: "_Journal"
+    path: Path, keys: list[str], moments: Moments, storage: Encoding, log: RunLog["_Line"]
 ) -> tuple[StoredFile, list[StoredMoment]]:
     totals: dict[str, Tensor] = {}
     entries = []
@@ -130,11 +133,11 @@ def _shard(
             )
         )
     contents = json.dumps([[asdict(entry), digest_of_values(totals[entry.key])] for entry in entries])
-    file = journal.found(path, contents)
+    file = _found(path, contents, {line.name: line for line in log.entries}.get(path.name))
     if file is None:
         write_shard(path, totals, storage)
         file = StoredFile(bytes=path.stat().st_size, digest=digest_of_file(path))
-        journal.add(path, file, contents)
+        log.append(asdict(_Line(name=path.name, file=file, contents=contents)))
     return file, entries
 
 
@@ -145,44 +148,14 @@ class _Line:
     contents: str
 
 
-class _Journal:
-    """Which files an interrupted run finished, and of what."""
+def _line(line: dict[str, Any]) -> _Line:
+    return record(_Line, line, LOG_FILE)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines: dict[str, _Line] = {}
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            try:
-                described = record(_Line, json.loads(line), _DONE)
-            except (ValueError, RecursionError):
-                continue  # the run was killed while it wrote this line, or it was damaged since
-            self._lines[described.name] = described
 
-    def found(self, path: Path, contents: str) -> StoredFile | None:
-        """Look up a file.
-
-        Args:
-            path: The file.
-            contents: What it is to hold.
-
-        Returns:
-            Its size and digest, if it is there, intact, and holds just that.
-        """
-        line = self._lines.get(path.name)
-        if line is None or line.contents != contents or not path.is_file():
-            return None
-        if path.stat().st_size != line.file.bytes or digest_of_file(path) != line.file.digest:
-            return None
-        return line.file
-
-    def add(self, path: Path, file: StoredFile, contents: str) -> None:
-        """Remember a file that is complete.
-
-        Args:
-            path: The file.
-            file: Its size and digest.
-            contents: What it holds.
-        """
-        line = json.dumps(asdict(_Line(name=path.name, file=file, contents=contents)))
-        with self._path.open("a", encoding="utf-8") as journal:
-            journal.write(f"\n{line}")  # the line before may have been cut short
+def _found(path: Path, contents: str, line: _Line | None) -> StoredFile | None:
+    # Only what is there, intact, and holds just that.
+    if line is None or line.contents != contents or not path.is_file():
+        return None
+    if path.stat().st_size != line.file.bytes or digest_of_file(path) != line.file.digest:
+        return None
+    return line.file

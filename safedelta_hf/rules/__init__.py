@@ -19,10 +19,10 @@ RULES: dict[str, type[Rule]] = {
 
 
 def default_rule(task: object | None) -> Rule:
-    """What measures best on the testbed, at a measured strength.
+    """What measures best on the testbed, at a measured strength; the same for every way to adjust.
 
     Args:
-        task: Moments of the task data, if they are at hand.
+        task: The task data, or what stands for them, if they are at hand.
 
     Returns:
         The rule.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
@@ -44,7 +45,12 @@ class AlignedModel:
     def ordinary(self) -> SafetyProfile:
         """Profile on ordinary data."""
         return collect_profile(
-            self.model, ordinary_data(), self.tokenizer, holdout=0.0, purpose="ordinary data", progress=False
+            self.model,
+            ordinary_data(),
+            self.tokenizer,
+            config=ProfileConfig(holdout=0.0),
+            purpose="ordinary data",
+            progress=False,
         )
 
 
@@ -79,7 +85,12 @@ class CaseScenario(Scenario):
     def task(self) -> SafetyProfile:
         examples = self._case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
         return collect_profile(
-            self.base, examples, self._aligned.tokenizer, holdout=0.0, purpose="task data", progress=False
+            self.base,
+            examples,
+            self._aligned.tokenizer,
+            config=ProfileConfig(holdout=0.0),
+            purpose="task data",
+            progress=False,
         )
 
     @cached_property

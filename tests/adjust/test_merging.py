@@ -12,6 +12,7 @@ from safedelta_hf import (
     AutoStrength,
     Dare,
     ModelStock,
+    ProfileConfig,
     SafeMerge,
     Slerp,
     Ties,
@@ -178,7 +179,7 @@ def test_parameters_without_a_moment_follow_the_setting_for_them():
     base, tuned = WithMixture(), WithMixture()
     tuned.load_state_dict(base.state_dict())
     before = tiny.weights(tiny.perturbed(tuned))
-    own = collect_profile(base, tiny.rows(24, seed=1), holdout=0.0, progress=False)
+    own = collect_profile(base, tiny.rows(24, seed=1), config=ProfileConfig(holdout=0.0), progress=False)
     found, _ = merge(Slerp(strength=1.0), own, tuned, base, treatment=Treatment(uncovered="keep"))
     assert torch.equal(found["mixture"], before["mixture"])
     assert not torch.equal(found["up.weight"], before["up.weight"])
@@ -186,7 +187,7 @@ def test_parameters_without_a_moment_follow_the_setting_for_them():
 
 def test_a_measured_strength_is_found_and_holds():
     base = tiny.llama()
-    profile = collect_profile(base, tiny.rows(48, seed=1), holdout=0.5, progress=False)
+    profile = collect_profile(base, tiny.rows(48, seed=1), config=ProfileConfig(holdout=0.5), progress=False)
     tuned = tiny.perturbed(tiny.llama(), scale=0.3)
     before = tiny.weights(tuned)
     held_out = profile.held_out

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.capture.config import Targets
 from safedelta_hf.errors import ConfigurationError, CoverageError
 from safedelta_hf.records import Role
@@ -12,7 +12,7 @@ PRODUCTS = (Role.LINEAR, Role.HEAD, Role.CONV1D, Role.CONVOLUTION)
 
 
 def adjusted_products(model, **settings):
-    profile = collect_profile(model, ROWS, progress=False, **settings)
+    profile = collect_profile(model, ROWS, progress=False, config=ProfileConfig(**settings))
     return {use.parameter.removesuffix(".weight") for use in profile.uses if use.role in PRODUCTS}
 
 
@@ -67,7 +67,7 @@ def test_experts_are_chosen_by_the_name_of_their_parameter():
 def test_what_is_not_chosen_is_left_by_an_explicit_setting():
     base = tiny.llama(attention_bias=True, mlp_bias=True)
     tuned = tiny.perturbed(tiny.llama(attention_bias=True, mlp_bias=True))
-    profile = collect_profile(base, ROWS, progress=False, targets=["q_proj"])
+    profile = collect_profile(base, ROWS, progress=False, config=ProfileConfig(targets=["q_proj"]))
     with pytest.raises(CoverageError, match="not among the targets"):
         adjust_model(tuned, base=base, profile=profile, rule=SafeDelta(), progress=False)
     report = adjust_model(
@@ -93,7 +93,7 @@ def test_what_is_not_chosen_is_left_by_an_explicit_setting():
 )
 def test_targets_that_choose_nothing_are_named_errors(settings, message):
     with pytest.raises(ConfigurationError, match=message):
-        collect_profile(tiny.llama(), ROWS, progress=False, **settings)
+        collect_profile(tiny.llama(), ROWS, progress=False, config=ProfileConfig(**settings))
 
 
 def test_a_regular_expression_has_to_match_a_whole_name():
@@ -105,7 +105,9 @@ def test_a_regular_expression_has_to_match_a_whole_name():
 def test_a_tower_beside_the_language_model_is_left_by_its_setting(choice):
     base = architectures.tiny_model("gemma3")
     tuned = tiny.perturbed(architectures.tiny_model("gemma3"))
-    profile = collect_profile(base, ROWS, progress=False, targets=r"model\.language_model\..*|lm_head")
+    profile = collect_profile(
+        base, ROWS, progress=False, config=ProfileConfig(targets=r"model\.language_model\..*|lm_head")
+    )
     report = adjust_model(
         tuned, base=base, profile=profile, rule=SafeDelta(), treatment=Treatment(uncovered=choice), progress=False
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from safedelta_hf import collect_profile
+from safedelta_hf import ProfileConfig, collect_profile
 from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.records import Role
@@ -98,7 +98,7 @@ def squared_change(model, delta):
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_quadratic_loss_is_the_change_of_the_result(name, batch_size):
     model = Operation(*LINEAR[name])
-    profile = collect_profile(model, ROWS, batch_size=batch_size, progress=False)
+    profile = collect_profile(model, ROWS, config=ProfileConfig(batch_size=batch_size), progress=False)
     delta = torch.randn_like(model.weight)
     assert loss_of(profile, delta) == pytest.approx(squared_change(model, delta) / len(ROWS), rel=1e-3)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from safedelta_hf import SafetyProfile, collect_profile
+from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.records import Role
@@ -12,7 +12,7 @@ from tests.fixtures import tiny
 
 
 def collect(model, rows, **settings) -> SafetyProfile:
-    return collect_profile(model, rows, progress=False, **{"holdout": 0.0} | settings)
+    return collect_profile(model, rows, progress=False, config=ProfileConfig(**{"holdout": 0.0} | settings))
 
 
 def observed_inputs(model, module_name, rows):

@@ -3,12 +3,11 @@ import math
 import pytest
 import torch
 
-from safedelta_hf import collect_profile
+from safedelta_hf import Checkpointing, ProfileConfig, collect_profile
 from safedelta_hf.capture import resume as module
-from safedelta_hf.capture.resume import Parts
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import read_safety_data
-from safedelta_hf.errors import CaptureError
+from safedelta_hf.errors import CaptureError, ConfigurationError
 from tests.fixtures import tiny
 from tests.profile.saved_profiles import same_moments
 
@@ -16,8 +15,9 @@ ROWS = tiny.rows(20, seed=1)
 
 
 def collected(model, folder, batches=3, **settings):
-    parts = None if folder is None else Parts(folder=folder, batches=batches)
-    return collect_profile(model, ROWS, batch_size=2, holdout=0.0, progress=False, parts=parts, **settings)
+    config = ProfileConfig(batch_size=2, holdout=0.0, **settings)
+    checkpointing = None if folder is None else Checkpointing(folder, every=batches)
+    return collect_profile(model, ROWS, config=config, checkpointing=checkpointing, progress=False)
 
 
 def interrupted(model, folder, monkeypatch, after):
@@ -116,3 +116,9 @@ def test_a_layer_that_only_some_parts_reach_has_the_inputs_of_those(tmp_path):
     for key, moment in one.moments.items():
         torch.testing.assert_close(moment.total, other.moments[key].total)
         assert (moment.sequences, moment.tokens) == (other.moments[key].sequences, other.moments[key].tokens)
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0])
+def test_a_part_of_no_passes_is_refused_when_it_is_asked_for(tmp_path, every):
+    with pytest.raises(ConfigurationError, match=f"every={every}"):
+        Checkpointing(tmp_path, every)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from safedelta_hf import (
     Dare,
     ModelStock,
+    ProfileConfig,
     Ridge,
     SafeDelta,
     SafeMerge,
@@ -95,7 +96,7 @@ def test_the_output_is_the_adjusted_model_as_save_pretrained_writes_it(kind, cas
     ids=lambda rule: rule.name,
 )
 def test_every_kind_of_rule_gives_what_it_gives_in_memory(rule, case, tmp_path):
-    task = collect_profile(MODELS["untied"](), tiny.rows(8, seed=4), holdout=0.0, progress=False)
+    task = collect_profile(MODELS["untied"](), tiny.rows(8, seed=4), config=ProfileConfig(holdout=0.0), progress=False)
     task.save(tmp_path / "task")
     case.adjust(rule=rule, task=tmp_path / "task")
     expected(case, tmp_path / "expected", rule=rule, task=task)

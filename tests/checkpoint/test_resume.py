@@ -51,8 +51,14 @@ def stopped(untouched, tmp_path, monkeypatch):
     return case
 
 
+def write_log(case, *lines):
+    """Replace the lines below the manifest."""
+    path = case.work / "finished.jsonl"
+    path.write_bytes(b"".join([path.read_bytes().splitlines(keepends=True)[0], *lines]))
+
+
 def finished_lines(case):
-    return (case.work / "finished.jsonl").read_bytes().splitlines(keepends=True)
+    return (case.work / "finished.jsonl").read_bytes().splitlines(keepends=True)[1:]
 
 
 def deltas_of(case, monkeypatch):
@@ -100,12 +106,13 @@ def test_a_damaged_shard_is_done_again(damage, stopped, untouched):
     assert contents(stopped.output) == untouched[1]
 
 
-@pytest.mark.parametrize("tail", [b'{"record": {"par', b"\xff\xfe\n", b"[]\n", b'{"record": [], "names": 3}\n'])
-def test_a_damaged_line_and_those_after_it_are_done_again(tail, stopped, untouched, monkeypatch):
+@pytest.mark.parametrize("damage", [b'{"record": {"par', b"\xff\xfe\n", b"[]\n", b'{"record": [], "names": 3}\n'])
+def test_the_weight_of_a_damaged_line_is_done_again_alone(damage, stopped, untouched, monkeypatch):
     lines = finished_lines(stopped)
-    (stopped.work / "finished.jsonl").write_bytes(b"".join(lines[:3]) + tail + b"".join(lines[3:]))
+    rest = lines[4:] if damage.endswith(b"\n") else lines[3:]  # without an end it runs into the next
+    write_log(stopped, *lines[:3], damage, *rest)
     names, found = deltas_of(stopped, monkeypatch)
-    assert len(names) == 12 - 3 and found == untouched[1]
+    assert len(names) == 12 - 5 and found == untouched[1]
 
 
 def test_what_an_earlier_run_copied_and_is_gone_since_is_not_in_the_output(stopped, untouched):
@@ -157,7 +164,7 @@ def test_a_run_with_other_inputs_does_not_go_on_from_there(change, stopped):
     before = contents(stopped.work)
     settings = CHANGES[change](stopped) or {}
     with pytest.raises(
-        CheckpointError, match=f"had another {change.split()[0]}; repeat that run .*or remove the folder"
+        CheckpointError, match=f"made with other {change.split()[0]}; repeat that run .*or remove the file"
     ):
         stopped.adjust(**settings)
     assert contents(stopped.work) == before and not stopped.output.exists()
@@ -178,7 +185,7 @@ def test_a_run_with_a_profile_in_memory_goes_on_with_the_same_values_alone(stopp
     shutil.rmtree(stopped.work)
     stop_at(stopped, monkeypatch, 6, profile=held(stopped.profile))
     for other in (held(stopped.profile, factor=1.001), stored_otherwise(stopped), stopped.folder / "profile"):
-        with pytest.raises(CheckpointError, match="had another profile; repeat that run"):
+        with pytest.raises(CheckpointError, match="made with other profile; repeat that run"):
             stopped.adjust(profile=other)
     stop_at(stopped, monkeypatch, 2, profile=held(stopped.profile))
     assert len(finished_lines(stopped)) == 6 + 2
@@ -188,9 +195,10 @@ def test_a_run_with_a_profile_in_memory_goes_on_with_the_same_values_alone(stopp
 
 @pytest.mark.parametrize("manifest", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_work_folder_with_a_malformed_manifest_is_left_alone(manifest, stopped):
-    (stopped.work / "manifest.json").write_bytes(manifest)
+    path = stopped.work / "finished.jsonl"
+    path.write_bytes(manifest + b"\n" + b"".join(finished_lines(stopped)))
     before = contents(stopped.work)
-    with pytest.raises(CheckpointError, match="had another manifest"):
+    with pytest.raises(CheckpointError, match="does not state what it is made from"):
         stopped.adjust()
     assert contents(stopped.work) == before
 
@@ -218,12 +226,10 @@ def test_the_lock_is_held_until_the_work_folder_is_gone(stopped, monkeypatch):
     assert seen == [stopped.work]
 
 
-@pytest.mark.parametrize("left", ["all", "model", "finished.jsonl", "neither"])
-def test_a_work_folder_without_a_manifest_is_begun_anew(left, stopped, untouched, monkeypatch):
-    (stopped.work / "manifest.json").unlink()
-    if left in ("model", "neither"):
-        (stopped.work / "finished.jsonl").unlink()
-    if left in ("finished.jsonl", "neither"):
+@pytest.mark.parametrize("left", ["model", "nothing"])
+def test_a_work_folder_without_a_log_is_begun_anew(left, stopped, untouched, monkeypatch):
+    (stopped.work / "finished.jsonl").unlink()
+    if left == "nothing":
         shutil.rmtree(stopped.work / "model")
     names, found = deltas_of(stopped, monkeypatch)
     assert len(names) == 12 and found == untouched[1] and not stopped.work.exists()
@@ -264,7 +270,7 @@ def test_a_complete_output_is_reported_by_the_next_run(stopped, monkeypatch):
 def test_a_complete_output_without_its_records_is_an_error(stopped, untouched, monkeypatch):
     ended_before_the_clean_up(stopped, monkeypatch)
     lines = finished_lines(stopped)
-    (stopped.work / "finished.jsonl").write_bytes(b"".join(lines[:-1]))
+    write_log(stopped, *lines[:-1])
     name = json.loads(lines[-1])["record"]["parameter"]
     with pytest.raises(CheckpointError, match=f"^{name}: .* is complete, and the record .* is lost; remove the folder"):
         stopped.adjust()

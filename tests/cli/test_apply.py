@@ -22,8 +22,12 @@ def apply(folder, *options):
     return CliRunner().invoke(app, ["apply", *paths, *map(str, options)])
 
 
+def apply_safe_delta(folder, *options):
+    return apply(folder, "--rule", "safe_delta", *options)
+
+
 def test_it_writes_the_adjusted_adapter_and_a_report(folder):
-    result = apply(folder, "--strength", 100, "--report", folder / "report.json")
+    result = apply_safe_delta(folder, "--strength", 100, "--report", folder / "report.json")
     assert result.exit_code == 0, result.output
     assert "14 adjusted" in result.output
     model = adapters.adapted(tiny.llama())
@@ -42,7 +46,7 @@ def test_errors_end_with_one_line_and_status_1(folder):
         (["--strength", "-1"], "must be a number at least 0"),
         ([], "exists already"),
     ):
-        result = apply(folder, *options)
+        result = apply_safe_delta(folder, *options)
         assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
     assert not list((folder / "output").iterdir())
 
@@ -51,10 +55,10 @@ def test_a_report_that_cannot_be_written_is_found_before_the_work(folder, monkey
     with monkeypatch.context() as patch:
         patch.setattr(command, "adjust_adapter_files", lambda *_, **__: pytest.fail("the work was done"))
         for report in (folder / "absent" / "report.json", folder):
-            result = apply(folder, "--report", report)
+            result = apply_safe_delta(folder, "--report", report)
             assert result.exit_code == 1 and f"--report {str(report)!r}" in result.output, result.output
-    (folder / "report.json").symlink_to(folder / "absent" / "report.json")
-    result = apply(folder, "--report", folder / "report.json")
+    (folder / "report.json.part").mkdir()  # stands where the report is made
+    result = apply_safe_delta(folder, "--report", folder / "report.json")
     assert result.exit_code == 1 and "is complete without it" in result.output and (folder / "output").exists()
 
 
@@ -65,12 +69,23 @@ def test_a_rule_that_merges_weights_is_refused_in_one_line(folder):
 
 
 def test_a_base_and_an_initial_adapter_are_passed_on(folder):
-    result = apply(folder, "--initial-adapter", folder / "adapter")
+    result = apply_safe_delta(folder, "--initial-adapter", folder / "adapter")
     assert result.exit_code == 1 and "nothing has to be subtracted" in result.output
     model = adapters.adapted(tiny.llama(), modules_to_save=["lm_head"])
     model.save_pretrained(folder / "adapter")
-    result = apply(folder)
+    result = apply_safe_delta(folder)
     assert result.exit_code == 1 and "--base on the command line" in result.output
     tiny.llama().save_pretrained(folder / "base")
-    result = apply(folder, "--base", folder / "base")
+    result = apply_safe_delta(folder, "--base", folder / "base")
     assert result.exit_code == 0 and "15 adjusted" in result.output, result.output
+
+
+def test_the_default_rule_is_that_of_every_entry_and_needs_a_number_here(folder):
+    for options, rule in (([], "ridge"), (["--task", folder / "profile"], "task_ridge")):
+        result = apply(folder, *options)
+        assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+        assert result.output.startswith(f"safedelta: {rule}: strength='auto'") and "--strength on the" in result.output
+    assert not (folder / "output").exists()
+    result = apply(folder, "--strength", 2, "--report", folder / "report.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "report.json").read_text())["rule"] == {"name": "ridge", "settings": {"strength": 2}}

@@ -4,7 +4,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from safedelta_hf import SafeDelta
+from safedelta_hf import Ridge
 from safedelta_hf.cli.main import app
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import contents
@@ -31,7 +31,7 @@ def test_it_writes_the_adjusted_model_and_a_report_beside_it(case):
     result = apply(case, "--strength", 100, "--report", case.folder / "report.json")
     assert result.exit_code == 0, result.output
     assert "12 adjusted" in result.output and "Not copied: optimizer.pt" in result.output
-    case.adjust(output=case.folder / "expected", rule=SafeDelta(strength=100.0))
+    case.adjust(output=case.folder / "expected", rule=Ridge(strength=100.0))
     assert contents(case.output) == contents(case.folder / "expected")
     report = json.loads((case.folder / "report.json").read_text())
     assert len(report["parameters"]) == 12 and report["rule"]["settings"]["strength"] == 100
@@ -48,7 +48,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(case):
 def test_a_task_profile_and_a_treatment_are_passed_on(case):
     result = apply(case, "--rule", "task_ridge", "--strength", 1, "--task", case.folder / "profile")
     assert result.exit_code == 0, result.output
-    result = apply(case, "--uncovered", "magic", output=case.folder / "other")
+    result = apply(case, "--strength", 1, "--uncovered", "magic", output=case.folder / "other")
     assert result.exit_code == 1 and "uncovered='magic' is not one of ['error', 'keep', 'reset']" in result.output
 
 
@@ -61,13 +61,14 @@ def test_a_task_profile_and_a_treatment_are_passed_on(case):
         (["--initial-adapter", "somewhere"], {}, "--initial-adapter: only with --adapter"),
         (["--dry-run", "--device", "cpu"], {"tuned": None, "adapter": "x"}, "--device, --dry-run: only with --tuned"),
         (["--strength", "auto"], {}, "strength='auto' measures a model in memory"),
-        (["--rule", "ridge"], {}, "give a number"),
+        ([], {}, "ridge: strength='auto' measures a model in memory, and there is none here; give a number"),
+        (["--task", "{profile}"], {}, "task_ridge: strength='auto'"),
         (["--rule", "task_ridge", "--strength", "1"], {}, "pass task="),
-        (["--device", "abacus"], {}, "device='abacus' cannot be used here"),
+        (["--device", "abacus", "--strength", "1"], {}, "device='abacus' cannot be used here"),
     ],
 )
 def test_errors_end_with_one_line_and_status_1(options, paths, message, case):
-    result = apply(case, *options, **paths)
+    result = apply(case, *(option.format(profile=case.folder / "profile") for option in options), **paths)
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
     assert result.output.startswith("safedelta: ") and len(result.output.splitlines()) == 1
     assert not case.output.exists() and not case.work.exists()
@@ -75,5 +76,5 @@ def test_errors_end_with_one_line_and_status_1(options, paths, message, case):
 
 def test_a_malformed_checkpoint_ends_with_one_line(case):
     (case.tuned / "model.safetensors.index.json").write_text("{")
-    result = apply(case)
+    result = apply(case, "--strength", 1)
     assert result.exit_code == 1 and "is no index of shards" in result.output and "Traceback" not in result.output

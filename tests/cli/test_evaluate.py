@@ -54,8 +54,9 @@ def test_everything_at_once_ends_with_a_table_and_two_files(files, monkeypatch):
     assert found.scores["attack_success"].value <= 0.05 and found.scores["task_accuracy"].value >= 0.9
     assert found.scores["attack_success_by_judge"].value <= 0.05 and found.scores["over_refusal"].value == 0
     assert all(name in result.output for name in (*found.scores, "results.json", "95 % interval"))
-    lines = [json.loads(line) for line in (files / "out" / "responses.jsonl").read_text().splitlines()]
-    assert sum("response" in line for line in lines) == 30 + 10 + 14
+    for part, count in (("harmful", 30), ("benign", 10), ("task", 14)):
+        lines = (files / "out" / f"responses-{part}.jsonl").read_text().splitlines()
+        assert sum("response" in json.loads(line) for line in lines) == count
 
 
 def test_an_adapter_is_measured_with_the_model(files):
@@ -96,7 +97,7 @@ def test_a_killed_run_goes_on_where_it_stopped(files):
     assert run([*small, f"--output={files / 'whole'}"]).exit_code == 0
     command = [sys.executable, "-m", "safedelta_hf.cli.main", *map(str, small)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    responses, started = files / "out" / "responses.jsonl", time.monotonic()
+    responses, started = files / "out" / "responses-harmful.jsonl", time.monotonic()
     while not (responses.exists() and len(responses.read_bytes().splitlines()) > 8):
         assert process.poll() is None and time.monotonic() - started < 120
         time.sleep(0.002)
@@ -106,7 +107,7 @@ def test_a_killed_run_goes_on_where_it_stopped(files):
     there = responses.read_bytes()
     assert run(small).exit_code == 0
     assert responses.read_bytes().startswith(there[: there.rfind(b"\n") + 1])
-    for name in ("responses.jsonl", "results.json"):
+    for name in ("responses-harmful.jsonl", "responses-task.jsonl", "results.json"):
         assert (files / "out" / name).read_bytes() == (files / "whole" / name).read_bytes()
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from safedelta_hf import SafetyProfile, collect_profile
+from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.capture import resume as parts
 from safedelta_hf.cli import profile as command
 from safedelta_hf.cli.main import app
@@ -44,7 +44,9 @@ def test_it_writes_what_python_writes(files):
     result = run(*arguments(files, "--holdout=0.5", "--batch-size=4", "--storage=bfloat16"))
     assert result.exit_code == 0, result.output
     model, tokenizer = load_aligned()
-    expected = collect_profile(model, REFUSALS, tokenizer, holdout=0.5, batch_size=4, progress=False)
+    expected = collect_profile(
+        model, REFUSALS, tokenizer, config=ProfileConfig(holdout=0.5, batch_size=4), progress=False
+    )
     expected.save(files / "expected", "bfloat16")
     assert contents(files / "profile") == contents(files / "expected")
     assert "LlamaForCausalLM: 27 moments" in result.output and str(files / "profile") in result.output

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from safedelta_hf.compare.points import key_of
-from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.errors import ConfigurationError, OutputError
 from tests.compare.points import comparison, point, search
 
 
@@ -27,28 +28,30 @@ def test_the_order_of_settings_makes_no_other_point():
 
 def test_a_write_that_fails_leaves_the_points_that_were_there(tmp_path, monkeypatch):
     file = comparison(tmp_path, point("aligned", 0.0))
-    before = (tmp_path / "results.json").read_bytes()
-    monkeypatch.setattr("safedelta_hf.evaluation.result.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        file.add(point("fine-tuned", 1.0))
-    assert (tmp_path / "results.json").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            file.add(point("fine-tuned", 1.0))
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert [one.method for one in comparison(tmp_path).points] == ["aligned"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_points_made_with_something_else_are_not_mixed(tmp_path):
     comparison(tmp_path, point("aligned", 0.0))
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(DataError, match="made with other aligned and questions"):
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with pytest.raises(OutputError, match="made with other aligned and questions"):
         comparison(tmp_path, made_with={"questions": 20, "aligned": "x"})
-    assert (tmp_path / "results.json").read_bytes() == before
+    assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"made_with": {}, "commands": [], "points": [{"seed": 1}]}'])
+@pytest.mark.parametrize("content", ["[]", "{}\n", '{"manifest": []}\n', '{"point": {"seed": 1}}\n'])
 def test_other_files_are_no_comparisons_and_are_left_alone(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(DataError, match="no saved comparison"):
+    (tmp_path / "results.jsonl").write_text(content)
+    with pytest.raises(OutputError, match="does not state what it is made from"):
         comparison(tmp_path)
-    assert (tmp_path / "results.json").read_text() == content
+    assert (tmp_path / "results.jsonl").read_text() == content
 
 
 def test_an_output_that_is_a_file_is_no_folder(tmp_path):
@@ -59,6 +62,6 @@ def test_an_output_that_is_a_file_is_no_folder(tmp_path):
 
 def test_the_file_holds_counts_and_intervals(tmp_path):
     comparison(tmp_path, point("aligned", 0.5))
-    (row,) = json.loads((tmp_path / "results.json").read_text())["points"]
-    score = row["scores"]["attack_success"]
+    last = (tmp_path / "results.jsonl").read_text().splitlines()[-1]
+    score = json.loads(last)["point"]["scores"]["attack_success"]
     assert score["count"] == 10 and score["low"] < score["value"] < score["high"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from safedelta_hf import SafetyProfile, collect_profile
+from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import IGNORED, SafetySequence, read_safety_data
 from safedelta_hf.data.refusals import HeldOut, split
 from safedelta_hf.distributed.open_model import open_model
@@ -49,8 +49,8 @@ def test_what_is_held_out_is_in_no_moment():
     sequences = read_safety_data(ROWS)
     used, aside = split(sequences, 0.25)
     rows = [{"input_ids": list(one.input_ids), "labels": list(one.labels)} for one in used]
-    whole = collect_profile(model, ROWS, holdout=0.25, progress=False)
-    alone = collect_profile(model, rows, holdout=0.0, progress=False)
+    whole = collect_profile(model, ROWS, config=ProfileConfig(holdout=0.25), progress=False)
+    alone = collect_profile(model, rows, config=ProfileConfig(holdout=0.0), progress=False)
     assert whole.held_out.sequences == tuple(aside) and alone.held_out is None
     assert whole.header.sequences == len(used) and whole.header.data == alone.header.data
     for key, moment in whole.moments.items():
@@ -65,12 +65,12 @@ def test_a_quarter_is_held_out_where_there_is_enough():
 @pytest.mark.parametrize("share", [-0.1, 1.0, "some"])
 def test_a_share_out_of_range_is_a_named_error(share):
     with pytest.raises(ConfigurationError, match="holdout="):
-        collect_profile(tiny.llama(), ROWS, holdout=share, progress=False)
+        collect_profile(tiny.llama(), ROWS, config=ProfileConfig(holdout=share), progress=False)
 
 
 def test_too_few_examples_to_hold_out_are_a_named_error():
     with pytest.raises(DataError, match="holdout=0.25 sets none of 2 examples aside"):
-        collect_profile(tiny.llama(), ROWS[:2], holdout=0.25, progress=False)
+        collect_profile(tiny.llama(), ROWS[:2], config=ProfileConfig(holdout=0.25), progress=False)
 
 
 def test_losses_are_those_of_the_base_and_drift_is_their_rise():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.errors import ConfigurationError, DataError, OutputError
 from safedelta_hf.evaluation import (
     Questions,
     Reference,
@@ -118,7 +118,9 @@ def test_a_run_that_broke_off_goes_on_where_it_stopped_and_ends_the_same(torn, t
         calls = interrupt_after(patch, model, None)
         assert evaluate_model(model, tokenizer, questions(), output=tmp_path / "broken", **SETTINGS) == whole
     assert len(calls) == 11 - batches  # 24, 12 and 14 prompts in batches of 5
-    for name in ("responses.jsonl", "results.json"):
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == [*(f"responses-{part}.jsonl" for part in ("benign", "harmful", "task")), "results.json"]
+    for name in names:
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -136,16 +138,16 @@ def test_responses_of_another_model_prompt_or_setting_are_never_mixed_in(loaded,
     model, tokenizer = loaded
     harmful = Questions.read(harmful=rows(ATTACKS))
     evaluate_model(model, tokenizer, harmful, output=tmp_path, **SETTINGS)
-    before = (tmp_path / "responses.jsonl").read_bytes()
+    before = (tmp_path / "responses-harmful.jsonl").read_bytes()
     for asked, changes, what in (
         (Questions.read(harmful=rows(ATTACKS)[::-1]), {}, "prompts"),
         (harmful, {"max_new_tokens": 3}, "settings"),
     ):
-        with pytest.raises(DataError, match=f"made with other {what};"):
+        with pytest.raises(OutputError, match=f"made with other {what};"):
             evaluate_model(model, tokenizer, asked, output=tmp_path, **SETTINGS | changes)
-    with pytest.raises(DataError, match="made with other model;"):
+    with pytest.raises(OutputError, match="made with other model;"):
         evaluate_model(tiny.perturbed(model), tokenizer, harmful, output=tmp_path, **SETTINGS)
-    assert (tmp_path / "responses.jsonl").read_bytes() == before
+    assert (tmp_path / "responses-harmful.jsonl").read_bytes() == before
 
 
 def test_verdicts_of_a_judge_with_a_fingerprint_are_kept_too(loaded, tmp_path):

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from safedelta_hf.errors import DataError
+from safedelta_hf.errors import DataError, OutputError
 from safedelta_hf.evaluation import Evaluation, Score
 from safedelta_hf.evaluation.result import average, share
 
@@ -61,8 +61,8 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     evaluation().save(tmp_path / "results.json")
-    monkeypatch.setattr("safedelta_hf.evaluation.result.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    monkeypatch.setattr("safedelta_hf.folders.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OutputError, match="cannot be written .*full"):
         evaluation(0.5).save(tmp_path / "results.json")
     assert Evaluation.load(tmp_path / "results.json") == evaluation()
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

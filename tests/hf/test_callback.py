@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from safedelta_hf import SafeDelta, SafeDeltaCallback, Treatment, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, SafeDelta, SafeDeltaCallback, Treatment, adjust_model, collect_profile
 from safedelta_hf.errors import (
     AdjustmentError,
     BaseWeightsError,
@@ -267,7 +267,7 @@ def test_memory_running_out_in_the_adjustment_does_not_train_again(tmp_path, bre
 
 
 def test_an_iterator_of_safety_data_serves_every_model(tmp_path):
-    callback = SafeDeltaCallback(iter(ROWS), RULE, holdout=0.0)
+    callback = SafeDeltaCallback(iter(ROWS), RULE, config=ProfileConfig(holdout=0.0))
     for _ in range(2):
         tiny.trainer(tiny.llama(), callback, tmp_path).train()
         assert callback.report.sequences == len(ROWS)
@@ -276,12 +276,14 @@ def test_an_iterator_of_safety_data_serves_every_model(tmp_path):
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"moment_memory": "lots"}, {"max_length": 0}])
 def test_settings_out_of_range_stop_at_once(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
-        SafeDeltaCallback(ROWS, **settings)
+        SafeDeltaCallback(ROWS, config=ProfileConfig(**settings))
 
 
 def test_moments_may_be_kept_on_disk_while_training(tmp_path):
     one, other = tiny.llama(), tiny.llama()
-    callback = SafeDeltaCallback(ROWS, RULE, moment_memory="2KB", offload_folder=str(tmp_path / "moments"))
+    callback = SafeDeltaCallback(
+        ROWS, RULE, config=ProfileConfig(moment_memory="2KB", offload_folder=str(tmp_path / "moments"))
+    )
     tiny.trainer(one, callback, tmp_path / "one").train()
     assert list((tmp_path / "moments").rglob("*.f32"))
     tiny.trainer(other, SafeDeltaCallback(ROWS, RULE), tmp_path / "other").train()
@@ -407,10 +409,15 @@ def test_targets_choose_what_the_callback_adjusts(tmp_path):
     model = tiny.llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name or "down_proj" in name)
-    callback = SafeDeltaCallback(ROWS, RULE, targets=["q_proj", "down_proj"], layers_to_transform=[1])
+    callback = SafeDeltaCallback(
+        ROWS, RULE, config=ProfileConfig(targets=["q_proj", "down_proj"], layers_to_transform=[1])
+    )
     stops_before_training(callback, "not among the targets", CoverageError, tmp_path, model=model)
     callback = SafeDeltaCallback(
-        ROWS, RULE, targets=["q_proj", "down_proj"], layers_to_transform=[1], treatment=Treatment(uncovered="reset")
+        ROWS,
+        RULE,
+        config=ProfileConfig(targets=["q_proj", "down_proj"], layers_to_transform=[1]),
+        treatment=Treatment(uncovered="reset"),
     )
     tiny.trainer(model, callback, tmp_path / "run").train()
     outcomes = {record.parameter: record.outcome for record in callback.report.parameters}

@@ -2,7 +2,16 @@
 
 import pytest
 
-from safedelta_hf import Dare, ModelStock, SafeDeltaCallback, SafeMerge, Slerp, adjust_model, collect_profile
+from safedelta_hf import (
+    Dare,
+    ModelStock,
+    ProfileConfig,
+    SafeDeltaCallback,
+    SafeMerge,
+    Slerp,
+    adjust_model,
+    collect_profile,
+)
 from safedelta_hf.errors import AdapterError, MergeError
 from tests.fixtures import adapters, tiny
 
@@ -39,7 +48,7 @@ def test_the_model_ends_as_adjust_model_would_leave_it(rule, tmp_path):
 
 
 def test_the_strength_of_a_merge_is_measured_when_training_ends(tmp_path):
-    callback = SafeDeltaCallback(tiny.rows(32, seed=1), Slerp(), holdout=0.5)
+    callback = SafeDeltaCallback(tiny.rows(32, seed=1), Slerp(), config=ProfileConfig(holdout=0.5))
     tiny.trainer(tiny.llama(), callback, tmp_path).train()
     search = callback.report.search
     assert len(search.trials) >= 1 and search.strength in {trial.strength for trial in search.trials}

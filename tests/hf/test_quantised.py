@@ -116,4 +116,4 @@ def test_a_dense_delta_of_a_quantised_weight_is_refused(quantised, tmp_path):
     model = get_peft_model(quantised(), adapters.config(use_dora=True))
     profile = collect_profile(model, ROWS, progress=False)
     with pytest.raises(AdapterError, match="is quantised"):
-        refactor_adapter(model, output=tmp_path / "out", rank=4, profile=profile, progress=False)
+        refactor_adapter(model, output=tmp_path / "out", rank=4, profile=profile, rule=RULE, progress=False)

@@ -5,6 +5,7 @@ from torch.utils.data import IterableDataset
 
 from safedelta_hf import (
     AutoStrength,
+    ProfileConfig,
     Ridge,
     SafeDelta,
     SafeDeltaCallback,
@@ -34,7 +35,9 @@ def test_the_task_is_read_off_the_trainers_own_data(tmp_path):
     callback = SafeDeltaCallback(ROWS, RULE)
     tiny.trainer(model, callback, tmp_path / "run").train()
     reference, data = tuned_alone(tmp_path)
-    task = collect_profile(tiny.llama(), [data[n] for n in range(len(data))], holdout=0.0, progress=False)
+    task = collect_profile(
+        tiny.llama(), [data[n] for n in range(len(data))], config=ProfileConfig(holdout=0.0), progress=False
+    )
     assert callback.task.header.data == task.header.data
     profile = collect_profile(tiny.llama(), ROWS, progress=False)
     adjust_model(reference, base=tiny.llama(), profile=profile, task=task, rule=RULE, progress=False)
@@ -59,7 +62,7 @@ def test_ordinary_data_is_protected_with_its_weight(tmp_path):
     tiny.trainer(model, callback, tmp_path / "run").train()
     assert callback.profile.header.retention.weight == 0.5
     reference, _ = tuned_alone(tmp_path)
-    ordinary = collect_profile(tiny.llama(), ORDINARY, holdout=0.0, progress=False)
+    ordinary = collect_profile(tiny.llama(), ORDINARY, config=ProfileConfig(holdout=0.0), progress=False)
     profile = with_retention(collect_profile(tiny.llama(), ROWS, progress=False), ordinary, 0.5)
     adjust_model(reference, base=tiny.llama(), profile=profile, rule=Ridge(strength=2.0), progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(reference))
@@ -88,7 +91,7 @@ def test_too_little_safety_data_to_measure_by_stops_before_training(tmp_path):
         ({"task_dataset": ORDINARY, "rule": SafeDelta()}, "does not weigh the task"),
         ({"task_examples": 0}, "task_examples=0"),
         ({"retention_weight": 0.0}, "retention_weight"),
-        ({"holdout": 2.0}, "holdout="),
+        ({"retention_weight": float("nan")}, "retention_weight"),
     ],
 )
 def test_settings_without_effect_or_out_of_range_are_named_errors(settings, complaint):

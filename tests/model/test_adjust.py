@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.errors import (
     BaseWeightsError,
@@ -35,7 +35,7 @@ def make(request):
 
 
 def collected(base):
-    return collect_profile(base, ROWS, holdout=0.0, progress=False)
+    return collect_profile(base, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
 
 
 def adjust(tuned, base, profile=None, rule=None, **settings):

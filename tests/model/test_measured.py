@@ -1,6 +1,7 @@
 """Strength "auto" where weights are: models and adapters in memory."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,15 +9,19 @@ from peft import LoraConfig, get_peft_model
 
 from safedelta_hf import (
     AutoStrength,
+    ProfileConfig,
     Ridge,
     SafeDelta,
     Scale,
     TaskRidge,
     adjust_adapter,
     adjust_adapter_files,
+    adjust_checkpoint,
     adjust_model,
     collect_profile,
+    refactor_adapter,
 )
+from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError, ProfileError
 from tests.fixtures import refusing, tiny
@@ -27,12 +32,12 @@ RULES = [Ridge(strength=AUTO), TaskRidge(strength=AUTO), Scale(strength=AUTO), S
 
 @pytest.fixture(scope="module")
 def profile():
-    return collect_profile(refusing.base(), refusing.REFUSALS, holdout=0.25, progress=False)
+    return collect_profile(refusing.base(), refusing.REFUSALS, config=ProfileConfig(holdout=0.25), progress=False)
 
 
 @pytest.fixture(scope="module")
 def task():
-    return collect_profile(refusing.base(), refusing.TASK, holdout=0.0, progress=False)
+    return collect_profile(refusing.base(), refusing.TASK, config=ProfileConfig(holdout=0.0), progress=False)
 
 
 def adjust(model, profile, rule, task=None):
@@ -112,7 +117,7 @@ def test_what_holds_for_every_strength_is_prepared_once(profile, monkeypatch):
 
 
 def test_a_profile_that_holds_nothing_out_is_a_named_error():
-    whole = collect_profile(refusing.base(), refusing.REFUSALS, holdout=0.0, progress=False)
+    whole = collect_profile(refusing.base(), refusing.REFUSALS, config=ProfileConfig(holdout=0.0), progress=False)
     tuned = refusing.fine_tuned()
     before = tiny.weights(tuned)
     with pytest.raises(ProfileError, match=r"holdout=0\.25"):
@@ -153,10 +158,22 @@ def test_only_the_active_adapter_can_be_measured(profile):
     assert list(model.peft_config) == ["default"]
 
 
-def test_without_a_model_in_memory_a_number_is_asked_for(profile, tmp_path):
-    with_lora().save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigurationError, match="none in memory"):
-        adjust_adapter_files(
-            tmp_path / "adapter", profile=profile, output=tmp_path / "out", rule=RULES[0], progress=False
-        )
-    assert not (tmp_path / "out").exists()
+FILES = {"base": "nowhere", "tuned": "nowhere"}
+
+
+@pytest.mark.parametrize("given", [{"rule": Ridge()}, {}, {"task": "nowhere"}], ids=["rule", "default", "task"])
+@pytest.mark.parametrize(
+    "adjust",
+    [
+        partial(adjust_adapter_files, "nowhere"),
+        partial(refactor_adapter, torch.nn.Module(), rank=1),
+        partial(adjust_checkpoint, **FILES),
+        partial(plan_checkpoint, **FILES),
+    ],
+    ids=["adapter", "refactored", "checkpoint", "plan"],
+)
+def test_without_a_model_in_memory_a_number_is_asked_for_before_anything_is_read(adjust, given, profile, tmp_path):
+    name = "TaskRidge" if "task" in given else "Ridge"
+    with pytest.raises(ConfigurationError, match=rf"none here; give a number: rule={name}\(strength="):
+        adjust(profile=profile, output=tmp_path / "out", **given)
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer
 
 from safedelta_hf import (
+    ProfileConfig,
     Ridge,
     SafeDelta,
     SafeDeltaCallback,
@@ -76,7 +77,7 @@ def test_a_profile_is_that_of_the_model_in_memory(kind, tied, tmp_path):
 def test_an_adjusted_model_is_saved_as_the_one_adjusted_in_memory(kind, tied, rule, base, tmp_path):
     folder = base(tied=tied)
     model, twin = offloaded(kind, tmp_path, tied=tied), in_memory(tmp_path)
-    profile = collect_profile(tiny.loaded(folder), ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(tiny.loaded(folder), ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     found = adjust_model(model, base=folder, profile=profile, rule=RULES[rule], progress=False)
     expected = adjust_model(twin, base=folder, profile=profile, rule=RULES[rule], progress=False)
     assert found == expected
@@ -94,14 +95,14 @@ def test_layers_of_other_kinds_are_adjusted_as_in_memory(make, tmp_path):
     tiny.perturbed(copy.deepcopy(aligned)).save_pretrained(tmp_path / "model")
     load = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "model")
     model, twin = load(device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"), load()
-    profile = collect_profile(aligned, ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(aligned, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     reports = [
         adjust_model(one, base=aligned, profile=profile, rule=SafeDelta(), progress=False) for one in (model, twin)
     ]
     assert reports[0] == reports[1]
     assert tiny.same(values(model), values(twin))
-    found = collect_profile(model, ROWS, holdout=0.0, progress=False)
-    expected = collect_profile(twin, ROWS, holdout=0.0, progress=False)
+    found = collect_profile(model, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
+    expected = collect_profile(twin, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     assert found.header == expected.header
     assert all(torch.equal(found.moments[key].total, expected.moments[key].total) for key in expected.moments)
 
@@ -110,7 +111,7 @@ def test_layers_of_other_kinds_are_adjusted_as_in_memory(make, tmp_path):
 def test_models_that_transformers_cannot_save_are_adjusted_all_the_same(kind, base, tmp_path):
     folder = base()
     model, twin = offloaded(kind, tmp_path), in_memory(tmp_path)
-    profile = collect_profile(tiny.loaded(folder), ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(tiny.loaded(folder), ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     for one in (model, twin):
         adjust_model(one, base=folder, profile=profile, rule=SafeDelta(), progress=False)
     assert tiny.same(values(model), values(twin))
@@ -123,7 +124,7 @@ def test_the_base_may_be_offloaded_too(kind, base, tmp_path):
     shutil.copytree(folder, tmp_path / "other" / "model")
     aligned = KINDS[kind](folder, tmp_path / "other" / "offloaded")
     model, twin = offloaded("disk", tmp_path), in_memory(tmp_path)
-    profile = collect_profile(aligned, ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(aligned, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     adjust_model(model, base=aligned, profile=profile, rule=SafeDelta(), progress=False)
     adjust_model(twin, base=folder, profile=profile, rule=SafeDelta(), progress=False)
     assert tiny.same(values(model), values(twin))
@@ -132,7 +133,7 @@ def test_the_base_may_be_offloaded_too(kind, base, tmp_path):
 def test_bfloat16_stays_bit_for_bit(base, tmp_path):
     folder = base(dtype=torch.bfloat16)
     model, twin = offloaded("disk", tmp_path, dtype=torch.bfloat16), in_memory(tmp_path)
-    profile = collect_profile(tiny.loaded(folder), ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(tiny.loaded(folder), ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     for one in (model, twin):
         adjust_model(one, base=folder, profile=profile, rule=SafeDelta(), progress=False)
     assert tiny.same(values(model), values(twin))
@@ -159,7 +160,7 @@ def test_a_failure_halfway_restores_every_weight(kind, base, tmp_path, monkeypat
     folder = base()
     model = offloaded(kind, tmp_path)
     before, expected = values(model), logits(model)
-    profile = collect_profile(tiny.loaded(folder), ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(tiny.loaded(folder), ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     write, written = OffloadedModel.write, []
 
     def failing(self, name, value):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from safedelta_hf import Ridge, SafeDelta, SafetyProfile, Treatment, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, Ridge, SafeDelta, SafetyProfile, Treatment, adjust_model, collect_profile
 from safedelta_hf.errors import CoverageError, NumericalError, ProfileError
 from safedelta_hf.modules.parametrised import parametrised_weights
 from tests.fixtures import parametrised, tiny
@@ -24,7 +24,9 @@ def pair(parametrise, *places, **settings):
 
 
 def adjust(tuned, base, rule, **settings):
-    profile = collect_profile(base, ROWS, holdout=0.0, progress=False, targets=settings.pop("targets", "all-linear"))
+    profile = collect_profile(
+        base, ROWS, config=ProfileConfig(holdout=0.0, targets=settings.pop("targets", "all-linear")), progress=False
+    )
     return adjust_model(tuned, base=base, profile=profile, rule=rule, progress=False, **settings)
 
 
@@ -106,7 +108,7 @@ def test_whatever_a_computed_weight_is_used_for_it_has_the_moment_of_a_plain_one
 def test_a_weight_that_cannot_be_set_is_named_and_nothing_is_changed(kind):
     parametrise, reason = parametrised.STUBBORN[kind]
     base, tuned = pair(parametrise, "model.layers.0.self_attn.q_proj")
-    profile = collect_profile(base, ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(base, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     original = "model.layers.0.self_attn.q_proj.parametrizations.weight.original"
     assert profile.header.skipped[original].startswith("model.layers.0.self_attn.q_proj.weight is computed from it")
     before = tiny.weights(tuned)
@@ -123,7 +125,7 @@ def test_a_weight_that_cannot_be_set_is_named_and_nothing_is_changed(kind):
 def test_a_weight_that_turns_out_not_to_be_settable_undoes_the_others(monkeypatch):
     base, tuned = pair(parametrised.KINDS["gated"])
     before = tiny.weights(tuned)
-    profile = collect_profile(base, ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(base, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     calls = []
 
     def first_only(self, weight):
@@ -191,14 +193,14 @@ def test_collecting_leaves_no_hook_behind(parametrise):
 
 def test_a_saved_profile_knows_what_is_computed_from_what(tmp_path):
     base, tuned = pair(parametrizations.weight_norm)
-    profile = collect_profile(base, ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(base, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     profile.save(tmp_path / "profile")
     assert SafetyProfile.load(tmp_path / "profile").header == profile.header and profile.header.parametrised
 
 
 def test_a_profile_of_a_model_that_computes_the_weight_is_refused_by_one_that_does_not():
     base, tuned = pair(parametrised.old_weight_norm, UP)
-    profile = collect_profile(base, ROWS, holdout=0.0, progress=False)
+    profile = collect_profile(base, ROWS, config=ProfileConfig(holdout=0.0), progress=False)
     tuned.get_submodule(UP)._forward_pre_hooks.clear()
     before = tiny.weights(tuned)
     with pytest.raises(ProfileError, match=rf"{UP}\.weight: the model of the profile computes it from {UP}\.weight_g"):

@@ -6,7 +6,7 @@ import json
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from safedelta_hf import collect_profile
+from safedelta_hf import ProfileConfig, collect_profile
 from tests.fixtures import tiny
 
 STORAGES = ("float32", "triangular", "bfloat16", "eigenbasis:3")
@@ -14,7 +14,7 @@ STORAGES = ("float32", "triangular", "bfloat16", "eigenbasis:3")
 
 def tiny_profile():
     """Of a model with biases, so that there are moments of both kinds."""
-    return collect_profile(tiny.gpt2(), tiny.rows(16, seed=1), holdout=0.25, progress=False)
+    return collect_profile(tiny.gpt2(), tiny.rows(16, seed=1), config=ProfileConfig(holdout=0.25), progress=False)
 
 
 def same_moments(one, other):

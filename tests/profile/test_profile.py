@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from safedelta_hf import SafeDelta, SafetyProfile, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, SafeDelta, SafetyProfile, adjust_model, collect_profile
 from safedelta_hf.errors import ConfigurationError, OutputError, ProfileError
 from safedelta_hf.profile import shards
 from safedelta_hf.profile.reader import MomentFiles
@@ -88,7 +88,7 @@ def test_an_older_format_says_to_collect_again(profile, tmp_path):
 
 def test_a_profile_from_disk_adjusts_as_the_one_in_memory(tmp_path):
     base = tiny.llama()
-    profile = collect_profile(base, tiny.rows(12, seed=1), holdout=0.0, progress=False)
+    profile = collect_profile(base, tiny.rows(12, seed=1), config=ProfileConfig(holdout=0.0), progress=False)
     profile.save(tmp_path / "profile")
     models = []
     for given in (profile, SafetyProfile.load(tmp_path / "profile")):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from safedelta_hf import SafetyProfile, collect_profile, with_retention
+from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile, with_retention
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.records import Retention
 from tests.fixtures import tiny
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 def profiles():
     model = tiny.llama()
     return tuple(
-        collect_profile(model, tiny.rows(count, seed=seed), holdout=0.0, progress=False)
+        collect_profile(model, tiny.rows(count, seed=seed), config=ProfileConfig(holdout=0.0), progress=False)
         for count, seed in ((12, 1), (20, 2))
     )
 
@@ -41,7 +41,9 @@ def test_the_header_says_so_and_survives_the_disk(profiles, tmp_path):
 
 def test_keys_need_not_be_the_same(profiles):
     safety, _ = profiles
-    apart = collect_profile(tiny.llama(), tiny.rows(20, seed=2), holdout=0.0, share_moments=False, progress=False)
+    apart = collect_profile(
+        tiny.llama(), tiny.rows(20, seed=2), config=ProfileConfig(holdout=0.0, share_moments=False), progress=False
+    )
     found, expected = with_retention(safety, apart, 1.0), with_retention(safety, profiles[1], 1.0)
     for key in safety.moments:
         torch.testing.assert_close(found.moments[key].total, expected.moments[key].total)
@@ -54,7 +56,9 @@ def test_a_weight_that_is_not_positive_is_a_named_error(profiles, weight):
 
 
 def test_profiles_of_different_bases_are_a_named_error(profiles):
-    other = collect_profile(tiny.perturbed(tiny.llama()), tiny.rows(4, seed=1), holdout=0.0, progress=False)
+    other = collect_profile(
+        tiny.perturbed(tiny.llama()), tiny.rows(4, seed=1), config=ProfileConfig(holdout=0.0), progress=False
+    )
     with pytest.raises(ProfileError, match="another base"):
         with_retention(profiles[0], other, 0.1)
     with pytest.raises(ProfileError, match="already"):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from safedelta_hf import SafetyProfile, collect_profile
+from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.data.refusals import response_losses
 from safedelta_hf.distributed.model import ShardedModel
@@ -87,8 +87,9 @@ def zero3(model):
 BACKENDS = {"whole": lambda model: model, "fsdp2": fsdp2, "fsdp1": fsdp1, "zero3": zero3}
 
 
-def collect(model, rows, **settings):
-    return collect_profile(model, rows, progress=False, **{"holdout": 0.0, "batch_size": 2} | settings)
+def collect(model, rows, *, ranks=None, holding=None, **settings):
+    config = ProfileConfig(**{"holdout": 0.0, "batch_size": 2} | settings)
+    return collect_profile(model, rows, config=config, progress=False, ranks=ranks, holding=holding)
 
 
 def alone(model, rows, **settings):

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from safedelta_hf import Ridge, SafeDelta, adjust_adapter, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, Ridge, SafeDelta, adjust_adapter, adjust_model, collect_profile
 from safedelta_hf.distributed.ranks import Ranks
 from tests.fixtures import tiny
 
@@ -54,7 +54,7 @@ def a_second_adapter_beside_a_sharded_one():
 def a_measured_strength_with_fewer_refusals_held_out_than_processes():
     base, tuned = tiny.llama(), tiny.perturbed(tiny.llama())
     rows = tiny.rows(4, seed=1)
-    profile = collect_profile(base, rows, holdout=0.26, progress=False)
+    profile = collect_profile(base, rows, config=ProfileConfig(holdout=0.26), progress=False)
     assert len(profile.held_out.sequences) == 1
     wrapped = DistributedDataParallel(tuned)
     report = adjust_model(wrapped, base=base, profile=profile, rule=Ridge(strength="auto"), progress=False)
