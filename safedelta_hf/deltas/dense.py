@@ -8,7 +8,7 @@ from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.records import Part, Role, Use
+from safedelta_hf.records import MatrixView, Part, Role, Use
 
 TRANSPOSED_ROLES = (Role.CONV1D, Role.EMBEDDING)
 """Roles whose parameter is stored with its inputs first."""
@@ -262,6 +262,20 @@ class MatrixDelta:
             transform: Applied to the rows.
         """
         self._matrix.copy_(transform(self._matrix))
+
+
+def as_strided(values: Tensor, view: MatrixView) -> Tensor:
+    """The matrix that a use reads.
+
+    Args:
+        values: One for each entry of the parameter, contiguous, any shape.
+        view: Which of them.
+
+    Returns:
+        [rows, columns], in the same memory.
+    """
+    strides = (view.row_stride, view.column_stride)
+    return values.view(-1).as_strided((view.rows, view.columns), strides, values.storage_offset() + view.start)
 
 
 def _as_matrix(delta: Tensor, role: Role, part: Part | None) -> Tensor:
