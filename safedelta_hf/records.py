@@ -30,9 +30,9 @@ class MatrixView:
     column_stride: int
 
     def __post_init__(self) -> None:
-        if self.columns <= 1:
+        if self.columns == 1:
             object.__setattr__(self, "column_stride", 1)
-        if self.rows <= 1:
+        if self.rows == 1:
             object.__setattr__(self, "row_stride", self.columns)
 
     @classmethod
@@ -209,25 +209,6 @@ class Treatment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A matrix [rows, columns] inside a flattened parameter, such as one expert of many.
-
-    Attributes:
-        start: Index of its first entry.
-        rows: Number of outputs.
-        columns: Number of inputs.
-        row_stride: Steps from one row to the next.
-        column_stride: Steps from one column to the next.
-    """
-
-    start: int
-    rows: int
-    columns: int
-    row_stride: int
-    column_stride: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Use:
     """One way in which a parameter is used in the forward pass.
 
@@ -235,13 +216,42 @@ class Use:
         parameter: Canonical name; for a tied weight that of its first appearance.
         role: How it meets its inputs.
         moment: Key of its moment; parameters that read the same tensor have the same key.
-        part: The matrix that is used, or None if it is the whole parameter.
+        view: The matrix that is used: all of the parameter, or a part of it, such as one expert of many.
     """
 
     parameter: str
     role: Role
     moment: str
-    part: Part | None = None
+    view: MatrixView
+
+
+def moment_key(parameter: str, role: Role, view: MatrixView, shape: Sequence[int]) -> str:
+    """The key that the moment of a use has if no other serves it; no other use of the model has it.
+
+    Args:
+        parameter: Canonical name.
+        role: How it meets its inputs.
+        view: The matrix that is used.
+        shape: Shape of the parameter.
+
+    Returns:
+        The name, the view in brackets where it is not all of the parameter as the role lays it out, and the role. A
+        view is the number of a slice along the first dimension ("[3]", or "[3.T]" where the slice holds the transpose),
+        or the place and size of some other matrix, with its steps unless its rows follow one another.
+    """
+    return f"{parameter}{'' if view == role.view(shape) else f'[{_text_of(view, shape)}]'}:{role}"
+
+
+def _text_of(view: MatrixView, shape: Sequence[int]) -> str:
+    if len(shape) == 3:
+        size = shape[1] * shape[2]
+        number = view.start // size
+        stored = MatrixView.contiguous(shape[1], shape[2], number * size)
+        if view in (stored, stored.transposed):
+            return str(number) if view == stored else f"{number}.T"
+    text = f"{view.start}+{view.rows}x{view.columns}"
+    is_contiguous = view == MatrixView.contiguous(view.rows, view.columns, view.start)
+    return text if is_contiguous else f"{text}@{view.row_stride},{view.column_stride}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +299,7 @@ class ProfileHeader:
     skipped: Mapping[str, str]
     retention: Retention | None = None
     parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    format_version: int = 3
+    format_version: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +430,3 @@ class StrengthSearch:
             "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
         }
         return told[self.outcome]
-
-
-DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
-"""Roles whose inputs do not mix."""

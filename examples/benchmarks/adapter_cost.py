@@ -101,7 +101,7 @@ def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile
     hidden, inner = options.hidden, options.inner
     layer = {"attention": hidden, "output": hidden, "mlp": hidden, "down": inner}
     parameters = {
-        f"model.layers.{number}.{name}.weight": f"{number}.{moment}"
+        f"model.layers.{number}.{name}.weight": (f"{number}.{moment}", shapes(options)[name])
         for number in range(options.layers)
         for name, moment in MOMENTS.items()
     }
@@ -115,7 +115,10 @@ def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile
         tokens=20000,
         skipped={},
     )
-    uses = tuple(Use(parameter=name, role=Role.LINEAR, moment=key) for name, key in parameters.items())
+    uses = tuple(
+        Use(parameter=name, role=Role.LINEAR, moment=key, view=Role.LINEAR.view(shape))
+        for name, (key, shape) in parameters.items()
+    )
     moments = HeldMoments({name: random_moment(columns) for name, columns in layer.items()})
     SafetyProfile(header=header, uses=(), moments=moments).save(folder, options.storage)
     del moments

@@ -106,7 +106,10 @@ def write_inputs(folder: Path, options: argparse.Namespace, layers: int) -> int:
             tokens=SEQUENCES * 16,
             skipped={},
         ),
-        uses=tuple(Use(parameter=name, role=role, moment=moment) for name, (_, role, moment, _) in told.items()),
+        uses=tuple(
+            Use(parameter=name, role=role, moment=moment, view=role.view(shape))
+            for name, (shape, role, moment, _) in told.items()
+        ),
         moments=RandomMoments(moments),
     )
     profile.save(folder / "profile")

@@ -12,7 +12,7 @@ from safedelta_hf.deltas.lora_folder import AdapterFolder, FolderWriter, initial
 from safedelta_hf.deltas.lora_tensors import FileParts
 from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import ProfileHeader, Role, Treatment
+from safedelta_hf.records import ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.readers import BaseWeights, CheckpointBase, ModelBase, verified
@@ -71,9 +71,8 @@ def adjust_adapter_files(
             "wrote it right after get_peft_model> (--initial-adapter on the command line)"
         )
     reader = _Base(base, folder, profile.header)
-    transposed = {use.parameter for use in profile.uses if use.role is Role.CONV1D}
     store = AdapterStore(
-        list(FileParts(folder, profile.header, transposed, reader.read)),
+        list(FileParts(folder, profile.header, profile.inputs_first, reader.read)),
         architecture=profile.header.architecture,
         source=reader.source,
         writer=writer,

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer, every_product_visible
-from safedelta_hf.capture.reduction import Reduction, findings_of_all
-from safedelta_hf.capture.uses import Findings, UseOf
+from safedelta_hf.capture.reduction import Reduction
+from safedelta_hf.capture.uses import Findings, merged
 from safedelta_hf.capture.watched_model import Subject, computed_weights, packed_products
 from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
@@ -26,7 +26,7 @@ from safedelta_hf.modules.names import class_name
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.records import DIAGONAL, ProfileHeader, Use
+from safedelta_hf.records import ProfileHeader, Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class _Read:
     """
 
     findings: Findings
-    sums: dict[UseOf, Tensor]
+    sums: dict[str, Tensor]
     storage: MomentStorage
 
 
@@ -175,7 +175,7 @@ class _Reading:
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        findings = findings_of_all(collector.findings(observer.unread), self.ranks)
+        findings = merged(self.ranks.gather(collector.findings(observer.unread)))
         return _Read(findings, collector.take(), storage)
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
@@ -196,7 +196,7 @@ def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -
     findings = read.findings
     if findings.unshared:
         raise CaptureError(f"{findings.unshared}; pass share_moments=False")
-    uses = findings.uses(tuple(subject.matrices), subject.chosen)
+    uses = findings.covered(tuple(subject.matrices), subject.chosen)
     untargeted = findings.untargeted(subject.chosen)
     _require_products(subject.model, uses, untargeted, subject.targets)
     device = input_device(subject.model)
@@ -216,10 +216,10 @@ def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collect
     kind = class_name(model)
     if not uses:
         raise CaptureError(f"{kind}: the safety data reached no weight; is forward() the right entry?")
-    if untargeted and all(use.role in DIAGONAL for use in uses):
+    if untargeted and all(use.role.is_diagonal for use in uses):
         raise ConfigurationError(
             f"targets={targets.names!r}, layers_to_transform={targets.layers_to_transform!r} choose none of the "
             f"{len(untargeted)} linear weights of {kind}, such as {min(untargeted)}"
         )
-    if all(use.role in DIAGONAL for use in uses):
+    if all(use.role.is_diagonal for use in uses):
         raise CaptureError(f"{kind} has no linear layer that the safety data reaches, so nothing to adjust")

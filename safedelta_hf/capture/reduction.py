@@ -6,26 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.uses import Findings, UseOf, common_keys, merged
+from safedelta_hf.capture.uses import Findings
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.profile.moments import HeldMoments, Moments, OwnedMoment, OwnedMoments
 from safedelta_hf.profile.storage import MomentStorage
-
-
-def findings_of_all(own: Findings, ranks: Ranks) -> Findings:
-    """What the ranks found together, each in its part of the data.
-
-    Args:
-        own: Of this rank.
-        ranks: All of them.
-
-    Returns:
-        The same on all ranks: as if one of them had read all of the data.
-    """
-    everyone = ranks.gather(own)
-    names = common_keys(everyone)
-    return merged([found.renamed(names) for found in everyone])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +29,11 @@ class Reduction:
     device: torch.device
     sequences: int
 
-    def moments(self, sums: dict[UseOf, Tensor], findings: Findings, wanted: frozenset[str]) -> Moments:
+    def moments(self, sums: dict[str, Tensor], findings: Findings, wanted: frozenset[str]) -> Moments:
         """Bring each moment to its owner.
 
         Args:
-            sums: The moments of this rank; each is taken out when it is exchanged.
+            sums: The moments of this rank by key; each is taken out when it is exchanged.
             findings: Those of all ranks.
             wanted: Keys of the moments that are needed.
 
@@ -58,8 +43,8 @@ class Reduction:
         entries: dict[str, OwnedMoment] = {}
         held: dict[str, InputMoment] = {}
         loads = [0] * self.ranks.size
-        for use, key in findings.keys.items():
-            own = sums.pop(use, None)
+        for key in findings.uses:
+            own = sums.pop(key, None)
             if key not in wanted:
                 continue
             owner = loads.index(min(loads))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from safedelta_hf.capture.config import CaptureSettings
 from safedelta_hf.capture.reading import Capture
+from safedelta_hf.capture.uses import in_order
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import SafetySequence, digest_of
@@ -20,7 +21,6 @@ from safedelta_hf.errors import CaptureError, ProfileError
 from safedelta_hf.profile.moments import MomentsByKey
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.records import Use
 
 Read = Callable[[Sequence[SafetySequence]], Capture]
 
@@ -105,9 +105,7 @@ def _as_profile(capture: Capture, part: Sequence[SafetySequence], made_of: Mappi
 def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
     _require_same_sharing(one, other)
     new = [use for use in other.uses if one.key_of(use) is None]
-    order = {name: number for number, name in enumerate(one.header.base)}
-    last = len(order)
-    uses = sorted((*one.uses, *new), key=lambda use: (order.get(use.parameter, last), _start(use)))
+    uses = in_order((*one.uses, *new), tuple(one.header.base))
     header = replace(
         one.header,
         data=other.header.data,
@@ -117,10 +115,6 @@ def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
         parametrised={**one.header.parametrised, **other.header.parametrised},
     )
     return SafetyProfile(header=header, uses=tuple(uses), moments=_Sum(one, other))
-
-
-def _start(use: Use) -> int:
-    return -1 if use.part is None else use.part.start
 
 
 def _require_same_sharing(one: SafetyProfile, other: SafetyProfile) -> None:

@@ -15,7 +15,7 @@ from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.profile.moments import HeldMoments
-from safedelta_hf.records import Part, ProfileHeader, Role, Use
+from safedelta_hf.records import MatrixView, ProfileHeader, Role, Use
 from safedelta_hf.rules import LayerMoments
 from safedelta_hf.weights.digest import data_types, fingerprint
 from tests.fixtures import adapters, tiny
@@ -46,7 +46,9 @@ def profile_by_hand(model, uses):
 
 def expected(matrix, hessian):
     """Oracle: the rule on the dense delta of one layer [out, in]."""
-    transform = RULE.transform(RULE.prepare(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR))
+    transform = RULE.transform(
+        RULE.prepare(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR.view(matrix.shape))
+    )
     result = transform(matrix)
     assert 0.01 < float(result.norm() / matrix.norm()) and not torch.equal(result, matrix), "it keeps a part"
     return result
@@ -66,7 +68,10 @@ def test_convolutions_are_adjusted_over_the_flattened_patch(rslora):
     base = Convolutions()
     names = ["one", "two", "three", "point"]
     shapes = {f"{name}.weight": getattr(base, name).weight.shape for name in names}
-    uses = [(Use(parameter=key, role=Role.LINEAR, moment=key), shape[1:].numel()) for key, shape in shapes.items()]
+    uses = [
+        (Use(parameter=key, role=Role.LINEAR, moment=key, view=Role.LINEAR.view(shape)), shape[1:].numel())
+        for key, shape in shapes.items()
+    ]
     profile = profile_by_hand(base, uses)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names, use_rslora=rslora)
     model = adapters.trained(get_peft_model(copy.deepcopy(base), config), scale=0.3)
@@ -107,8 +112,8 @@ def expert_uses(name, shape, *, transposed):
     for number in range(experts):
         start = number * first * second
         rows, columns, strides = (second, first, (1, second)) if transposed else (first, second, (second, 1))
-        part = Part(start=start, rows=rows, columns=columns, row_stride=strides[0], column_stride=strides[1])
-        yield Use(parameter=name, role=Role.LINEAR, moment=f"{name}:{number}", part=part), columns
+        part = MatrixView(start=start, rows=rows, columns=columns, row_stride=strides[0], column_stride=strides[1])
+        yield Use(parameter=name, role=Role.LINEAR, moment=f"{name}:{number}", view=part), columns
 
 
 @pytest.mark.parametrize(("make", "transposed"), [(mixtral, False), (gpt_oss, True)])
@@ -146,7 +151,7 @@ def test_an_expert_that_is_used_in_pieces_is_refused():
     base = mixtral()
     name = "model.layers.0.mlp.experts.gate_up_proj"
     uses = list(expert_uses(name, tuple(base.get_parameter(name).shape), transposed=False))
-    halves = [(replace(use, part=replace(use.part, rows=use.part.rows // 2)), columns) for use, columns in uses]
+    halves = [(replace(use, view=replace(use.view, rows=use.view.rows // 2)), columns) for use, columns in uses]
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["layers.0.mlp.experts.gate_up_proj"])
     model = adapters.trained(get_peft_model(base, config))
     before = adapters.own_tensors(model)

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from safedelta_hf.adjust.plan import check_moments
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.model.adjust import plan_model
-from safedelta_hf.records import Part, Role, Treatment
+from safedelta_hf.records import MatrixView, Role, Treatment
 from tests.fixtures import adapters, tiny
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -22,11 +23,11 @@ def planned(profile, name, **changes):
 
 def test_a_part_fits_as_long_as_its_last_entry_is_one_of_the_parameter(profile):
     rows, columns = tiny.llama().get_parameter(NAME).shape
-    part = Part(start=0, rows=rows, columns=columns, row_stride=columns, column_stride=1)
-    assert planned(profile, NAME, part=part).entries
+    part = MatrixView(start=0, rows=rows, columns=columns, row_stride=columns, column_stride=1)
+    assert planned(profile, NAME, view=part).entries
     transposed = replace(part, rows=columns, columns=rows, row_stride=1, column_stride=columns)
-    assert planned(profile, NAME, part=transposed).entries
-    assert planned(profile, NAME, part=replace(part, start=columns, rows=rows - 1)).entries
+    assert planned(profile, NAME, view=transposed).entries
+    assert planned(profile, NAME, view=replace(part, start=columns, rows=rows - 1)).entries
     for wrong in (
         replace(part, start=1),
         replace(part, start=2**47),
@@ -37,14 +38,14 @@ def test_a_part_fits_as_long_as_its_last_entry_is_one_of_the_parameter(profile):
         replace(part, rows=2 * rows, row_stride=1),  # it ends within the parameter and has more entries
     ):
         with pytest.raises(ProfileError, match=f"{NAME}: has the shape .* does not fit"):
-            planned(profile, NAME, part=wrong)
+            planned(profile, NAME, view=wrong)
 
 
-def test_a_vector_is_no_matrix(profile):
+@pytest.mark.parametrize("role", [Role.LINEAR, Role.HEAD, Role.CONV1D, Role.CONVOLUTION])
+def test_a_vector_that_is_used_as_a_matrix_needs_the_moment_of_one(profile, role):
     name = "model.norm.weight"
-    (size,) = tiny.llama().get_parameter(name).shape
-    for role in (Role.LINEAR, Role.HEAD, Role.CONV1D, Role.CONVOLUTION):
-        with pytest.raises(ProfileError, match=f"{name}: has the shape .{size}., .* whole"):
-            planned(profile, name, role=role)
-    part = Part(start=0, rows=1, columns=size, row_stride=size, column_stride=1)
-    assert planned(profile, name, role=Role.LINEAR, part=part).entries
+    plan = planned(profile, name, role=role)
+    (entry,) = (entry for entry in plan.entries if entry.parameter == name)
+    assert entry.uses[0].view.rows == 1
+    with pytest.raises(ProfileError, match=rf"{name}: has 16 inputs, its moment in the profile has the shape \[16\]"):
+        check_moments(entry, profile.moments)
