@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_checkpoint
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.profile.moments import MomentsByKey
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import ProfileHeader, Role, Use
 from safedelta_hf.weights.digest import digest
 
@@ -37,7 +37,7 @@ READS = {
 SEQUENCES = 128
 
 
-class RandomMoments(MomentsByKey):
+class RandomMoments(Moments):
     """Moments that are made when they are asked for: one for each width and kind, whatever the key."""
 
     def __init__(self, widths: dict[str, tuple[int, bool]]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,15 +23,6 @@ AHEAD = 4
 
 Made = tuple[Transform, tuple[str, ...]]
 """The transform of a delta, and numerical trouble met in preparing it."""
-
-
-@runtime_checkable
-class Owned(Protocol):
-    """Moments of which each is in the memory of one rank."""
-
-    def owner(self, key: str) -> int:
-        """The rank that has a moment."""
-        ...
 
 
 class PreparedMoments:
@@ -173,7 +163,8 @@ class PreparedMoments:
         if key[1] is None:
             shape = self._profile.moments[key[0]].total.shape if self._ranks.rank == owner else ()
             return torch.zeros(shape, device=device)  # never reached by the task data
-        has_it = self._task.moments.owner(key[1]) if isinstance(self._task.moments, Owned) else owner
+        has_it = self._task.moments.owner(key[1])
+        has_it = owner if has_it is None else has_it
         found = self._task.moments[key[1]].hessian(device) if self._ranks.rank == has_it else None
         return found if has_it == owner else self._ranks.broadcast(found, has_it, device)
 
@@ -184,10 +175,9 @@ class PreparedMoments:
         return use.moment, None if self._task is None else self._task.key_of(use)
 
     def _owner(self, key: Key) -> int:
-        moments = self._profile.moments
-        if isinstance(moments, Owned):
-            return moments.owner(key[0])
-        return self._positions.get(key, 0) % self._ranks.size  # each rank can read all of them
+        owner = self._profile.moments.owner(key[0])
+        # Where each rank can read all of them, they take turns.
+        return self._positions.get(key, 0) % self._ranks.size if owner is None else owner
 
 
 @dataclass(frozen=True)

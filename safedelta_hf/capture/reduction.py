@@ -9,7 +9,7 @@ from torch import Tensor
 from safedelta_hf.capture.uses import Findings
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.profile.moments import HeldMoments, Moments, OwnedMoment, OwnedMoments
+from safedelta_hf.profile.moments import Moments, ShardedMoments
 from safedelta_hf.profile.storage import MomentStorage
 
 
@@ -40,7 +40,7 @@ class Reduction:
         Returns:
             The moments in host memory, mapped or not; of a single process all of them.
         """
-        entries: dict[str, OwnedMoment] = {}
+        owners: dict[str, int] = {}
         held: dict[str, InputMoment] = {}
         loads = [0] * self.ranks.size
         for key in findings.uses:
@@ -49,11 +49,12 @@ class Reduction:
                 continue
             owner = loads.index(min(loads))
             loads[owner] += math.prod(findings.shapes[key])
-            entries[key] = OwnedMoment(shape=findings.shapes[key], owner=owner)
+            owners[key] = owner
             total = self._summed(own, findings.shapes[key], owner)
             if total is not None:
                 held[key] = InputMoment(total=total, sequences=self.sequences, tokens=findings.tokens[key])
-        return HeldMoments(held) if self.ranks.size == 1 else OwnedMoments(entries, held, self.ranks)
+        shapes = {key: findings.shapes[key] for key in owners}
+        return Moments(held) if self.ranks.size == 1 else ShardedMoments(shapes, owners, held, self.ranks)
 
     def _summed(self, own: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor | None:
         is_owner = owner == self.ranks.rank

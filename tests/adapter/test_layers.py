@@ -14,7 +14,7 @@ from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.profile.moments import HeldMoments
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import MatrixView, ProfileHeader, Role, Use
 from safedelta_hf.rules import LayerMoments
 from safedelta_hf.weights.digest import data_types, fingerprint
@@ -41,7 +41,7 @@ def profile_by_hand(model, uses):
     )
     sizes = {use.moment: columns for use, columns in uses}
     moments = {key: moment(size, seed) for seed, (key, size) in enumerate(sizes.items())}
-    return SafetyProfile(header=header, uses=tuple(use for use, _ in uses), moments=HeldMoments(moments))
+    return SafetyProfile(header=header, uses=tuple(use for use, _ in uses), moments=Moments(moments))
 
 
 def expected(matrix, hessian):

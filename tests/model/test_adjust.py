@@ -15,7 +15,7 @@ from safedelta_hf.errors import (
     NumericalError,
     ProfileError,
 )
-from safedelta_hf.profile.moments import HeldMoments
+from safedelta_hf.profile.moments import Moments
 from tests.fixtures import architectures, oracles, tiny
 
 MODELS = {
@@ -303,7 +303,7 @@ def test_a_profile_with_a_moment_of_the_wrong_size_is_an_error():
     key = "model.layers.0.mlp.down_proj.weight"
     wrong = dict(profile.moments) | {f"{key}:linear": profile.moments["lm_head.weight:head"]}
     with pytest.raises(ProfileError, match=rf"{key}: has 24 inputs"):
-        adjust(tuned, base, dataclasses.replace(profile, moments=HeldMoments(wrong)))
+        adjust(tuned, base, dataclasses.replace(profile, moments=Moments(wrong)))
 
 
 class Trap:

@@ -24,7 +24,7 @@ from safedelta_hf.distributed.open_model import holding_of
 from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError, RankError, SafeDeltaError
 from safedelta_hf.profile.hub import Repository
-from safedelta_hf.profile.moments import OwnedMoments
+from safedelta_hf.profile.moments import ShardedMoments
 from safedelta_hf.profile.retention import with_retention
 from tests.fixtures import architectures, tiny
 
@@ -99,7 +99,7 @@ def alone(model, rows, **settings):
 def agree(found, expected, ranks, tolerance=1e-5):
     assert found.uses == expected.uses, set(found.uses) ^ set(expected.uses)
     assert found.header == expected.header
-    assert isinstance(found.moments, OwnedMoments)
+    assert isinstance(found.moments, ShardedMoments)
     agree_on_moments(found.moments, expected.moments, ranks, tolerance)
 
 
@@ -238,7 +238,7 @@ def retention_is_that_of_a_single_process(shard, ranks, loaded, expected):
     assert moved
     for safety, kept in ((own, other), (loaded, other), (own, apart)):
         found = with_retention(safety, kept, 0.3)
-        assert isinstance(found.moments, OwnedMoments)
+        assert isinstance(found.moments, ShardedMoments)
         agree_on_moments(found.moments, summed.moments, ranks)
 
 
