@@ -8,7 +8,7 @@ from torch import Tensor
 
 from safedelta_hf.capture.sharing import SharedInputs
 from safedelta_hf.capture.uses import Findings
-from safedelta_hf.capture.views import Origin
+from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.core.moment import add_outer_
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.profile.storage import MomentStorage
@@ -59,7 +59,7 @@ class MomentCollector:
             self.shared.start_batch()
         self._batch, self._length = size, length
 
-    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
+    def product(self, weight: ParameterView, inputs: Tensor, role: Role | None = None) -> None:
         """Add the inputs of a linear map.
 
         Args:
@@ -98,7 +98,7 @@ class MomentCollector:
             self._total(key, (1,), inputs.device).add_(len(inputs))
             self._tokens[key] += len(inputs)
 
-    def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
+    def scale(self, weight: ParameterView, squares: Tensor, repetitions: int) -> None:
         """Add what a weight is multiplied with elementwise.
 
         Args:
@@ -110,7 +110,7 @@ class MomentCollector:
         self._add_entries(key, weight, squares)
         self._tokens[key] += repetitions
 
-    def offset(self, weight: Origin, repetitions: int) -> None:
+    def offset(self, weight: ParameterView, repetitions: int) -> None:
         """Count how often a weight was added to something.
 
         Args:
@@ -135,7 +135,7 @@ class MomentCollector:
             self._total(key, (1,), device).add_(count)
         self._tokens[key] += repetitions
 
-    def lookup(self, weight: Origin, rows: Tensor) -> None:
+    def lookup(self, weight: ParameterView, rows: Tensor) -> None:
         """Count how often each row of a table is looked up.
 
         Args:
@@ -150,7 +150,7 @@ class MomentCollector:
         total.add_(counts.to(total.device))
         self._tokens[key] += rows.numel() * copies
 
-    def is_table(self, weight: Origin) -> bool:
+    def is_table(self, weight: ParameterView) -> bool:
         """Whether a weight is a whole parameter of rows.
 
         Args:
@@ -230,7 +230,7 @@ class MomentCollector:
             add_outer_(self._total(key, (columns, columns), inputs.device), inputs)
         self._tokens[key] += len(inputs)
 
-    def _add_entries(self, key: str, weight: Origin, squares: Tensor) -> None:
+    def _add_entries(self, key: str, weight: ParameterView, squares: Tensor) -> None:
         total = self._total(key, (self._parameters[weight.parameter].numel(),), squares.device)
         entries = weight.entries(total)
         values = squares.to(torch.float32).reshape(entries.shape) * weight.factor**2

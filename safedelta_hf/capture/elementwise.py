@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.capture.reader import Arguments, Handler, Readings
-from safedelta_hf.capture.views import Origin
+from safedelta_hf.capture.views import ParameterView
 
 aten = torch.ops.aten
 
 
 def _embedding(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    weight = see.origin(given["weight"])
+    weight = see.view(given["weight"])
     if weight is not None:
         see.lookup(weight, given["indices"])
     return weight is not None
 
 
 def _index_select(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    weight = see.origin(given["self"])
+    weight = see.view(given["self"])
     if weight is None or given["dim"] != 0 or len(weight.shape) != 2:
         return False
     see.lookup(weight, given["index"])
@@ -27,7 +27,7 @@ def _index_select(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN
 
 
 def _index(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    weight, indices = see.origin(given["self"]), given["indices"]
+    weight, indices = see.view(given["self"]), given["indices"]
     if weight is None or len(weight.shape) != 2 or len(indices) != 1 or indices[0].dtype is not torch.int64:
         return False
     see.lookup(weight, indices[0])
@@ -35,7 +35,7 @@ def _index(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
 
 
 def _layer_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
-    inputs, weight = given["input"], see.origin(given["weight"])
+    inputs, weight = given["input"], see.view(given["weight"])
     if weight is not None:
         normalised = (inputs.float() - result[1].float()) * result[2].float()
         _scaled(see, weight, normalised)
@@ -43,14 +43,14 @@ def _layer_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, T
 
 
 def _rms_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor]) -> bool:
-    weight = see.origin(given["weight"])
+    weight = see.view(given["weight"])
     if weight is not None:
         _scaled(see, weight, given["input"].float() * result[1].float())
     return weight is not None
 
 
 def _group_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
-    inputs, weight = given["input"], see.origin(given["weight"])
+    inputs, weight = given["input"], see.view(given["weight"])
     if weight is not None:
         grouped = inputs.float().reshape(given["N"], given["group"], -1)
         normalised = ((grouped - result[1].float()[..., None]) * result[2].float()[..., None]).reshape(inputs.shape)
@@ -60,7 +60,7 @@ def _group_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, T
 
 def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
     for own, other in (("self", "other"), ("other", "self")):
-        weight, factor = see.origin(given[own]), given[other]
+        weight, factor = see.view(given[own]), given[other]
         if weight is None:
             continue
         if other == "self":
@@ -79,7 +79,7 @@ def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
 
 
 def _div(see: Readings, given: Arguments, result: Tensor) -> bool:
-    weight, divisor = see.origin(given["self"]), given["other"]
+    weight, divisor = see.view(given["self"]), given["other"]
     if weight is None:
         return False
     if not isinstance(divisor, Tensor):
@@ -107,7 +107,7 @@ def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, fl
     if given.get("alpha", 1) != 1:
         return False
     for own, other, sign in (("self", "other", signs[0]), ("other", "self", signs[1])):
-        weight, constant = see.origin(given[own]), given[other]
+        weight, constant = see.view(given[own]), given[other]
         if weight is None:
             continue
         if not isinstance(constant, Tensor) or see.is_constant(constant):
@@ -122,15 +122,15 @@ def _neg(see: Readings, given: Arguments, result: Tensor) -> bool:
 
 
 def _copy(see: Readings, given: Arguments, result: Tensor, factor: float = 1.0) -> bool:
-    weight = see.origin(given["self"])
+    weight = see.view(given["self"])
     if weight is not None:
         see.derive(result, weight, factor)
     return weight is not None
 
 
 def _lerp(see: Readings, given: Arguments, result: Tensor) -> bool:
-    weight = see.origin(given["weight"])
-    if weight is None or see.origin(given["self"]) is not None or see.origin(given["end"]) is not None:
+    weight = see.view(given["weight"])
+    if weight is None or see.view(given["self"]) is not None or see.view(given["end"]) is not None:
         return False
     _scaled(see, weight.broadcast(result.shape), (given["end"] - given["self"]).broadcast_to(result.shape))
     return True
@@ -156,7 +156,7 @@ def added(see: Readings, value: object, result: Tensor, dimension: int | None = 
     Returns:
         True: any weight may be added.
     """
-    weight = see.origin(value)
+    weight = see.view(value)
     if weight is not None:
         if dimension is None:
             weight = weight.broadcast(result.shape)
@@ -164,7 +164,7 @@ def added(see: Readings, value: object, result: Tensor, dimension: int | None = 
     return True
 
 
-def _scaled(see: Readings, weight: Origin, factor: Tensor) -> None:
+def _scaled(see: Readings, weight: ParameterView, factor: Tensor) -> None:
     """Tell of an elementwise product, with the factor's squares summed over all that one entry of the weight meets."""
     weight = weight.broadcast(factor.shape)
     _, repeated = weight.split()

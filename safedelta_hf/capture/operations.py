@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.capture.elementwise import ELEMENTWISE, added
 from safedelta_hf.capture.reader import Arguments, Handler, Readings
-from safedelta_hf.capture.views import Origin
+from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.records import Role
 
 
@@ -62,17 +62,17 @@ def _matrix_product(see: Readings, left: Any, right: Any) -> bool:  # noqa: ANN4
 
 
 def _product(see: Readings, matrix: Tensor, inputs: Tensor) -> bool:
-    weight = see.origin(matrix)
+    weight = see.view(matrix)
     if weight is not None:
         see.product(weight, inputs)
         return True
-    found = see.sorted_origin(matrix)
+    found = see.sorted_view(matrix)
     if found is not None:
         see.product(found[0], inputs[:, found[1][1]])
     return True
 
 
-def _transposed(weight: Origin) -> Origin:
+def _transposed(weight: ParameterView) -> ParameterView:
     return replace(weight, shape=weight.shape[::-1], strides=weight.strides[::-1])
 
 
@@ -87,7 +87,7 @@ def _addmm(see: Readings, given: Arguments, result: Tensor) -> bool:
 
 
 def _linear(see: Readings, given: Arguments, result: Tensor) -> bool:
-    inputs, weight = given["input"], see.origin(given["weight"])
+    inputs, weight = given["input"], see.view(given["weight"])
     if weight is None or not see.is_data(inputs):
         return False
     see.product(weight, inputs.reshape(-1, inputs.shape[-1]))
@@ -95,7 +95,7 @@ def _linear(see: Readings, given: Arguments, result: Tensor) -> bool:
 
 
 def _mv(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    matrix, vector = see.origin(given["self"]), see.origin(given["vec"])
+    matrix, vector = see.view(given["self"]), see.view(given["vec"])
     if matrix is not None and see.is_data(given["vec"]):
         see.product(matrix, given["vec"][None])
         return True
@@ -122,7 +122,7 @@ def _batched(see: Readings, left: Tensor, right: Tensor) -> bool:
 
 def _grouped_mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     inputs, ends = given["self"], given.get("offs")
-    weight = see.origin(given["mat2"])
+    weight = see.view(given["mat2"])
     if weight is None or ends is None or not see.is_data(inputs) or inputs.ndim != 2 or len(weight.shape) != 3:
         return False
     starts = [0, *ends.tolist()]
@@ -132,7 +132,7 @@ def _grouped_mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN40
 
 
 def _convolution(see: Readings, given: Arguments, result: Tensor) -> bool:
-    weight, groups = see.origin(given["weight"]), given["groups"]
+    weight, groups = see.view(given["weight"]), given["groups"]
     covered = given["bias"] is None or added(see, given["bias"], result, dimension=1)
     if weight is None or not see.is_data(given["input"]):
         return weight is None and covered
