@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from safedelta_hf.capture.collector import MomentCollector
-from safedelta_hf.capture.tensors import Descendants
+from safedelta_hf.capture.tensors import DependentTensors
 from safedelta_hf.capture.views import ParameterView, TensorTracker
 from safedelta_hf.records import Role
 
@@ -27,8 +27,8 @@ class Reader:
 
     def __init__(self, collector: MomentCollector) -> None:
         self.tracker = TensorTracker()
-        self.data = Descendants()
-        self.mixtures = Descendants()
+        self.data = DependentTensors()
+        self.mixtures = DependentTensors()
         self.refused: dict[str, str] = {}
         self._parameters: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._collector = collector
