@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.capture.sharing import SharedInputs
-from safedelta_hf.capture.uses import Findings
+from safedelta_hf.capture.uses import ObservedUses
 from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.core.moment import add_outer_
 from safedelta_hf.errors import NumericalError
@@ -162,7 +162,7 @@ class MomentCollector:
         shape = tuple(self._parameters[weight.parameter].shape)
         return len(shape) == 2 and weight.shape == shape and weight.start == 0 and weight.strides[-1] in (0, 1)
 
-    def findings(self, unread: Mapping[str, str]) -> Findings:
+    def observed(self, unread: Mapping[str, str]) -> ObservedUses:
         """What was found, but for the sums.
 
         Args:
@@ -182,7 +182,7 @@ class MomentCollector:
                 )
         shared = self.shared
         leaders = {} if shared is None else dict(shared.leaders)
-        return Findings(
+        return ObservedUses(
             uses=dict(self._uses),
             leaders=leaders,
             read={} if shared is None else dict(shared.sizes),

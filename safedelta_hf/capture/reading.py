@@ -12,7 +12,7 @@ from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.reduction import Reduction
-from safedelta_hf.capture.uses import Findings, merged
+from safedelta_hf.capture.uses import ObservedUses, merged
 from safedelta_hf.capture.watched_model import Subject, computed_weights, packed_products
 from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
@@ -116,7 +116,7 @@ def capture_moments(
         share = share_of(sequences, batch_size, ranks, collective=holding.collective)
         reading = _Reading(subject, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
         read = reading.read(storage, share_moments=share_moments)
-        if read.findings.unshared and ranks.size > 1:
+        if read.observed.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
             read.sums.clear()
             storage = storage.anew()
@@ -129,12 +129,12 @@ class _Read:
     """What was read.
 
     Attributes:
-        findings: What all ranks found.
+        observed: What all ranks found.
         sums: Moments of this rank's share.
         storage: What holds them.
     """
 
-    findings: Findings
+    observed: ObservedUses
     sums: dict[str, Tensor]
     storage: MomentStorage
 
@@ -175,8 +175,8 @@ class _Reading:
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        findings = merged(self.ranks.gather(collector.findings(observer.unread)))
-        return _Read(findings, collector.take(), storage)
+        observed = merged(self.ranks.gather(collector.observed(observer.unread)))
+        return _Read(observed, collector.take(), storage)
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
         model, collective = self.subject.model, self.subject.holding.collective
@@ -193,11 +193,11 @@ class _Reading:
 
 
 def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -> Capture:
-    findings = read.findings
-    if findings.unshared:
-        raise CaptureError(f"{findings.unshared}; pass share_moments=False")
-    uses = findings.covered(tuple(subject.matrices), subject.chosen)
-    untargeted = findings.untargeted(subject.chosen)
+    observed = read.observed
+    if observed.unshared:
+        raise CaptureError(f"{observed.unshared}; pass share_moments=False")
+    uses = observed.covered(tuple(subject.matrices), subject.chosen)
+    untargeted = observed.untargeted(subject.chosen)
     _require_products(subject.model, uses, untargeted, subject.targets)
     device = input_device(subject.model)
     reduction = Reduction(ranks=ranks, storage=read.storage, device=device, sequences=sequences)
@@ -205,8 +205,8 @@ def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -
     used = {use.parameter for use in uses}
     return Capture(
         uses=tuple(uses),
-        moments=reduction.moments(read.sums, findings, frozenset(use.moment for use in uses)),
-        skipped=subject.reasons(used, {**findings.unread, **unchosen}),
+        moments=reduction.moments(read.sums, observed, frozenset(use.moment for use in uses)),
+        skipped=subject.reasons(used, {**observed.unread, **unchosen}),
         parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
         storage=read.storage,
     )

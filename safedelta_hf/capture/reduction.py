@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.uses import Findings
+from safedelta_hf.capture.uses import ObservedUses
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.profile.moments import Moments, ShardedMoments
@@ -29,12 +29,12 @@ class Reduction:
     device: torch.device
     sequences: int
 
-    def moments(self, sums: dict[str, Tensor], findings: Findings, wanted: frozenset[str]) -> Moments:
+    def moments(self, sums: dict[str, Tensor], observed: ObservedUses, wanted: frozenset[str]) -> Moments:
         """Bring each moment to its owner.
 
         Args:
             sums: The moments of this rank by key; each is taken out when it is exchanged.
-            findings: Those of all ranks.
+            observed: Those of all ranks.
             wanted: Keys of the moments that are needed.
 
         Returns:
@@ -43,17 +43,17 @@ class Reduction:
         owners: dict[str, int] = {}
         held: dict[str, InputMoment] = {}
         loads = [0] * self.ranks.size
-        for key in findings.uses:
+        for key in observed.uses:
             own = sums.pop(key, None)
             if key not in wanted:
                 continue
             owner = loads.index(min(loads))
-            loads[owner] += math.prod(findings.shapes[key])
+            loads[owner] += math.prod(observed.shapes[key])
             owners[key] = owner
-            total = self._summed(own, findings.shapes[key], owner)
+            total = self._summed(own, observed.shapes[key], owner)
             if total is not None:
-                held[key] = InputMoment(total=total, sequences=self.sequences, tokens=findings.tokens[key])
-        shapes = {key: findings.shapes[key] for key in owners}
+                held[key] = InputMoment(total=total, sequences=self.sequences, tokens=observed.tokens[key])
+        shapes = {key: observed.shapes[key] for key in owners}
         return Moments(held) if self.ranks.size == 1 else ShardedMoments(shapes, owners, held, self.ranks)
 
     def _summed(self, own: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor | None:

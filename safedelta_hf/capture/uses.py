@@ -8,7 +8,7 @@ from safedelta_hf.records import Role, Use
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class ObservedUses:
     """What was observed to happen to the weights of a model.
 
     Attributes:
@@ -80,32 +80,32 @@ def in_order(uses: Sequence[Use], order: Sequence[str]) -> list[Use]:
     return sorted(uses, key=lambda use: (places.get(use.parameter, len(order)), use.view.start, -use.view.entries))
 
 
-def merged(findings: Sequence[Findings]) -> Findings:
+def merged(observed: Sequence[ObservedUses]) -> ObservedUses:
     """What several passes over different data found.
 
     Args:
-        findings: Of all ranks; at least one.
+        observed: Of all ranks; at least one.
 
     Returns:
         The same as one pass over all of the data would have found, or why sharing has to be given up.
     """
-    uses = {key: use for found in findings for key, use in found.uses.items()}
-    return Findings(
+    uses = {key: use for found in observed for key, use in found.uses.items()}
+    return ObservedUses(
         uses=uses,
-        leaders={key: leader for found in findings for key, leader in found.leaders.items()},
-        read=sum((Counter(found.read) for found in findings), Counter()),
-        tokens=sum((Counter(found.tokens) for found in findings), Counter()),
-        shapes={key: shape for found in findings for key, shape in found.shapes.items()},
-        blank=frozenset(uses).difference(*(found.uses.keys() - found.blank for found in findings)),
-        left=frozenset[str]().union(*(found.left for found in findings)),
-        unread={name: reason for found in reversed(findings) for name, reason in found.unread.items()},
-        unshared=next((found.unshared for found in findings if found.unshared), None) or _dissent(findings),
+        leaders={key: leader for found in observed for key, leader in found.leaders.items()},
+        read=sum((Counter(found.read) for found in observed), Counter()),
+        tokens=sum((Counter(found.tokens) for found in observed), Counter()),
+        shapes={key: shape for found in observed for key, shape in found.shapes.items()},
+        blank=frozenset(uses).difference(*(found.uses.keys() - found.blank for found in observed)),
+        left=frozenset[str]().union(*(found.left for found in observed)),
+        unread={name: reason for found in reversed(observed) for name, reason in found.unread.items()},
+        unshared=next((found.unshared for found in observed if found.unshared), None) or _dissent(observed),
     )
 
 
-def _dissent(findings: Sequence[Findings]) -> str | None:
-    for follower, leader in sorted({pair for found in findings for pair in found.leaders.items()}):
-        for rank, found in enumerate(findings):
+def _dissent(observed: Sequence[ObservedUses]) -> str | None:
+    for follower, leader in sorted({pair for found in observed for pair in found.leaders.items()}):
+        for rank, found in enumerate(observed):
             size = found.read.get(follower, 0)
             if size != found.read.get(leader, 0) or (size and found.leaders.get(follower) != leader):
                 return f"{follower}: it read the same tensor as {leader} on one rank, but not on rank {rank}"
