@@ -40,7 +40,7 @@ class MomentCollector:
         self._parameters = parameters
         self._head = head
         self._chosen = chosen
-        self._left: set[str] = set()
+        self._not_targeted: set[str] = set()
         self._storage = storage
         self._totals: dict[str, Tensor] = {}
         self._tokens: Counter[str] = Counter()
@@ -68,7 +68,7 @@ class MomentCollector:
             role: What to call it; linear, or the head, if None.
         """
         if weight.parameter not in self._chosen:
-            self._left.add(weight.parameter)
+            self._not_targeted.add(weight.parameter)
             return
         if not len(inputs):
             return
@@ -90,7 +90,7 @@ class MomentCollector:
             inputs: [tokens, in].
         """
         if weight not in self._chosen:
-            self._left.add(weight)
+            self._not_targeted.add(weight)
         else:
             self._add_inputs(self._key(weight, self._role(weight)), inputs, may_follow=True)
         if bias is not None:
@@ -162,11 +162,11 @@ class MomentCollector:
         shape = tuple(self._parameters[weight.parameter].shape)
         return len(shape) == 2 and weight.shape == shape and weight.start == 0 and weight.strides[-1] in (0, 1)
 
-    def observed(self, unread: Mapping[str, str]) -> ObservedUses:
+    def observed(self, unsupported: Mapping[str, str]) -> ObservedUses:
         """What was found, but for the sums.
 
         Args:
-            unread: Why parameters that were used were not read, by name.
+            unsupported: Why parameters that were used were not read, by name.
 
         Returns:
             Plain data.
@@ -188,9 +188,9 @@ class MomentCollector:
             read={} if shared is None else dict(shared.sizes),
             tokens=dict(self._tokens),
             shapes={key: tuple(total.shape) for key, total in self._totals.items()},
-            blank=frozenset(self._blank(leaders)),
-            left=frozenset(self._left),
-            unread=dict(unread),
+            all_zero=frozenset(self._all_zero(leaders)),
+            not_targeted=frozenset(self._not_targeted),
+            unsupported=dict(unsupported),
             unshared=None if shared is None else shared.obstacle,
         )
 
@@ -203,7 +203,7 @@ class MomentCollector:
         totals, self._totals = self._totals, {}
         return totals
 
-    def _blank(self, leaders: Mapping[str, str]) -> Iterator[str]:
+    def _all_zero(self, leaders: Mapping[str, str]) -> Iterator[str]:
         empty = {key for key, total in self._totals.items() if not total.any()}
         for key, use in self._uses.items():
             is_part = not use.view.covers(self._parameters[use.parameter].numel())

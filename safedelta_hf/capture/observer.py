@@ -73,7 +73,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._looks_away = False
 
     @property
-    def unread(self) -> dict[str, str]:
+    def unsupported(self) -> dict[str, str]:
         """Why parameters that were used were not read, by name."""
         scattered = sorted(self._reader.tracker.scattered)
         return dict.fromkeys(scattered, "its entries are taken in an order of their own") | self._reader.refused

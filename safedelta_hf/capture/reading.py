@@ -175,7 +175,7 @@ class _Reading:
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        observed = merged(self.ranks.gather(collector.observed(observer.unread)))
+        observed = merged(self.ranks.gather(collector.observed(observer.unsupported)))
         return _Read(observed, collector.take(), storage)
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
@@ -206,7 +206,7 @@ def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -
     return Capture(
         uses=tuple(uses),
         moments=reduction.moments(read.sums, observed, frozenset(use.moment for use in uses)),
-        skipped=subject.reasons(used, {**observed.unread, **unchosen}),
+        skipped=subject.reasons(used, {**observed.unsupported, **unchosen}),
         parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
         storage=read.storage,
     )

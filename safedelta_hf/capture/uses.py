@@ -17,10 +17,10 @@ class ObservedUses:
         read: Inputs that each product read, of those that may share a moment, by key.
         tokens: Inputs of each use, by key.
         shapes: Shape of each moment that there is, by key.
-        blank: Keys of the uses of parts of which nothing but zeros was asked, as an expert is that no token was routed
+        all_zero: Keys of the uses of parts of which nothing but zeros was asked, as an expert is that no token was routed
             to.
-        left: Names of what was multiplied as a matrix and not chosen.
-        unread: Why parameters that were used were not read, by name.
+        not_targeted: Names of what was multiplied as a matrix and not chosen.
+        unsupported: Why parameters that were used were not read, by name.
         unshared: Why products cannot share moments as they did; None if they can.
     """
 
@@ -29,9 +29,9 @@ class ObservedUses:
     read: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    blank: frozenset[str] = frozenset()
-    left: frozenset[str] = frozenset()
-    unread: Mapping[str, str] = field(default_factory=dict)
+    all_zero: frozenset[str] = frozenset()
+    not_targeted: frozenset[str] = frozenset()
+    unsupported: Mapping[str, str] = field(default_factory=dict)
     unshared: str | None = None
 
     def covered(self, order: Sequence[str], chosen: frozenset[str]) -> list[Use]:
@@ -48,7 +48,7 @@ class ObservedUses:
         found = [
             replace(use, moment=self.leaders.get(key, key))
             for key, use in self.uses.items()
-            if key not in self.blank and not (use.role is Role.BIAS and use.parameter in untargeted)
+            if key not in self.all_zero and not (use.role is Role.BIAS and use.parameter in untargeted)
         ]
         return in_order(found, order)
 
@@ -61,9 +61,9 @@ class ObservedUses:
         Returns:
             The names.
         """
-        modules = {name.rpartition(".")[0] for name in self.left}
+        modules = {name.rpartition(".")[0] for name in self.not_targeted}
         biases = {use.parameter for use in self.uses.values() if use.role is Role.BIAS}
-        return set(self.left) | {name for name in biases - chosen if name.rpartition(".")[0] in modules}
+        return set(self.not_targeted) | {name for name in biases - chosen if name.rpartition(".")[0] in modules}
 
 
 def in_order(uses: Sequence[Use], order: Sequence[str]) -> list[Use]:
@@ -96,9 +96,9 @@ def merged(observed: Sequence[ObservedUses]) -> ObservedUses:
         read=sum((Counter(found.read) for found in observed), Counter()),
         tokens=sum((Counter(found.tokens) for found in observed), Counter()),
         shapes={key: shape for found in observed for key, shape in found.shapes.items()},
-        blank=frozenset(uses).difference(*(found.uses.keys() - found.blank for found in observed)),
-        left=frozenset[str]().union(*(found.left for found in observed)),
-        unread={name: reason for found in reversed(observed) for name, reason in found.unread.items()},
+        all_zero=frozenset(uses).difference(*(found.uses.keys() - found.all_zero for found in observed)),
+        not_targeted=frozenset[str]().union(*(found.not_targeted for found in observed)),
+        unsupported={name: reason for found in reversed(observed) for name, reason in found.unsupported.items()},
         unshared=next((found.unshared for found in observed if found.unshared), None) or _dissent(observed),
     )
 

@@ -177,12 +177,12 @@ class Subject:
         """Name of the output projection's weight, if the model has one."""
         return _head(self.model, self.weights.followed.values())
 
-    def reasons(self, used: Collection[str], unread: Mapping[str, str]) -> dict[str, str]:
+    def reasons(self, used: Collection[str], unsupported: Mapping[str, str]) -> dict[str, str]:
         """Why parameters are not covered.
 
         Args:
             used: Names of the weights that are.
-            unread: Why weights that were used were not read, by name.
+            unsupported: Why weights that were used were not read, by name.
 
         Returns:
             Reasons by name.
@@ -195,7 +195,7 @@ class Subject:
             if weight not in used:
                 kind = type(owners[parameter]).__name__
                 unreached = f"the safety data never reached it, unless inside a fused kernel, in {kind}"
-                reasons[name] = self.weights.reasons.get(name) or unread.get(weight, unreached)
+                reasons[name] = self.weights.reasons.get(name) or unsupported.get(weight, unreached)
         return reasons
 
 
