@@ -13,7 +13,7 @@ from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.reduction import Reduction
 from safedelta_hf.capture.uses import ObservedUses, merged
-from safedelta_hf.capture.watched_model import Subject, computed_weights, packed_products
+from safedelta_hf.capture.watched_model import WatchedModel, computed_weights, packed_products
 from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.refusals import HeldOut
@@ -111,17 +111,17 @@ def capture_moments(
     ranks = ranks or Ranks.of_run()
     with ranks.together():
         holding = holding or holding_of(model)
-        subject = Subject.of(model, holding, targets or Targets())
+        watched = WatchedModel.of(model, holding, targets or Targets())
         require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
         share = share_of(sequences, batch_size, ranks, collective=holding.collective)
-        reading = _Reading(subject, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
+        reading = _Reading(watched, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
         read = reading.read(storage, share_moments=share_moments)
         if read.observed.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
             read.sums.clear()
             storage = storage.anew()
             read = reading.read(storage, share_moments=False)
-        return _put_together(read, subject, ranks, len(sequences))
+        return _put_together(read, watched, ranks, len(sequences))
 
 
 @dataclass(frozen=True)
@@ -144,34 +144,34 @@ class _Reading:
     """Lets a model read this rank's share of the data.
 
     Attributes:
-        subject: The model.
+        watched: The model.
         share: The data.
         ranks: The ranks that read.
         title: What the progress bar says; None for none.
     """
 
-    subject: Subject
+    watched: WatchedModel
     share: Share
     ranks: Ranks
     title: str | None
 
     def read(self, storage: MomentStorage, *, share_moments: bool) -> _Read:
-        subject = self.subject
+        watched = self.watched
         collector = MomentCollector(
-            subject.matrices,
+            watched.matrices,
             storage,
-            head=subject.head,
-            chosen=subject.chosen,
+            head=watched.head,
+            chosen=watched.chosen,
             share=share_moments,
         )
-        observer = Observer(collector, subject.matrices)
-        computed = subject.weights.followed.values()
+        observer = Observer(collector, watched.matrices)
+        computed = watched.weights.followed.values()
         with (
-            without_adapters(subject.model),
-            undisturbed(subject.model),
-            every_product_visible(subject.model),
-            subject.holding.shown_to(observer),
-            packed_products(subject.model, observer),
+            without_adapters(watched.model),
+            undisturbed(watched.model),
+            every_product_visible(watched.model),
+            watched.holding.shown_to(observer),
+            packed_products(watched.model, observer),
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
@@ -179,10 +179,10 @@ class _Reading:
         return _Read(observed, collector.take(), storage)
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
-        model, collective = self.subject.model, self.subject.holding.collective
+        model, collective = self.watched.model, self.watched.holding.collective
         self.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         for batch, counts in tqdm(self.share, desc=self.title, unit="batch", disable=self.title is None):
-            with forward_guard(self.ranks, self.subject.holding):
+            with forward_guard(self.ranks, self.watched.holding):
                 arguments = arguments_of(model, batch)
                 given = [value for value in arguments.values() if isinstance(value, Tensor)]
                 observer.start_batch(len(batch), len(batch[0].input_ids), given)
@@ -192,22 +192,22 @@ class _Reading:
                 return
 
 
-def _put_together(read: _Read, subject: Subject, ranks: Ranks, sequences: int) -> Capture:
+def _put_together(read: _Read, watched: WatchedModel, ranks: Ranks, sequences: int) -> Capture:
     observed = read.observed
     if observed.unshared:
         raise CaptureError(f"{observed.unshared}; pass share_moments=False")
-    uses = observed.covered(tuple(subject.matrices), subject.chosen)
-    untargeted = observed.untargeted(subject.chosen)
-    _require_products(subject.model, uses, untargeted, subject.targets)
-    device = input_device(subject.model)
+    uses = observed.covered(tuple(watched.matrices), watched.chosen)
+    untargeted = observed.untargeted(watched.chosen)
+    _require_products(watched.model, uses, untargeted, watched.targets)
+    device = input_device(watched.model)
     reduction = Reduction(ranks=ranks, storage=read.storage, device=device, sequences=sequences)
-    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({subject.targets.names!r})")
+    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({watched.targets.names!r})")
     used = {use.parameter for use in uses}
     return Capture(
         uses=tuple(uses),
         moments=reduction.moments(read.sums, observed, frozenset(use.moment for use in uses)),
-        skipped=subject.reasons(used, {**observed.unsupported, **unchosen}),
-        parametrised={name: own.originals for name, own in subject.weights.followed.items() if name in used},
+        skipped=watched.reasons(used, {**observed.unsupported, **unchosen}),
+        parametrised={name: own.originals for name, own in watched.weights.followed.items() if name in used},
         storage=read.storage,
     )
 

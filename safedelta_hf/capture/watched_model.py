@@ -116,7 +116,7 @@ def computed_weights(weights: Iterable[ParametrisedWeight], observer: Observer) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class WatchedModel:
     """A model whose weights are watched.
 
     Attributes:
@@ -134,7 +134,7 @@ class Subject:
     matrices: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, holding: Holding, targets: Targets) -> "Subject":
+    def of(cls, model: nn.Module, holding: Holding, targets: Targets) -> "WatchedModel":
         """Look at a model, and make sure that it can be read with.
 
         Args:
@@ -143,7 +143,7 @@ class Subject:
             targets: Which linear weights are read.
 
         Returns:
-            The subject.
+            The watched.
 
         Raises:
             CaptureError: It is an encoder-decoder model.
