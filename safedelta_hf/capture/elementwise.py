@@ -5,20 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.reader import Arguments, Handler, Readings
+from safedelta_hf.capture.reader import Arguments, Handler, OperationReader
 from safedelta_hf.capture.views import ParameterView
 
 aten = torch.ops.aten
 
 
-def _embedding(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _embedding(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     weight = see.view(given["weight"])
     if weight is not None:
         see.lookup(weight, given["indices"])
     return weight is not None
 
 
-def _index_select(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _index_select(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     weight = see.view(given["self"])
     if weight is None or given["dim"] != 0 or len(weight.shape) != 2:
         return False
@@ -26,7 +26,7 @@ def _index_select(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN
     return True
 
 
-def _index(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _index(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     weight, indices = see.view(given["self"]), given["indices"]
     if weight is None or len(weight.shape) != 2 or len(indices) != 1 or indices[0].dtype is not torch.int64:
         return False
@@ -34,7 +34,7 @@ def _index(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return True
 
 
-def _layer_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
+def _layer_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
     inputs, weight = given["input"], see.view(given["weight"])
     if weight is not None:
         normalised = (inputs.float() - result[1].float()) * result[2].float()
@@ -42,14 +42,14 @@ def _layer_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, T
     return given["bias"] is None or added(see, given["bias"], result[0])
 
 
-def _rms_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor]) -> bool:
+def _rms_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor]) -> bool:
     weight = see.view(given["weight"])
     if weight is not None:
         _scaled(see, weight, given["input"].float() * result[1].float())
     return weight is not None
 
 
-def _group_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
+def _group_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
     inputs, weight = given["input"], see.view(given["weight"])
     if weight is not None:
         grouped = inputs.float().reshape(given["N"], given["group"], -1)
@@ -58,7 +58,7 @@ def _group_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, T
     return given["bias"] is None or added(see, given["bias"], result[0], dimension=1)
 
 
-def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _mul(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     for own, other in (("self", "other"), ("other", "self")):
         weight, factor = see.view(given[own]), given[other]
         if weight is None:
@@ -78,7 +78,7 @@ def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
     return True
 
 
-def _div(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _div(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     weight, divisor = see.view(given["self"]), given["other"]
     if weight is None:
         return False
@@ -91,19 +91,19 @@ def _div(see: Readings, given: Arguments, result: Tensor) -> bool:
     return True
 
 
-def _add(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _add(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _sum(see, given, result, (1.0, 1.0))
 
 
-def _sub(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _sub(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _sum(see, given, result, (1.0, -1.0))
 
 
-def _rsub(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _rsub(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _sum(see, given, result, (-1.0, 1.0))
 
 
-def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, float]) -> bool:
+def _sum(see: OperationReader, given: Arguments, result: Tensor, signs: tuple[float, float]) -> bool:
     if given.get("alpha", 1) != 1:
         return False
     for own, other, sign in (("self", "other", signs[0]), ("other", "self", signs[1])):
@@ -117,18 +117,18 @@ def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, fl
     return True
 
 
-def _neg(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _neg(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _copy(see, given, result, -1.0)
 
 
-def _copy(see: Readings, given: Arguments, result: Tensor, factor: float = 1.0) -> bool:
+def _copy(see: OperationReader, given: Arguments, result: Tensor, factor: float = 1.0) -> bool:
     weight = see.view(given["self"])
     if weight is not None:
         see.derive(result, weight, factor)
     return weight is not None
 
 
-def _lerp(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _lerp(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     weight = see.view(given["weight"])
     if weight is None or see.view(given["self"]) is not None or see.view(given["end"]) is not None:
         return False
@@ -136,7 +136,7 @@ def _lerp(see: Readings, given: Arguments, result: Tensor) -> bool:
     return True
 
 
-def _cat(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _cat(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     if not any(see.is_data(tensor) for tensor in given["tensors"]):
         return False
     for tensor in given["tensors"]:
@@ -144,7 +144,7 @@ def _cat(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return True
 
 
-def added(see: Readings, value: object, result: Tensor, dimension: int | None = None) -> bool:
+def added(see: OperationReader, value: object, result: Tensor, dimension: int | None = None) -> bool:
     """Tell of a sum, if what is added is a weight.
 
     Args:
@@ -164,7 +164,7 @@ def added(see: Readings, value: object, result: Tensor, dimension: int | None = 
     return True
 
 
-def _scaled(see: Readings, weight: ParameterView, factor: Tensor) -> None:
+def _scaled(see: OperationReader, weight: ParameterView, factor: Tensor) -> None:
     """Tell of an elementwise product, with the factor's squares summed over all that one entry of the weight meets."""
     weight = weight.broadcast(factor.shape)
     _, repeated = weight.split()

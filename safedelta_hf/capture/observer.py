@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.operations import HANDLERS, slopes_of
-from safedelta_hf.capture.reader import Reader
+from safedelta_hf.capture.reader import OperationReader
 from safedelta_hf.modules.names import unwrapped
 
 aten = torch.ops.aten
@@ -69,7 +69,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._collector = collector
         self._names = frozenset(names)
-        self._reader = Reader(collector)
+        self._reader = OperationReader(collector)
         self._looks_away = False
 
     @property
@@ -128,10 +128,10 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         handler: Callable[..., bool] | None = HANDLERS.get(func)
         if handler is not None and handler(see, given, result):
             return
-        tracker = [view for value in given.values() if (view := see.tracker.of(value)) is not None]
-        slopes = slopes_of(func, given) if len(tracker) == 1 else None
+        views = [view for value in given.values() if (view := see.view(value)) is not None]
+        slopes = slopes_of(func, given) if len(views) == 1 else None
         if slopes is not None:
-            see.tracker.derive(result, tracker[0], slopes)
+            see.derive(result, views[0], slopes)
             return
         for name in weights:
             see.refuse(name, f"an operation that is not read, {func}, uses it")

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from safedelta_hf.capture.views import ParameterView, TensorTracker
 from safedelta_hf.records import Role
 
 
-class Reader:
+class OperationReader:
     """What is known about the tensors of a running model, and who is told of what happens to its weights.
 
     Args:
@@ -196,47 +196,7 @@ class Reader:
 
 
 Arguments = Mapping[str, Any]
+"""Of an operation, by name."""
 
-
-class Readings(Protocol):
-    """What can be told about one operation."""
-
-    def view(self, value: object) -> ParameterView | None:
-        """Which weight a value is, or None."""
-        ...
-
-    def sorted_view(self, value: Tensor) -> tuple[ParameterView, list[list[int]]] | None:
-        """Which weight a value is once its indices are sorted, and the indices that sort it, or None."""
-        ...
-
-    def is_data(self, value: object) -> bool:
-        """Whether a value depends on what the model was given."""
-        ...
-
-    def is_constant(self, value: object) -> bool:
-        """Whether a value is a tensor that depends neither on what the model was given nor on a parameter."""
-        ...
-
-    def derive(self, result: Tensor, source: ParameterView, slope: float | Tensor) -> None:
-        """The result is made of a weight alone, entry by entry."""
-        ...
-
-    def product(self, weight: ParameterView, inputs: Tensor, role: Role | None = None) -> None:
-        """Inputs [tokens, columns] times the transpose of a weight [rows, columns]."""
-        ...
-
-    def scale(self, weight: ParameterView, squares: Tensor, repetitions: int) -> None:
-        """Entries of a weight times something whose squares, summed over repetitions, are given; any shape."""
-        ...
-
-    def offset(self, weight: ParameterView, repetitions: int) -> None:
-        """Entries of a weight, each added so many times."""
-        ...
-
-    def lookup(self, weight: ParameterView, rows: Tensor) -> None:
-        """Rows of a weight [rows, features], by number."""
-        ...
-
-
-Handler = Callable[[Readings, Arguments, Any], bool]
+Handler = Callable[[OperationReader, Arguments, Any], bool]
 """Tells what an operation does with its weights; False if it does something else with them."""

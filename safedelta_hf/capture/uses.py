@@ -17,8 +17,7 @@ class ObservedUses:
         read: Inputs that each product read, of those that may share a moment, by key.
         tokens: Inputs of each use, by key.
         shapes: Shape of each moment that there is, by key.
-        all_zero: Keys of the uses of parts of which nothing but zeros was asked, as an expert is that no token was routed
-            to.
+        all_zero: Keys of the uses of parts that read nothing but zeros, as an expert does that no token was routed to.
         not_targeted: Names of what was multiplied as a matrix and not chosen.
         unsupported: Why parameters that were used were not read, by name.
         unshared: Why products cannot share moments as they did; None if they can.

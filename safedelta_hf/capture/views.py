@@ -338,7 +338,7 @@ class TensorTracker:
 
         Args:
             result: A tensor with memory of its own.
-            source: ParameterView of what it was made of, of the same shape.
+            source: View of what it was made of, of the same shape.
             slope: Derivative of the map, for all entries or for each.
         """
         if isinstance(slope, float):

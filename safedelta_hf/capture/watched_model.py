@@ -143,7 +143,7 @@ class WatchedModel:
             targets: Which linear weights are read.
 
         Returns:
-            The watched.
+            The watched model.
 
         Raises:
             CaptureError: It is an encoder-decoder model.
