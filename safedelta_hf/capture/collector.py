@@ -72,10 +72,7 @@ class MomentCollector:
             return
         if not len(inputs):
             return
-        (rows, columns), (row_stride, column_stride) = weight.shape, weight.strides
-        view = MatrixView(
-            start=weight.start, rows=rows, columns=columns, row_stride=row_stride, column_stride=column_stride
-        )
+        view = weight.matrix
         key = self._key(weight.parameter, role or self._role(weight.parameter, view), view)
         if weight.factor not in (1.0, -1.0):
             inputs = inputs * weight.factor

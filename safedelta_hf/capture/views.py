@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safedelta_hf.capture.tensors import storage_key, weak_storage
+from safedelta_hf.records import MatrixView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,14 @@ class ParameterView:
         """Whether the entries lie in order, without gaps."""
         wanted = zip(self.shape, self.strides, contiguous(self.shape), strict=True)
         return all(size == 1 or stride == step for size, stride, step in wanted)
+
+    @property
+    def matrix(self) -> MatrixView:
+        """The matrix of its entries, of a view of two dimensions."""
+        (rows, columns), (row_stride, column_stride) = self.shape, self.strides
+        return MatrixView(
+            start=self.start, rows=rows, columns=columns, row_stride=row_stride, column_stride=column_stride
+        )
 
     @property
     def count(self) -> int:
