@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedelta_hf.deltas.dense import as_strided
-from safedelta_hf.records import MatrixView, Role, moment_key
+from safedelta_hf.deltas.sharded import _share
+from safedelta_hf.distributed.model import Piece
+from safedelta_hf.records import MatrixView, Role, Use, moment_key
 
 SIZES = st.integers(1, 6)
 MATRIX = st.tuples(SIZES, SIZES)
@@ -92,3 +94,36 @@ def test_views_of_the_same_entries_in_the_same_order_are_equal(rows, columns, tr
     seen = view.transposed if transposed else view
     assert seen.covers(rows * columns) and not seen.covers(rows * columns + 1)
     assert not replace(seen, start=1).covers(rows * columns) and not replace(seen, start=1).fits(rows * columns)
+
+
+@pytest.mark.parametrize("role", list(Role))
+@given(data=st.data())
+def test_what_the_processes_have_of_a_matrix_is_the_matrix(role, data):
+    shape = torch.Size(data.draw(SHAPES[role]))
+    values = torch.arange(shape.numel()).reshape(shape)
+    view = data.draw(st.sampled_from([role.view(shape), *parts_of(shape)]))
+    matrix, found = as_strided(values, view), torch.full((view.rows, view.columns), -1)
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, shape[0]), max_size=3))), shape[0]]
+    use = Use(parameter="w", role=role, moment="w", view=view)
+    shares = []
+    for start, stop in itertools.pairwise(cuts):
+        share = _share(use, shape, Piece(start=start, stop=stop, size=shape[0]))
+        shares.append(share)
+        if share is not None:
+            own = as_strided(values[start:stop].contiguous(), share.view)
+            if own.numel():
+                rows = [int((matrix[:, share.own_columns][:, 0] == first).nonzero()) for first in own[:, 0]]
+                found[rows, share.own_columns] = own
+    if any(share is None for share in shares):
+        assert not role.is_diagonal and shares == [None] * len(shares)
+        assert any(len({int(entry) // shape[1:].numel() for entry in row}) > 1 for row in matrix)
+    else:
+        assert torch.equal(found, matrix)
+
+
+def parts_of(shape):
+    """Slices along the first dimension, their transposes, and columns of the whole."""
+    size = shape[1:].numel()
+    slices = [MatrixView.contiguous(shape[1], size // shape[1], start=size * n) for n in range(shape[0]) if shape[1:]]
+    columns = MatrixView(start=size - 1, rows=shape[0], columns=1, row_stride=size, column_stride=1)
+    return [*slices, *(view.transposed for view in slices), columns, columns.transposed]
