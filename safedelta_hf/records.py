@@ -217,12 +217,14 @@ class Use:
         role: How it meets its inputs.
         moment: Key of its moment; parameters that read the same tensor have the same key.
         view: The matrix that is used: all of the parameter, or a part of it, such as one expert of many.
+        shape: Shape of the parameter; of a packed one [out, in].
     """
 
     parameter: str
     role: Role
     moment: str
     view: MatrixView
+    shape: tuple[int, ...]
 
 
 def moment_key(parameter: str, role: Role, view: MatrixView, shape: Sequence[int]) -> str:

@@ -116,7 +116,7 @@ def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile
         skipped={},
     )
     uses = tuple(
-        Use(parameter=name, role=Role.LINEAR, moment=key, view=Role.LINEAR.view(shape))
+        Use(parameter=name, role=Role.LINEAR, moment=key, view=Role.LINEAR.view(shape), shape=shape)
         for name, (key, shape) in parameters.items()
     )
     moments = Moments({name: random_moment(columns) for name, columns in layer.items()})

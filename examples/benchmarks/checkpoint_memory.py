@@ -107,7 +107,7 @@ def write_inputs(folder: Path, options: argparse.Namespace, layers: int) -> int:
             skipped={},
         ),
         uses=tuple(
-            Use(parameter=name, role=role, moment=moment, view=role.view(shape))
+            Use(parameter=name, role=role, moment=moment, view=role.view(shape), shape=shape)
             for name, (shape, role, moment, _) in told.items()
         ),
         moments=RandomMoments(moments),

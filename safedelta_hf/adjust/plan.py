@@ -28,7 +28,7 @@ def plan_parameters(
         One entry for each parameter; those that read the same moment stand together.
 
     Raises:
-        ProfileError: The profile knows nothing of one of them, or uses it as its shape does not allow.
+        ProfileError: The profile knows nothing of one of them.
     """
     unknown = sorted(set(shapes) - set(profile.header.base) - set(profile.header.parametrised))
     if unknown:
@@ -60,12 +60,6 @@ def _plan_entry(
     profile: SafetyProfile,
     treatment: Treatment,
 ) -> PlanEntry:
-    for use in uses:
-        if not use.view.fits(math.prod(shape)):
-            raise ProfileError(
-                f"{name}: has the shape {list(shape)}, the profile uses it as {use.role}, in {use.view}, which does "
-                "not fit; the profile is malformed or was made for another model: collect it again"
-            )
     if not uses:
         action = None if treatment.uncovered == "error" else Action(treatment.uncovered)
         reason = profile.header.skipped.get(name, "no supported layer uses it")
@@ -122,16 +116,21 @@ def require_decisions(entries: Sequence[PlanEntry]) -> None:
 
 
 def check_moments(entry: PlanEntry, moments: Moments) -> None:
-    """Make sure that the moments of a parameter are of its inputs.
+    """Make sure that a profile was made of a parameter of this shape, and that its moments are of its inputs.
 
     Args:
         entry: Plan of the parameter.
         moments: Moments of the profile.
 
     Raises:
-        ProfileError: One of them has another shape.
+        ProfileError: The parameter or one of the moments has another shape.
     """
     for use in entry.uses:
+        if use.shape != entry.shape:
+            raise ProfileError(
+                f"{entry.parameter}: has the shape {list(entry.shape)}, and {list(use.shape)} in the model that the "
+                "profile was made for; collect a profile of this model's base"
+            )
         columns, found = use.view.columns, moments.shape(use.moment)
         if found != ((columns,) if use.role.is_diagonal else (columns, columns)):
             raise ProfileError(

@@ -1,5 +1,6 @@
 """Sums the moments of all weights while a model runs."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
@@ -82,7 +83,7 @@ class MomentCollector:
         """Add the inputs of a linear layer whose weight is packed.
 
         Args:
-            weight: Name of the weight, of [out, in] entries however they are stored.
+            weight: Name of the weight, which goes by its shape [out, in] however it is stored.
             bias: Name of the bias, if it has one.
             inputs: [tokens, in].
         """
@@ -203,7 +204,7 @@ class MomentCollector:
     def _all_zero(self, leaders: Mapping[str, str]) -> Iterator[str]:
         empty = {key for key, total in self._totals.items() if not total.any()}
         for key, use in self._uses.items():
-            is_part = not use.view.covers(self._parameters[use.parameter].numel())
+            is_part = not use.view.covers(math.prod(use.shape))
             if is_part and leaders.get(key, key) in empty:
                 yield key
 
@@ -214,11 +215,11 @@ class MomentCollector:
         return Role.HEAD if name == self._head else Role.LINEAR
 
     def _key(self, name: str, role: Role, view: MatrixView | None = None) -> str:
-        shape = self._parameters[name].shape
+        shape = tuple(self._parameters[name].shape)
         view = role.view(shape) if view is None else view
         key = moment_key(name, role, view, shape)
         if key not in self._uses:
-            self._uses[key] = Use(parameter=name, role=role, moment=key, view=view)
+            self._uses[key] = Use(parameter=name, role=role, moment=key, view=view, shape=shape)
         return key
 
     def _add_inputs(self, key: str, inputs: Tensor, *, may_follow: bool) -> None:

@@ -32,13 +32,18 @@ def packed_products(model: nn.Module, observer: Observer) -> Iterator[None]:
     """
     names = parameter_names(model)
     with ExitStack() as hooks:
-        for name, module in base_modules(model):
-            if isinstance(module, nn.Linear) and is_quantised(module.weight):
-                weight, bias = (module.get_parameter("weight"), module.bias)
-                hook = _Packed(name, names[weight], None if bias is None else names[bias], observer)
-                hooks.callback(module.register_forward_pre_hook(hook.before).remove)
-                hooks.callback(module.register_forward_hook(hook.after, with_kwargs=True).remove)
+        for name, module in _packed_layers(model):
+            weight, bias = (module.get_parameter("weight"), module.bias)
+            hook = _Packed(name, names[weight], None if bias is None else names[bias], observer)
+            hooks.callback(module.register_forward_pre_hook(hook.before).remove)
+            hooks.callback(module.register_forward_hook(hook.after, with_kwargs=True).remove)
         yield
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in base_modules(model):
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            yield name, module
 
 
 class _Packed:
@@ -151,7 +156,7 @@ class WatchedModel:
             ConfigurationError: It is sharded, and has weights that are computed from parameters.
         """  # noqa: DOC502 - raised by the functions called
         _check_model(model, holding)
-        names = parameter_names(model).values()
+        names = parameter_names(model)
         if holding.kind != WholeParameters.kind and (computed := parametrised_weights(model)):
             raise ConfigurationError(
                 f"{next(iter(computed))}: is computed from other parameters, which is not covered in a model under "
@@ -159,9 +164,13 @@ class WatchedModel:
             )
         with undisturbed(model):
             weights = ParametrisedWeights.of(model)
+        packed = {
+            names[module.get_parameter("weight")]: (module.out_features, module.in_features)
+            for _, module in _packed_layers(model)
+        }
         matrices = {
-            name: torch.empty((), device=holding.device(name)).expand(holding.shape(name))
-            for name in names
+            name: torch.empty((), device=holding.device(name)).expand(packed.get(name) or holding.shape(name))
+            for name in names.values()
             if name not in weights.originals
         }
         computed_shapes = {name: weight.shaped() for name, weight in weights.followed.items()}

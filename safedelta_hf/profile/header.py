@@ -80,8 +80,6 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LARGEST_SIDES: Final = {1: 2**31, 2: 2**17}
 """Of diagonal and of full moments: a full one of more would take over 64 GiB, however small it is stored."""
 
-_LARGEST_INDEX: Final = 2**48
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
@@ -262,15 +260,15 @@ def _require_uses(uses: Iterable[Use], moments: Mapping[str, StoredMoment], head
             raise ValueError(f"{use.parameter!r} is no parameter of the base")
         if use.role.is_diagonal != (len(moments[use.moment].shape) == 1):
             raise ValueError(f"{use.parameter!r} is used as {use.role}, its moment has another kind of shape")
-        _require_view(use.parameter, use.view)
+        _require_view(use.parameter, use.view, use.shape)
 
 
-def _require_view(parameter: str, view: MatrixView) -> None:
+def _require_view(parameter: str, view: MatrixView, shape: tuple[int, ...]) -> None:
     counts = view.rows, view.columns, view.row_stride, view.column_stride
     if view.start < 0 or min(counts) < 1:
         raise ValueError(f"{parameter!r} has a view with negative numbers, or without rows, columns or steps")
-    if max(view.start, *counts) >= _LARGEST_INDEX:
-        raise ValueError(f"{parameter!r} has a view that lies beyond any parameter")
+    if min(shape, default=1) < 1 or not view.fits(math.prod(shape)):
+        raise ValueError(f"{parameter!r} has a view that does not fit into its shape, {list(shape)[:8]}")
 
 
 def _require_held_out(held_out: HeldOut | None) -> None:

@@ -81,20 +81,22 @@ def test_parts_that_no_use_covers_are_counted():
             role=Role.LINEAR,
             moment=str(index),
             view=MatrixView(start=15 * index, rows=5, columns=3, row_stride=3, column_stride=1),
+            shape=(4, 5, 3),
         )
         for index in (0, 2)
     )
     assert "never reached 2 of its 4 parts" in unreached((4, 5, 3), uses)
     assert not unreached((2, 5, 3), uses)
     assert not unreached(
-        (4, 5, 3), (Use(parameter="weight", role=Role.SCALE, moment="all", view=Role.SCALE.view((4, 5, 3))),)
+        (4, 5, 3),
+        (Use(parameter="weight", role=Role.SCALE, moment="all", view=Role.SCALE.view((4, 5, 3)), shape=(4, 5, 3)),),
     )
 
 
 def test_a_merge_leaves_parts_that_no_use_covers_as_tuned():
     base, tuned, merged = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
     part = MatrixView(start=20, rows=4, columns=5, row_stride=1, column_stride=4)
-    use = Use(parameter="weight", role=Role.LINEAR, moment="expert", view=part)
+    use = Use(parameter="weight", role=Role.LINEAR, moment="expert", view=part, shape=(3, 5, 4))
     delta = DenseDelta(tuned, base)
     weight = delta.adjusted_to(merged, (use,)).weight()
     assert torch.equal(weight[[0, 2]], tuned[[0, 2]])

@@ -104,7 +104,7 @@ def test_what_the_processes_have_of_a_matrix_is_the_matrix(role, data):
     view = data.draw(st.sampled_from([role.view(shape), *parts_of(shape)]))
     matrix, found = as_strided(values, view), torch.full((view.rows, view.columns), -1)
     cuts = [0, *sorted(data.draw(st.lists(st.integers(0, shape[0]), max_size=3))), shape[0]]
-    use = Use(parameter="w", role=role, moment="w", view=view)
+    use = Use(parameter="w", role=role, moment="w", view=view, shape=tuple(shape))
     shares = []
     for start, stop in itertools.pairwise(cuts):
         share = _share(use, shape, Piece(start=start, stop=stop, size=shape[0]))
@@ -127,3 +127,19 @@ def parts_of(shape):
     slices = [MatrixView.contiguous(shape[1], size // shape[1], start=size * n) for n in range(shape[0]) if shape[1:]]
     columns = MatrixView(start=size - 1, rows=shape[0], columns=1, row_stride=size, column_stride=1)
     return [*slices, *(view.transposed for view in slices), columns, columns.transposed]
+
+
+def test_a_view_fits_as_long_as_its_last_entry_is_one_of_the_parameter():
+    whole = MatrixView.contiguous(4, 3)
+    for view in (whole, whole.transposed, replace(whole, start=3, rows=3)):
+        assert view.fits(12)
+    for wrong in (
+        replace(whole, start=1),
+        replace(whole, start=2**47),
+        replace(whole, rows=5),
+        replace(whole, row_stride=4),
+        replace(whole, column_stride=2),
+        replace(whole, start=3),
+        replace(whole, rows=8, row_stride=1),  # it ends within the parameter and has more entries
+    ):
+        assert not wrong.fits(12)

@@ -203,11 +203,14 @@ VIEW = {"start": 0, "rows": 2, "columns": 2, "row_stride": 2, "column_stride": 1
         (("uses", 0, "moment"), "another", "does not hold"),
         (("uses", 0, "parameter"), "another", "no parameter"),
         (("uses", 0, "role"), "magic", "magic"),
+        (("uses", 0, "shape"), [], "not fit"),
+        (("uses", 0, "shape"), [1, 16], "not fit"),
+        (("uses", 0, "shape"), [-48, -16], "not fit"),
         (("uses", 0, "role"), "linear", "another kind"),
         *(
             (("uses", 0, "view"), {**VIEW, name: number}, message)
             for name in VIEW
-            for number, message in ((-1, "negative"), (0, "without rows"), (2**48, "beyond"), (2**62, "beyond"))
+            for number, message in ((-1, "negative"), (0, "without rows"), (2**48, "not fit"), (2**62, "not fit"))
             if (name, number) != ("start", 0)
         ),
         (("held_out", "losses"), lambda losses: losses[1:], "held_out"),

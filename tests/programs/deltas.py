@@ -55,7 +55,7 @@ def compare(name, ranks, cut):
     shape, role, part = CASES[name]
     generator = torch.Generator().manual_seed(len(name))
     base, tuned = (torch.randn(shape, generator=generator) for _ in range(2))
-    use = Use(parameter="w", role=role, moment="w", view=part or role.view(shape))
+    use = Use(parameter="w", role=role, moment="w", view=part or role.view(shape), shape=shape)
     piece = piece_of(shape[0], ranks, min(cut, shape[0]))
     mine = slice(piece.start, piece.stop)
     whole = DenseDelta(tuned, base)
