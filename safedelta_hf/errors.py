@@ -16,6 +16,10 @@ class SafeDeltaError(Exception):
         return type(self)(f"{place}: {self}")
 
 
+class SafeDeltaWarning(UserWarning):
+    """Something was done that its user has to know of."""
+
+
 class ConfigurationError(SafeDeltaError, ValueError):
     """An argument has a value that cannot be used."""
 

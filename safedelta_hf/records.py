@@ -138,17 +138,6 @@ class Role(StrEnum):
         return stored.transposed if self in (Role.CONV1D, Role.EMBEDDING) else stored
 
 
-class Storage(StrEnum):
-    """What a delta is stored in decides which rules can change it."""
-
-    DENSE = "dense"
-    """Base and fine-tuned weight are at hand, whole, and any delta can be written."""
-    SHARDED = "sharded"
-    """Each process has some slices of both weights along their first dimension."""
-    ADAPTER = "adapter"
-    """Factors, an offset or some rows, held apart from the base weight; only deltas of that form can be written."""
-
-
 class Action(StrEnum):
     """What happens to a parameter."""
 
@@ -393,6 +382,24 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingNoise:
+    """What remains of rounding where one model is read twice, in nats per response token.
+
+    Measured on the base: it read the refusals a second time with every embedding moved by one rounding step, which
+    its data type cannot tell from where it was.
+
+    Attributes:
+        precision: The coarsest data type that its layers computed in, such as "bfloat16".
+        mean: Mean size of the difference over examples; None where the model has no embeddings to move.
+        upper: Upper quantile of it over examples.
+    """
+
+    precision: str
+    mean: float | None
+    upper: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StrengthSearch:
     """How the strength of a rule was found.
 
@@ -404,6 +411,7 @@ class StrengthSearch:
         quantile: The quantile that has to stay within it besides the mean.
         examples: Number of refusals that were measured.
         trials: What was tried, in order.
+        noise: What of each rise may be noise of reading, which is subtracted from none of them.
     """
 
     outcome: Literal["found", "nothing needed", "strictest fails"]
@@ -412,6 +420,7 @@ class StrengthSearch:
     quantile: float
     examples: int
     trials: tuple[Trial, ...]
+    noise: ReadingNoise | None = None
 
     @property
     def applied(self) -> Trial:
@@ -424,7 +433,7 @@ class StrengthSearch:
         last = self.applied
         measured = (
             f"refusals are {last.mean:.3g} nats per token less likely than under the base ({last.upper:.3g} at the "
-            f"{self.quantile:.0%} quantile of {self.examples} held out; allowed {self.tolerance:g})"
+            f"{self.quantile:.0%} quantile of {self.examples} held out; allowed {self.tolerance:g}){self._noise_told}"
         )
         told = {
             "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations: {measured}.",
@@ -432,3 +441,39 @@ class StrengthSearch:
             "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
         }
         return told[self.outcome]
+
+    @property
+    def warning(self) -> str:
+        """What has to be known before anything else: what "strictest fails" costs, and what else can be done.
+
+        Empty for the other outcomes.
+        """
+        if self.outcome != "strictest fails":
+            return ""
+        advice = (
+            f" {self.summary} That strength was applied all the same, and may have taken back all that the "
+            "fine-tuning taught: measure the new skill before you use this model. What else can be done: "
+            "callback.adjust(model, rule=<a rule with a number as its strength>) begins again from the fine-tuned "
+            "weights (those of a whole model are kept where keep_tuned=<folder> was given); "
+            "AutoStrength(tolerance=...) allows more; embeddings, norms or uncovered parameters that are kept "
+            "as tuned can carry the damage (treatment=)."
+        )
+        noise = self.noise
+        if noise is not None and noise.upper is not None and noise.upper > self.tolerance:
+            advice += (
+                f" The tolerance, {self.tolerance:g}, lies below the noise of reading this model in {noise.precision} "
+                f"({noise.upper:.2g} at the quantile): allow more, or fine-tune from weights in float32."
+            )
+        return "THE STRICTEST STRENGTH WAS APPLIED, and refusals are still not within the tolerance." + advice
+
+    @property
+    def _noise_told(self) -> str:
+        noise = self.noise
+        if noise is None:
+            return ""
+        if noise.mean is None or noise.upper is None:
+            return f", read in {noise.precision}"
+        return (
+            f", of which up to {noise.mean:.2g} ({noise.upper:.2g} at the quantile) is noise of reading in "
+            f"{noise.precision}"
+        )

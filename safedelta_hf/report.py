@@ -45,6 +45,11 @@ class Report:
         """Whether any weight was written."""
         return bool(self.outcomes["adjusted"] + self.outcomes["reset"])
 
+    @property
+    def warning(self) -> str:
+        """What has to be known before anything else; empty if there is nothing."""
+        return "" if self.search is None else self.search.warning
+
     def metrics(self) -> dict[str, float]:
         """The scalars that tell how much was kept and what it costs in safety.
 
@@ -73,11 +78,14 @@ class Report:
         if self.search is None:
             return {}
         last = self.search.applied
+        noise = self.search.noise
+        measured = {} if noise is None else {"reading_noise_mean": noise.mean, "reading_noise_upper": noise.upper}
         return {
             "strength": self.search.strength,
             "evaluations": float(len(self.search.trials)),
             "refusal_rise_mean": last.mean,
             "refusal_rise_upper": last.upper,
+            **{name: value for name, value in measured.items() if value is not None},
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +94,7 @@ class Report:
         Returns:
             A dictionary that JSON can hold.
         """
-        return {**asdict(self), "metrics": self.metrics()}
+        return {"warning": self.warning, **asdict(self), "metrics": self.metrics()}
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON.
@@ -100,7 +108,7 @@ class Report:
         """The report as a table for a terminal.
 
         Returns:
-            Text with one row for each parameter and a summary below.
+            Text with one row for each parameter and a summary below; a warning, if there is one, comes first.
         """
         names = ("parameter", "shape", "role", "outcome", "kept", "safety loss", "reason")
         table = Table(*(Column(name, overflow="fold") for name in names), title=self._title())
@@ -108,8 +116,10 @@ class Report:
             table.add_row(*_cells(record))
         text = io.StringIO()
         console = Console(file=text, width=200, highlight=False)
+        if self.warning:
+            console.print(f"WARNING: {self.warning}", soft_wrap=True, markup=False)
         console.print(table)
-        console.print(self.summary())
+        console.print(self._told())
         return text.getvalue()
 
     def model_card(self) -> str:
@@ -123,9 +133,10 @@ class Report:
         listed = "\n".join(f"- `{record.parameter}`: {record.outcome} ({record.reason})" for record in left)
         return (
             "## Safety adjustment\n\n"
-            f"The fine-tuned weights were adjusted with [Safe Delta](https://arxiv.org/abs/2505.12038), rule "
+            + (f"**Warning:** {self.warning}\n\n" if self.warning else "")
+            + f"The fine-tuned weights were adjusted with [Safe Delta](https://arxiv.org/abs/2505.12038), rule "
             f"`{self.rule.name}` ({settings}), against base weights from {self.base} and {self.sequences} safety "
-            f"examples ({self.tokens} tokens).\n\n{self.summary()}\n\n"
+            f"examples ({self.tokens} tokens).\n\n{self._told()}\n\n"
             "The quadratic safety loss is an estimate at the base weights, not a measured refusal rate.\n"
             + (f"\nNot adjusted:\n\n{listed}\n" if listed else "")
         )
@@ -137,11 +148,14 @@ class Report:
         return f"Safe Delta on {self.architecture}, rule {self.rule.name}"
 
     def summary(self) -> str:
-        """The outcome in a sentence or two.
+        """The outcome in a sentence or two, after the warning if there is one.
 
         Returns:
             Plain text.
         """
+        return f"WARNING: {self.warning}\n{self._told()}" if self.warning else self._told()
+
+    def _told(self) -> str:
         metrics = self.metrics()
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
         if not metrics["safedelta/delta_energy"]:

@@ -12,8 +12,9 @@ from hypothesis import settings
 from tests.fixtures import tiny
 
 torch.set_num_threads(1)
-settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("ci")
+settings.register_profile("quick", deadline=None, max_examples=10, derandomize=True)
+settings.register_profile("ci", parent=settings.get_profile("quick"), max_examples=40)
+settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,18 @@
 """The scripts that users copy, run as they stand."""
 
+import argparse
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import safedelta_hf
 from safedelta_hf.evaluation import (
     Questions,
     attack_success_rate,
@@ -85,6 +90,45 @@ def test_the_storage_benchmark_prints_both_tables(tmp_path):
     small = ["--case=harmful", "--questions=4", "--size=64", "--storage", "float32", "bfloat16", "--ranks"]
     shown = run(tmp_path, EXAMPLES / "benchmarks" / "profile_storage.py", *small)
     assert "| float32 | 1.00 | 0.0e+00 | 0.0e+00 | 1.0000 |" in shown and "| 2, 2 | eigenbasis:8 |" in shown
+
+
+def test_the_walks_lead_through_files_that_the_package_has(tmp_path):
+    run(tmp_path, EXAMPLES / "benchmarks" / "walks.py", "--json", "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    size, walks = figures["size"], figures["walks"]
+    whole, weight = walks["SafeDeltaCallback.on_train_end"], walks["one weight, adjusted"]
+    assert size["files"] == len(list(Path(safedelta_hf.__file__).parent.rglob("*.py")))
+    for walk in walks.values():
+        assert 0 < walk["rooms"] <= walk["files"] <= min(walk["functions"], size["files"])
+        assert walk["files"] - 1 <= walk["passages"] <= walk["changes"]
+    assert all(weight[count] < whole[count] for count in weight)
+
+
+PINNED = {"a": torch.tensor([1.0, -4.0]), "b": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "name, change, told, code",
+    [
+        ("run", {}, "run: equal bit for bit", 0),
+        ("run", {"a": torch.tensor([1.0 + 2**-19, -4.0])}, "run: largest relative difference 4.8e-07 (a)", 0),
+        ("run", {"a": torch.tensor([1.0 + 2**-17, -4.0])}, "run: largest relative difference 1.9e-06 (a)", 1),
+        ("run", {"b": torch.tensor([1.0, torch.nan])}, "run: largest relative difference inf (b)", 1),
+        ("run", {"b": torch.ones(2, dtype=torch.float64)}, "run: largest relative difference inf (b)", 1),
+        ("run", {"c": torch.ones(2)}, "run: 1 parameters in one alone, such as c", 1),
+        ("other", {}, "run: only before", 1),
+    ],
+)
+def test_pinned_results_are_compared_parameter_by_parameter(name, change, told, code, tmp_path, capsys):
+    pinned = runpy.run_path(str(EXAMPLES / "benchmarks" / "pinned_behaviour.py"))
+    report = {"strength": 1.0, "outcomes": {"a": "adjusted"}, "trials": [], "metrics": {}}
+    for folder, result, tensors in (("before", "run", PINNED), ("after", name, PINNED | change)):
+        (tmp_path / folder / "runs").mkdir(parents=True)
+        save_file(tensors, tmp_path / folder / "runs" / f"{result}.safetensors")
+        (tmp_path / folder / "runs" / f"{result}.json").write_text(json.dumps(report))
+    compared = argparse.Namespace(before=tmp_path / "before", after=tmp_path / "after")
+    assert pinned["compare"](compared) == code
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_the_evaluation_example_sees_the_refusals_go_and_come_back(tmp_path):

@@ -26,7 +26,7 @@ from safedelta_hf.profile.encodings import encoding_for, encoding_of
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments
 from safedelta_hf.testbed import CASES
-from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
+from safedelta_hf.testbed.comparison import AlignedModel, CaseScenario
 
 CPU = torch.device("cpu")
 BEHAVIOURS = ("attack_success", "new_skill", "old_skills")
@@ -74,19 +74,19 @@ def difference(one: PreTrainedModel, other: PreTrainedModel, base: PreTrainedMod
 def testbed(options: argparse.Namespace) -> Iterator[list[str]]:
     """One row for each storage."""
     aligned = AlignedModel()
-    subject = CaseSubject(aligned, CASES[options.case], 0, options.questions)
+    scenario = CaseScenario(aligned, CASES[options.case], 0, options.questions)
     exact = None
     for storage in options.storage:
-        (profile, size), (task, _) = through(aligned.profile, storage), through(subject.task, storage)
-        anew = copy.deepcopy(subject.tuned.restored())
+        (profile, size), (task, _) = through(aligned.profile, storage), through(scenario.task, storage)
+        anew = copy.deepcopy(scenario.tuned.restored())
         search = adjust_model(anew, base=aligned.model, profile=profile, task=task, progress=False).search
         assert search is not None
         if exact is None:
             exact = (anew, search.strength, size)
-        model = copy.deepcopy(subject.tuned.restored())
+        model = copy.deepcopy(scenario.tuned.restored())
         rule = TaskRidge(strength=exact[1])
         adjust_model(model, base=aligned.model, profile=profile, task=task, rule=rule, progress=False)
-        scores = [subject.measure(found) for found in (model, anew)]
+        scores = [scenario.measure(found) for found in (model, anew)]
         behaviours = (
             " / ".join(f"{score[name].value:.1%}" if name in score else "-" for name in BEHAVIOURS) for score in scores
         )
@@ -132,7 +132,7 @@ def layers(options: argparse.Namespace) -> Iterator[list[str]]:
             rules = (Ridge(strength=10 / float(hessian.diagonal().mean())), SafeDelta(strength=3e5))
             for number, rule in enumerate(rules):
                 matrix = MatrixDelta(delta, Role.LINEAR.view(delta.shape))
-                kept = rule.transform(rule.prepare(LayerMoments(safety=stored)), matrix)(delta)
+                kept = rule.transform(rule.factorise(LayerMoments(safety=stored)), matrix)(delta)
                 left = MatrixDelta(kept, Role.LINEAR.view(kept.shape)).inner(Dense(matrix=hessian))
                 if len(exact) <= number:
                     exact.append((kept, left))

@@ -1,41 +1,41 @@
 """Adjust an adapter: the same rank in and out, and the base never changed."""
 
 import copy
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from safedelta_hf.adapter.store import AdapterStore
-from safedelta_hf.adjust.loop import RunningModel, adjust_weights
+from safedelta_hf.adapter.store import AdapterInMemory
+from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
-from safedelta_hf.deltas.gathered import WholeTensors, WritesThrough, assembled
-from safedelta_hf.deltas.lora_deltas import AdapterPart, DensePart
+from safedelta_hf.deltas.lora_deltas import FullDelta
 from safedelta_hf.deltas.lora_folder import initialised_from_base, require_low_rank
-from safedelta_hf.deltas.lora_layers import adapter_config, adapter_parts
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
-from safedelta_hf.weights.digest import held_digest
-from safedelta_hf.weights.journal import Journal
-from safedelta_hf.weights.readers import BaseWeights, open_base, verified
+from safedelta_hf.weights.digest import parameter_digest
+from safedelta_hf.weights.readers import WeightReader, open_base, verified
 
 
 def adjust_adapter(
-    model: nn.Module,
+    model: nn.Module | ShardedModel,
     *,
     profile: SafetyProfile,
     rule: Rule | None = None,
     task: SafetyProfile | None = None,
     adapter_name: str = "default",
     new_adapter_name: str | None = None,
-    base: nn.Module | str | Path | BaseWeights | None = None,
+    base: nn.Module | str | Path | WeightReader | None = None,
     treatment: Treatment | None = None,
     workspace: Path | None = None,
     progress: bool = True,
@@ -46,8 +46,8 @@ def adjust_adapter(
     read but to make sure that it is the profile's.
 
     Args:
-        model: The model with the adapter on it, unmerged. Where it is sharded, or the run has several processes, all
-            of them call this; the adapter's own tensors are brought together, those of the base are not.
+        model: The model with the adapter on it, unmerged, opened or not. Where it is sharded, or the run has several
+            processes, all of them call this; the adapter's own tensors are brought together, those of the base are not.
         profile: Profile of its base.
         rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
@@ -66,37 +66,24 @@ def adjust_adapter(
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
     """  # noqa: DOC502 - raised by the functions called
-    config = require_adjustable(model, adapter_name)
+    opened = open_model(model)
+    config = require_adjustable(opened.model, adapter_name)
     rule = rule or default_rule(task)
     if rule.auto is not None:
-        _require_active(model, adapter_name, new_adapter_name)
-    held = HeldModel.of(model)
-    tensors = WholeTensors(held)
-    trained_in_place = _trained_in_place(held, tensors, config, profile.header, base)
-    require_base(held, profile.header, but={part.parameter for part in trained_in_place})
-    if new_adapter_name is not None:
-        _require_room(model, config, new_adapter_name)
-    try:
-        if new_adapter_name is not None:
-            _copy_adapter(model, config, adapter_name, new_adapter_name, tensors)
-        parts = adapter_parts(model, new_adapter_name or adapter_name, tensors) + trained_in_place
-        journal = Journal(workspace, held.ranks)
-        store = AdapterStore(
-            parts,
-            architecture=class_name(model),
-            source="the frozen base below the adapter",
-            writer=WritesThrough(journal, tensors),
+        _require_active(opened.model, adapter_name, new_adapter_name)
+    in_place = _trained_in_place(opened, config, profile.header, base)
+    require_base(opened, profile.header, but={delta.parameter for delta in in_place})
+    with _copied_to(opened, config, adapter_name, new_adapter_name) as (tuned, name):
+        store = AdapterInMemory(
+            [*lora_deltas(tuned, name), *in_place], tuned, workspace, architecture=class_name(tuned.model)
         )
-        plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
-        running = RunningModel(held=held, restore=journal.restore)
-        return adjust_weights(store, plan, profile, rule, task=task, running=running, progress=progress)
-    except BaseException:
-        if new_adapter_name is not None and new_adapter_name in model.peft_config:  # type: ignore[operator]
-            model.delete_adapter(new_adapter_name)  # type: ignore[operator]
-        raise
+        plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(tuned.model))
+        return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
 
 
-def plan_adapter(model: nn.Module, profile: SafetyProfile, treatment: Treatment, adapter_name: str = "default") -> Plan:
+def plan_adapter(
+    model: nn.Module | ShardedModel, profile: SafetyProfile, treatment: Treatment, adapter_name: str = "default"
+) -> Plan:
     """Decide what happens to each parameter that an adapter tunes, from names and shapes alone.
 
     Args:
@@ -112,12 +99,12 @@ def plan_adapter(model: nn.Module, profile: SafetyProfile, treatment: Treatment,
         AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
         ProfileError: The profile knows nothing of one of the parameters.
     """  # noqa: DOC502 - raised by the functions called
-    config = require_adjustable(model, adapter_name)
-    shapes = {part.parameter: part.shape for part in adapter_parts(model, adapter_name)}
+    opened = open_model(model)
+    config = require_adjustable(opened.model, adapter_name)
+    shapes = {delta.parameter: delta.shape for delta in lora_deltas(opened, adapter_name)}
     if config.bias != "none":
-        held = HeldModel.of(model)
-        shapes |= {name: shape for name, shape in held.shapes.items() if held.holding.parameter(name).requires_grad}
-    return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+        shapes |= {name: shape for name, shape in opened.shapes.items() if opened.live(name).requires_grad}
+    return plan_parameters(shapes, profile, treatment, parameter_aliases(opened.model))
 
 
 def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 - a configuration of PEFT
@@ -144,25 +131,25 @@ def require_adjustable(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN
     return config
 
 
-def require_base(held: HeldModel, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
+def require_base(model: ShardedModel, header: ProfileHeader, *, but: Set[str] = frozenset()) -> None:
     """Make sure that the frozen weights below an adapter are those that a profile was made of.
 
     Args:
-        held: The model that has the adapter.
+        model: The model that has the adapter.
         header: What the profile was made from.
         but: Names of parameters that were trained in place.
 
     Raises:
         ProfileError: It was made of others.
     """
-    strangers = sorted(set(held.names) ^ set(header.base))
+    strangers = sorted(set(model.names) ^ set(header.base))
     if strangers:
         raise ProfileError(
             f"profile: made for another base ({header.architecture}); it differs from this "
-            f"{class_name(held.model)} in {', '.join(strangers[:3])}"
+            f"{class_name(model.model)} in {', '.join(strangers[:3])}"
         )
-    for name in held.names:
-        if name not in but and held_digest(held, name, getattr(torch, header.dtypes[name])) != header.base[name]:
+    for name in model.names:
+        if name not in but and parameter_digest(model, name, getattr(torch, header.dtypes[name])) != header.base[name]:
             raise ProfileError(
                 f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
                 "the same precision"
@@ -170,29 +157,34 @@ def require_base(held: HeldModel, header: ProfileHeader, *, but: Set[str] = froz
 
 
 def _trained_in_place(
-    held: HeldModel,
-    tensors: WholeTensors,
+    model: ShardedModel,
     config: Any,  # noqa: ANN401
     header: ProfileHeader,
-    base: nn.Module | str | Path | BaseWeights | None,
-) -> list[AdapterPart]:
+    base: nn.Module | str | Path | WeightReader | None,
+) -> list[FullDelta]:
     # LoraConfig(bias="all") or "lora_only" trains biases of the base itself.
     if config.bias == "none":
         return []
-    parts: list[AdapterPart] = []
-    reader = open_base(base, unwrapped(held.model)) if isinstance(base, nn.Module | str | Path) else base
-    for name in held.names:
-        if not name.endswith("bias") or header.base.get(name) in (None, held_digest(held, name)):
+    deltas: list[FullDelta] = []
+    reader = open_base(base, unwrapped(model.model)) if isinstance(base, nn.Module | str | Path) else base
+    for name in model.names:
+        if not name.endswith("bias") or header.base.get(name) in (None, parameter_digest(model, name)):
             continue
         if reader is None:
             raise AdapterError(
                 f"{name}: the adapter (bias={config.bias!r}) trained it in place, so its base value is not in the "
                 "model; pass base=<the model or folder that the fine-tuning started from>"
             )
-        weight = verified(reader, name, header.dtypes[name], header.base[name], held)
-        weight = assembled(held, name, weight)
-        parts.append(DensePart(parameter=name, tuned=tensors.of(held.holding.parameter(name)), base=weight))
-    return parts
+        weight = verified(reader, name, header.dtypes[name], header.base[name], model)
+        deltas.append(
+            FullDelta(
+                parameter=name,
+                shape=tuple(model.shape(name)),
+                tensors={name: model.gather(name)},
+                base=model.assembled(name, weight),
+            )
+        )
+    return deltas
 
 
 def _require_active(model: nn.Module, name: str, new_name: str | None) -> None:
@@ -219,13 +211,32 @@ def _require_room(model: nn.Module, config: Any, new_name: str) -> None:  # noqa
         )
 
 
-def _copy_adapter(model: Any, config: Any, name: str, new_name: str, tensors: WholeTensors) -> None:  # noqa: ANN401
-    # The values are overwritten below, so a costly or data-driven initialisation is left out.
-    model.add_adapter(new_name, _with(config, init_lora_weights=True))
-    model.peft_config[new_name] = _with(config)
-    for old, new in zip(adapter_parts(model, name, tensors), adapter_parts(model, new_name, tensors), strict=True):
-        for source, target in zip(old.tensors().values(), new.tensors().values(), strict=True):
-            target.data = source.detach().clone()
+@contextmanager
+def _copied_to(
+    model: ShardedModel,
+    config: Any,  # noqa: ANN401
+    name: str,
+    new_name: str | None,
+) -> Iterator[tuple[ShardedModel, str]]:
+    """A model and the name of the adapter that is changed: a copy beside the other if one is named, gone on failure."""
+    if new_name is None:
+        yield model, name
+        return
+    bare: Any = model.model
+    _require_room(bare, config, new_name)
+    try:
+        # The values are overwritten below, so a costly or data-driven initialisation is left out.
+        bare.add_adapter(new_name, _with(config, init_lora_weights=True))
+        bare.peft_config[new_name] = _with(config)
+        both = open_model(bare)
+        for old, new in zip(lora_deltas(model, name), lora_deltas(both, new_name), strict=True):
+            for source, target in zip(old.tensors.values(), new.tensors, strict=True):
+                both.live(target).data = source.detach().clone()
+        yield both, new_name
+    except BaseException:
+        if new_name in bare.peft_config:
+            bare.delete_adapter(new_name)
+        raise
 
 
 def _with(config: Any, **changes: Any) -> Any:  # noqa: ANN401

@@ -1,21 +1,22 @@
 """Adjust a saved adapter, files to files, without its base model."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from safedelta_hf.adapter.store import AdapterStore
+from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
-from safedelta_hf.deltas.lora_folder import AdapterFolder, FolderWriter, initialised_from_base
-from safedelta_hf.deltas.lora_tensors import FileParts
+from safedelta_hf.deltas.lora_folder import AdapterFolder, initialised_from_base
+from safedelta_hf.deltas.lora_tensors import LoraTensors
 from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
-from safedelta_hf.weights.readers import BaseWeights, CheckpointBase, ModelBase, verified
+from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, verified
 
 
 def adjust_adapter_files(
@@ -58,8 +59,9 @@ def adjust_adapter_files(
         AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
     """  # noqa: DOC502 - raised by the functions called
+    if Path(output).exists():
+        raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
     folder = AdapterFolder(adapter)
-    writer = FolderWriter(folder, Path(output))
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
     task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
     if initial_adapter is not None:
@@ -71,11 +73,11 @@ def adjust_adapter_files(
             "wrote it right after get_peft_model> (--initial-adapter on the command line)"
         )
     reader = _Base(base, folder, profile.header)
-    store = AdapterStore(
-        list(FileParts(folder, profile.header, profile.inputs_first, reader.read)),
+    store = AdapterInFiles(
+        list(LoraTensors(folder, profile.header, profile.inputs_first, reader.read)),
+        partial(folder.write, Path(output)),
         architecture=profile.header.architecture,
         source=reader.source,
-        writer=writer,
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment())
     return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)
@@ -89,7 +91,7 @@ class _Base:
         self._named = adapter.config.base_model_name_or_path
         self._revision = adapter.config.revision
         self._header = header
-        self._opened: BaseWeights | None = None
+        self._opened: WeightReader | None = None
 
     @property
     def source(self) -> str:
@@ -102,14 +104,14 @@ class _Base:
         weight = verified(self._open(name), name, self._header.dtypes[name], self._header.base[name])
         return weight.to(getattr(torch, self._header.dtypes[name]))
 
-    def _open(self, name: str) -> BaseWeights:
+    def _open(self, name: str) -> WeightReader:
         if self._opened is None:
             source, revision = (self._given, None) if self._given is not None else (self._named, self._revision)
             try:
                 if isinstance(source, nn.Module):
-                    self._opened = ModelBase(source)
+                    self._opened = ModelReader(source)
                 else:
-                    self._opened = CheckpointBase(source or "", {}, revision)
+                    self._opened = FilesReader(source or "", {}, revision)
             except BaseWeightsError as error:
                 raise BaseWeightsError(
                     f"{name}: the adapter carries it whole, so its base value is needed, and {source!r} cannot be read "

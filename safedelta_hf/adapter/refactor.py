@@ -1,17 +1,18 @@
 """Adjust an adapter of any kind that has a delta on weights, and write the result as a plain LoRA."""
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from safedelta_hf.adapter.adjust import require_base
-from safedelta_hf.adapter.merged_layers import LoraFolder, merged_parts
-from safedelta_hf.adapter.store import AdapterStore
+from safedelta_hf.adapter.merged_layers import merged_deltas, write_lora
+from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.deltas.lora_folder import require_weight_delta
 from safedelta_hf.deltas.lora_layers import adapter_config
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.modules.names import class_name, parameter_aliases
 from safedelta_hf.profile.profile import SafetyProfile
@@ -61,6 +62,7 @@ def refactor_adapter(
     if rank < 1:
         raise AdapterError(f"rank={rank!r} must be at least 1")
     config = adapter_config(model, adapter_name)
+    opened = open_model(model)
     if hasattr(config, "init_lora_weights"):
         require_weight_delta(config)
     if getattr(config, "bias", "none") != "none":
@@ -68,15 +70,17 @@ def refactor_adapter(
             f"adapter {adapter_name!r}: bias={config.bias!r} trains biases of the base itself, which a LoRA cannot "
             "hold; merge it and use adjust_model"
         )
-    parts = merged_parts(model, adapter_name, rank)
-    require_base(HeldModel.of(model), profile.header)
+    if Path(output).exists():
+        raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
+    deltas = merged_deltas(opened, adapter_name, rank)
+    require_base(opened, profile.header)
     fields = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
     settings = {field: getattr(config, field, None) for field in fields}
-    store = AdapterStore(
-        parts,
+    store = AdapterInFiles(
+        deltas,
+        partial(write_lora, Path(output), deltas, settings),
         architecture=class_name(model),
         source="the frozen base below the adapter",
-        writer=LoraFolder(Path(output), parts, settings),
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
     return adjust_weights(store, plan, profile, rule or SafeDelta(), task=task, progress=progress)

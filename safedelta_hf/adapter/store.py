@@ -1,102 +1,157 @@
-"""An adapter: the deltas of the parameters that it tunes, wherever its tensors are held."""
+"""An adapter: the deltas of the parameters that it tunes, and how its tensors are replaced, wherever they are held."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
+from torch import Tensor
+from typing_extensions import override
+
+from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.deltas.dense import Delta, require_finite
-from safedelta_hf.deltas.lora_deltas import AdapterPart, Replaces
+from safedelta_hf.deltas.lora_deltas import LoraDelta
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.records import Storage
+from safedelta_hf.weights.journal import Journal
 
 
-class AdapterStore:
-    """The parts of one adapter, adjusted in place.
+class AdapterStore(WeightStore):
+    """The deltas of one adapter.
 
     Args:
-        parts: What the adapter does to each parameter.
+        deltas: What the adapter does to each parameter.
         architecture: Class name of the base model.
         source: Where the base weights are, for the report.
-        writer: What writes the adapter's tensors.
 
     Raises:
-        AdapterError: Two parts tune one parameter.
+        AdapterError: Two of them tune one parameter.
     """
 
-    def __init__(self, parts: Sequence[AdapterPart], *, architecture: str, source: str, writer: Replaces) -> None:
+    def __init__(self, deltas: Sequence[LoraDelta], *, architecture: str, source: str) -> None:
         self.architecture = architecture
         self.source = source
-        self._writer = writer
-        self._parts: dict[str, AdapterPart] = {}
-        for part in parts:
-            if part.parameter in self._parts:
+        self._deltas: dict[str, LoraDelta] = {}
+        for delta in deltas:
+            if delta.parameter in self._deltas:
                 raise AdapterError(
-                    f"{part.parameter}: tuned in two places (a tied weight?), so there is no one delta to adjust; "
+                    f"{delta.parameter}: tuned in two places (a tied weight?), so there is no one delta to adjust; "
                     "merge the adapter and use adjust_model"
                 )
-            self._parts[part.parameter] = part
+            self._deltas[delta.parameter] = delta
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tuned parameters, by canonical name."""
-        return {name: part.shape for name, part in self._parts.items()}
+        return {name: delta.shape for name, delta in self._deltas.items()}
 
-    def __enter__(self) -> "AdapterStore":
-        self._writer.__enter__()
+    @override
+    def is_tuned(self, name: str) -> bool:
+        for own, tensor in self._deltas[name].tensors.items():
+            if not tensor.numel():
+                raise AdapterError(f"{own}: has the shape {list(tensor.shape)}, so the adapter has rank 0 there")
+            require_finite(own, tensor)
+        return self._deltas[name].delta().tuned_energy > 0
+
+    @override
+    def is_dense(self, name: str) -> bool:
+        return self._deltas[name].is_dense
+
+    @override
+    def delta(self, name: str) -> Delta:
+        return self._deltas[name].delta()
+
+    @override
+    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
+        adjusted = self._deltas[name].adjusted(delta)
+        for own, value in adjusted.tensors.items():
+            self.replace(own, value)
+        return adjusted.notes
+
+    @abstractmethod
+    def replace(self, name: str, value: Tensor) -> None:
+        """Give one of the adapter's tensors another value.
+
+        Args:
+            name: Its name.
+            value: All of it.
+        """
+
+
+class AdapterInMemory(AdapterStore):
+    """An adapter on a model in memory, changed in place; a failure puts back what it was.
+
+    Args:
+        deltas: What the adapter does to each parameter; its tensors go by their names in the model.
+        model: The model that has the adapter.
+        workspace: Folder with room for a temporary copy of the adapter; None for the system's default.
+        architecture: Class name of the base model.
+    """
+
+    def __init__(
+        self, deltas: Sequence[LoraDelta], model: ShardedModel, workspace: Path | None, *, architecture: str
+    ) -> None:
+        super().__init__(deltas, architecture=architecture, source="the frozen base below the adapter")
+        self.running = self._model = model
+        self._journal = Journal(workspace, model.ranks)
+
+    @override
+    def __enter__(self) -> "AdapterInMemory":
+        self._journal.__enter__()
         return self
 
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.__exit__(kind, error, trace)
+        self._journal.__exit__(kind, error, trace)
 
-    def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter.
+    @override
+    def restore(self) -> None:
+        self._journal.restore()
 
-        Args:
-            name: Canonical parameter name.
+    @override
+    def replace(self, name: str, value: Tensor) -> None:
+        self._journal.replace(self._model.parameter(name), self._model.shard(name).of(value))
 
-        Returns:
-            Whether its delta is not zero.
 
-        Raises:
-            AdapterError: The adapter has rank 0 there.
-        """
-        for place, tensor in self._parts[name].tensors().items():
-            if not tensor.numel():
-                raise AdapterError(f"{place}: has the shape {list(tensor.shape)}, so the adapter has rank 0 there")
-            require_finite(place, tensor)
-        return self._parts[name].delta().tuned_energy > 0
+class AdapterInFiles(AdapterStore):
+    """An adapter that becomes a folder once its block has succeeded.
 
-    def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta.
+    Args:
+        deltas: What the adapter does to each parameter.
+        finish: Writes the folder, given every tensor that was replaced, by name.
+        architecture: Class name of the base model.
+        source: Where the base weights are, for the report.
+    """
 
-        Args:
-            name: Canonical parameter name.
+    def __init__(
+        self,
+        deltas: Sequence[LoraDelta],
+        finish: Callable[[dict[str, Tensor]], None],
+        *,
+        architecture: str,
+        source: str,
+    ) -> None:
+        super().__init__(deltas, architecture=architecture, source=source)
+        self._finish = finish
+        self._replaced: dict[str, Tensor] = {}
 
-        Returns:
-            The kind.
-        """
-        return self._parts[name].storage
+    @override
+    def __enter__(self) -> "AdapterInFiles":
+        return self
 
-    def delta(self, name: str) -> Delta:
-        """The delta of a parameter.
+    @override
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish(self._replaced)
 
-        Args:
-            name: Canonical parameter name.
+    @override
+    def restore(self) -> None:
+        self._replaced.clear()
 
-        Returns:
-            In the form in which the adapter holds it.
-        """
-        return self._parts[name].delta()
-
-    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Let the adapter carry what is kept of a delta.
-
-        Args:
-            name: Canonical parameter name.
-            delta: From `delta`, adjusted.
-
-        Returns:
-            What there is to say about it.
-        """
-        return self._parts[name].write(delta, self._writer)
+    @override
+    def replace(self, name: str, value: Tensor) -> None:
+        self._replaced[name] = value.detach().cpu().contiguous()

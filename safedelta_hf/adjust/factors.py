@@ -13,7 +13,7 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use
-from safedelta_hf.rules.rule import LayerMoments, Rule, State, TransformRule
+from safedelta_hf.rules.rule import Factors, LayerMoments, Rule, TransformRule
 
 Key = tuple[str, str | None]
 """Of the safety moment and of the task moment."""
@@ -21,12 +21,9 @@ Key = tuple[str, str | None]
 AHEAD = 4
 """Moments that are looked at for each other rank, to find one that it can factor meanwhile."""
 
-Made = tuple[Transform, tuple[str, ...]]
-"""The transform of a delta, and numerical trouble met in preparing it."""
 
-
-class PreparedMoments:
-    """Moments of a profile and the states that a rule prepared from them, for one parameter at a time.
+class FactorCache:
+    """Moments of a profile and the factors that a rule made of them, for one parameter at a time.
 
     Parameters that read the same moment stand together in a plan, so each moment is read and factored once. Where there
     are ranks, each factors the moments that it owns, as many of them at a time as there are ranks; the others are given
@@ -34,7 +31,7 @@ class PreparedMoments:
 
     Args:
         profile: Where the moments are read.
-        rule: What prepares them.
+        rule: What factorises them, at whatever strength.
         task: Profile of the same base on the task data, where the rule needs one.
         uses: All that will be asked for, in order.
         ranks: The processes of the run; all of them ask for the same, in the same order.
@@ -56,15 +53,14 @@ class PreparedMoments:
     ) -> None:
         self._memory = memory
         self._profile = profile
-        self._rule = rule
         self._task = _checked(task, profile, rule) if rule.needs_task else None
         self._ranks = ranks or Ranks()
         self._order = list(dict.fromkeys(map(self._key, uses)))
         self._positions = {key: number for number, key in enumerate(self._order)}
         self._hessians: dict[Key, Tensor] = {}
         self._ahead: list[Key] = []
-        self._prepared: set[Key] = set()
-        self._states: dict[Key, State] = {}
+        self._factorised: set[Key] = set()
+        self._factors: dict[Key, Factors] = {}
 
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
         """Hold what these uses of a parameter need, and of the rest what the memory allows.
@@ -78,9 +74,9 @@ class PreparedMoments:
             is_spare = key not in needed and self._held_bytes() > self._memory
             if is_spare or hessian.device != device:
                 del self._hessians[key]
-        for key in self._prepared - set(self._hessians) - set(self._ahead):
-            self._states.pop(key, None)
-            self._prepared.discard(key)
+        for key in self._factorised - set(self._hessians) - set(self._ahead):
+            self._factors.pop(key, None)
+            self._factorised.discard(key)
         for key in needed:
             if key not in self._hessians:
                 owner = self._owner(key)
@@ -100,7 +96,7 @@ class PreparedMoments:
         """
         return self._hessians[self._key(use)]
 
-    def transform(self, rule: TransformRule, use: Use, matrix: DeltaMatrix) -> Made:
+    def transform(self, rule: TransformRule, use: Use, matrix: DeltaMatrix) -> Transform:
         """What a rule makes of a delta, for a use that is held.
 
         Args:
@@ -109,18 +105,18 @@ class PreparedMoments:
             matrix: The delta as this use sees it.
 
         Returns:
-            The transform, and numerical trouble met in preparing it.
+            The transform.
         """
         key = self._key(use)
         owner, device = self._owner(key), self._hessians[key].device
-        if key not in self._prepared:  # not before: a Hessian may be asked for where no state is
-            self._prepare_from(key, device)
+        if key not in self._factorised:  # not before: a Hessian may be asked for where no factors are
+            self._factorise_from(key, rule, device)
         if self._ranks.rank == owner:
-            state = self._states[key]
+            factors = self._factors[key]
             # Of a delta that its owner has whole, there is nothing to ask the others.
             known: list[Tensor] = []
             asked = _AskedStatistics(matrix, self._ranks, known) if isinstance(matrix, ShardedMatrix) else matrix
-            made = rule.transform(state, asked), state.notes
+            made = rule.transform(factors, asked)
             return self._ranks.broadcast(made, owner, known=known)
         known = []
         while isinstance(told := self._ranks.broadcast(None, owner, device, known), _Question):
@@ -128,25 +124,26 @@ class PreparedMoments:
         assert told is not None, "the owner has made it"
         return told
 
-    def _prepare_from(self, key: Key, device: torch.device) -> None:
+    def _factorise_from(self, key: Key, rule: TransformRule, device: torch.device) -> None:
         """Let each rank factor its own of the next moments.
 
         Args:
             key: The first of them.
+            rule: What factorises them.
             device: Where its delta is.
         """
         first = self._positions.get(key)
         self._ahead = [] if first is None else self._next_of_others(first)
         for each in (key, *self._ahead):
-            if each in self._prepared:
+            if each in self._factorised:
                 continue
-            self._prepared.add(each)
+            self._factorised.add(each)
             owner = self._owner(each)
             task = self._task_hessian(each, owner, device)
             if self._ranks.rank == owner:
                 safety = self._hessians.get(each)
                 safety = self._profile.moments[each[0]].hessian(device) if safety is None else safety
-                self._states[each] = self._rule.prepare(LayerMoments(safety=safety, task=task))
+                self._factors[each] = rule.factorise(LayerMoments(safety=safety, task=task))
 
     def _next_of_others(self, first: int) -> list[Key]:
         # The next large moment of each other rank, if it comes soon.

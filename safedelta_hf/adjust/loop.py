@@ -3,22 +3,22 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 from tqdm.auto import tqdm
 
-from safedelta_hf.adjust.factors import PreparedMoments
-from safedelta_hf.adjust.merging import Merging, require_storage
+from safedelta_hf.adjust.factors import FactorCache
+from safedelta_hf.adjust.merging import Merging, require_dense
 from safedelta_hf.adjust.plan import check_moments, require_decisions
 from safedelta_hf.adjust.search import search_strength
 from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.data.refusals import Drift, HeldOut
 from safedelta_hf.deltas.dense import Delta
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError
+from safedelta_hf.errors import ConfigurationError, ProfileError, SafeDeltaError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, StrengthSearch, Use
 from safedelta_hf.report import Report
@@ -26,19 +26,6 @@ from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
 
 REUSED_BYTES = 2 << 30
 """Moments that a search holds, with what the rule made of them, from one strength to the next."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunningModel:
-    """A model in memory that runs with the weights of a store, so that its refusals can be measured.
-
-    Attributes:
-        held: The model, as this process and others hold it.
-        restore: Puts back every fine-tuned weight that was written over.
-    """
-
-    held: HeldModel
-    restore: Callable[[], None]
 
 
 class Adjustment:
@@ -79,7 +66,7 @@ class Adjustment:
         for entry in tuned:
             check_moments(entry, profile.moments)
             if self._merging is not None:
-                require_storage(rule, entry, store.storage(entry.parameter))
+                require_dense(rule, entry, is_dense=store.is_dense(entry.parameter))
                 self._merging.check(entry)
         require_decisions(tuned)
         self._tuned = {entry.parameter for entry in tuned}
@@ -87,7 +74,7 @@ class Adjustment:
     def at(
         self,
         rule: Rule,
-        prepared: PreparedMoments | None = None,
+        prepared: FactorCache | None = None,
         keep: Callable[[ParameterRecord], None] = lambda record: None,
     ) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
@@ -119,44 +106,46 @@ class Adjustment:
             records.append(record)
         return tuple(records)
 
-    def measured(
-        self, rule: Rule, auto: AutoStrength, running: RunningModel | None
-    ) -> tuple[StrengthSearch, tuple[ParameterRecord, ...]]:
+    def measured(self, rule: Rule, auto: AutoStrength) -> tuple[StrengthSearch, tuple[ParameterRecord, ...]]:
         """Adjust every parameter at the mildest strength that measured refusals allow.
 
         Args:
             rule: Which part of each delta to keep.
             auto: What is allowed.
-            running: What runs with the weights of the store.
 
         Returns:
             How the strength was found, and what was done to each parameter.
         """
-        running, held_out = _measurable(rule, running, self._profile)
-        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.prepares_for_any_strength else None
+        running, held_out = _measurable(rule, self._store.running, self._profile)
+        prepared = self._prepared_for(rule, memory=REUSED_BYTES) if rule.factors_serve_any_strength else None
         records: dict[float, tuple[ParameterRecord, ...]] = {}
 
         def apply(strength: float) -> None:
-            running.restore()
+            self._store.restore()
             records.clear()
             records[strength] = self.at(rule.at(strength), prepared)
 
+        self._put_base()
+        base, noise = held_out.read_again(running, quantile=auto.quantile)
+
         def measure(strength: float) -> Drift:
             apply(strength)
-            return held_out.drift(
-                running.held.model, quantile=auto.quantile, ranks=running.held.ranks, holding=running.held.holding
-            )
+            return base.drift(running, quantile=auto.quantile)
 
-        search = search_strength(rule, auto, measure, len(held_out.sequences))
-        if search.outcome == "strictest fails" and self._ranks.is_main:
-            warnings.warn(f"{rule.name}: {search.summary}", stacklevel=4)
+        search = replace(search_strength(rule, auto, measure, len(held_out.sequences)), noise=noise)
+        if search.warning and self._ranks.is_main:
+            warnings.warn(f"{rule.name}: {search.warning}", SafeDeltaWarning, stacklevel=4)
         if search.strength not in records:
             apply(search.strength)
         return search, records[search.strength]
 
-    def _prepared_for(self, rule: Rule, memory: int = 0) -> PreparedMoments:
+    def _put_base(self) -> None:
+        for name in (entry.parameter for entry in self._plan.entries if entry.parameter in self._tuned):
+            self._store.write(name, self._store.delta(name).dropped())
+
+    def _prepared_for(self, rule: Rule, memory: int = 0) -> FactorCache:
         uses = (use for entry in self._plan.entries if entry.parameter in self._tuned for use in entry.uses)
-        return PreparedMoments(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
+        return FactorCache(self._profile, rule, self._task, uses=uses, ranks=self._ranks, memory=memory)
 
 
 def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
@@ -177,7 +166,7 @@ def require_measurable(rule: Rule, profile: SafetyProfile) -> None:
         )
 
 
-def _measurable(rule: Rule, running: RunningModel | None, profile: SafetyProfile) -> tuple[RunningModel, HeldOut]:
+def _measurable(rule: Rule, running: ShardedModel | None, profile: SafetyProfile) -> tuple[ShardedModel, HeldOut]:
     if running is None:
         raise ConfigurationError(
             f"{rule.name}: strength='auto' measures the model, and there is none in memory here; give a number"
@@ -190,7 +179,7 @@ def _measurable(rule: Rule, running: RunningModel | None, profile: SafetyProfile
 class _Adjuster:
     """Adjusts one parameter at a time."""
 
-    def __init__(self, store: WeightStore, rule: Rule, prepared: PreparedMoments, merging: Merging | None) -> None:
+    def __init__(self, store: WeightStore, rule: Rule, prepared: FactorCache, merging: Merging | None) -> None:
         self._store = store
         self._rule = rule
         self._prepared = prepared
@@ -227,9 +216,9 @@ class _Adjuster:
         rule, remarks = cast(TransformRule, self._rule), tuple[str, ...]()
         for use in entry.uses:
             self._hold(entry, use, delta)
-            transform, notes = self._prepared.transform(rule, use, delta.matrix(use))
+            transform = self._prepared.transform(rule, use, delta.matrix(use))
             delta = delta.transformed(use, transform)
-            remarks += notes + transform.notes
+            remarks += transform.notes
         return delta, remarks
 
     def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401
@@ -269,7 +258,6 @@ def adjust_weights(
     rule: Rule,
     *,
     task: SafetyProfile | None = None,
-    running: RunningModel | None = None,
     progress: bool = True,
 ) -> Report:
     """Adjust fine-tuned weights wherever they are kept: all of them, or, if anything fails, none.
@@ -280,7 +268,6 @@ def adjust_weights(
         profile: Profile of their base.
         rule: Which part of each delta to keep.
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
-        running: What runs with the weights of the store, for a strength that is to be measured.
         progress: Whether to show progress bars.
 
     Returns:
@@ -296,7 +283,7 @@ def adjust_weights(
         if rule.auto is None:
             search, records = None, loop.at(rule)
         else:
-            search, records = loop.measured(rule, rule.auto, running)
+            search, records = loop.measured(rule, rule.auto)
     return Report(
         rule=RuleRecord(name=rule.name, settings=rule.settings),
         architecture=store.architecture,

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.deltas.dense import Delta, DenseDelta
-from safedelta_hf.deltas.further_models import OtherModel, OtherWeights, open_other
+from safedelta_hf.deltas.further_models import FurtherModel, open_further_model, seen_from_base
 from safedelta_hf.errors import AdapterError, NumericalError, SafeDeltaError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, MatrixView, PlanEntry, Storage, Use
+from safedelta_hf.records import Action, MatrixView, PlanEntry, Use
 from safedelta_hf.rules import MergeInput, MergeRule, Rule, source_name
 
 
@@ -29,12 +29,12 @@ class Merging:
     def __init__(self, rule: MergeRule, entries: Iterable[PlanEntry], profile: SafetyProfile) -> None:
         aliases = {entry.parameter: entry.aliases for entry in entries}
         transposed = profile.inputs_first
-        self._others: list[tuple[str, OtherModel]] = [
+        self._others: list[tuple[str, FurtherModel]] = [
             (
                 source_name(source),
-                open_other(source, aliases, profile.header, transposed)
+                open_further_model(source, aliases, profile.header, transposed)
                 if isinstance(source, nn.Module | str | Path)
-                else OtherWeights(source.read, source.source),
+                else seen_from_base(source.read, source.source),
             )
             for source in rule.sources
         ]
@@ -54,7 +54,7 @@ class Merging:
         zero = torch.zeros(entry.shape)
         for name, other in self._others:
             try:
-                weight = other.delta(entry.parameter, zero)
+                weight = other(entry.parameter, zero)
             except SafeDeltaError as error:
                 raise error.at(entry.parameter) from error
             if not torch.isfinite(weight).all():
@@ -86,21 +86,21 @@ class Merging:
         return delta.adjusted_to(values.contiguous(), entry.uses), notes
 
     def _deltas(self, parameter: str, base: Tensor) -> tuple[Tensor, ...]:
-        return tuple(other.delta(parameter, base) for _, other in self._others)
+        return tuple(other(parameter, base) for _, other in self._others)
 
 
-def require_storage(rule: Rule, entry: PlanEntry, storage: Storage) -> None:
-    """Stop where a rule cannot adjust what a delta is stored in.
+def require_dense(rule: Rule, entry: PlanEntry, *, is_dense: bool) -> None:
+    """Stop where a rule cannot adjust a delta in the form in which it is kept.
 
     Args:
         rule: The rule.
         entry: Plan of the parameter.
-        storage: What its delta is stored in.
+        is_dense: Whether base and fine-tuned weight are at hand, whole.
 
     Raises:
         AdapterError: The rule needs more than an adapter has.
     """
-    if entry.action is Action.ADJUST and storage not in rule.storage:
+    if entry.action is Action.ADJUST and rule.needs_dense and not is_dense:
         raise AdapterError(
             f"{entry.parameter}: {rule.name} merges whole weights, and the adapter holds a delta of another form apart "
             "from its base; merge the adapter (merge_and_unload) and use adjust_model, or choose a rule that "
@@ -108,21 +108,21 @@ def require_storage(rule: Rule, entry: PlanEntry, storage: Storage) -> None:
         )
 
 
-def require_mergeable(rule: Rule, entries: Iterable[PlanEntry], profile: SafetyProfile, storage: Storage) -> None:
+def require_mergeable(rule: Rule, entries: Iterable[PlanEntry], profile: SafetyProfile, *, is_dense: bool) -> None:
     """Check before a training what a merge will need after it.
 
     Args:
         rule: The rule; nothing is asked of one that does not merge.
         entries: Plan of the parameters that will be trained.
         profile: Profile of the base.
-        storage: What their deltas will be stored in.
+        is_dense: Whether base and fine-tuned weights will be at hand, whole.
 
     Raises:
         SafeDeltaError: The rule cannot adjust that, or a further model is missing something; named by parameter.
     """  # noqa: DOC502 - raised by the functions called
     entries = list(entries)
     for entry in entries:
-        require_storage(rule, entry, storage)
+        require_dense(rule, entry, is_dense=is_dense)
     if isinstance(rule, MergeRule):
         merging = Merging(rule, entries, profile)
         for entry in entries:

@@ -1,46 +1,83 @@
 """Where fine-tuned weights are kept: a model, an adapter, files."""
 
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol
 
 from safedelta_hf.deltas.dense import Delta
-from safedelta_hf.records import Storage
+from safedelta_hf.distributed.model import ShardedModel
 
 
-class WeightStore(Protocol):
+class WeightStore(ABC):
     """Fine-tuned weights whose deltas can be read and replaced one at a time.
 
     A context manager: writes happen inside its block, and leaving it on an exception undoes all of them.
+
+    Attributes:
+        architecture: Class name of the model, for the report.
+        source: Where the base weights come from, for the report.
+        running: The model that runs with these weights, where there is one in memory; strengths are measured by it.
     """
 
-    @property
-    def architecture(self) -> str:
-        """Class name of the model, for the report."""
-        ...
+    architecture: str
+    source: str
+    running: ShardedModel | None = None
 
-    @property
-    def source(self) -> str:
-        """Where the base weights come from, for the report."""
-        ...
-
-    def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter; raises if it or its base cannot be used."""
-        ...
-
-    def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta."""
-        ...
-
-    def delta(self, name: str) -> Delta:
-        """The delta of a parameter."""
-        ...
-
-    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Keep what a delta that `delta` returned has become since; returns what there is to say about it."""
-        ...
-
+    @abstractmethod
     def __enter__(self) -> object: ...
 
+    @abstractmethod
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    @abstractmethod
+    def is_tuned(self, name: str) -> bool:
+        """Whether the fine-tuning moved a parameter, or any that a weight is computed from.
+
+        Args:
+            name: Canonical parameter name, or that of a computed weight.
+
+        Returns:
+            False if it still holds the base weight, be it in another dtype.
+
+        Raises:
+            SafeDeltaError: It or its base weight cannot be used.
+        """
+
+    @abstractmethod
+    def is_dense(self, name: str) -> bool:
+        """Whether base and fine-tuned weight are both at hand, whole, so that any delta can be written.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            Whether they are.
+        """
+
+    @abstractmethod
+    def delta(self, name: str) -> Delta:
+        """The delta of a parameter.
+
+        Args:
+            name: Canonical name; `is_tuned` has looked at it.
+
+        Returns:
+            Tuned minus base, in the form in which it is kept.
+        """
+
+    @abstractmethod
+    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
+        """Keep what a delta has become.
+
+        Args:
+            name: Canonical name.
+            delta: From `delta`, adjusted.
+
+        Returns:
+            What there is to say about it.
+        """
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put back every fine-tuned weight that was written over; each may be written again."""

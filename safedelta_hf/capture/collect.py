@@ -18,20 +18,20 @@ from safedelta_hf.data.dataset import (
     tokenizer_digest,
 )
 from safedelta_hf.data.refusals import HeldOut, split
-from safedelta_hf.distributed.model import Holding
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.modules.names import class_name, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.weights.digest import data_types, fingerprint
+from safedelta_hf.weights.digest import fingerprint
 
 DEFAULT_HOLDOUT = 0.25
 
 
 def collect_profile(
-    model: nn.Module,
+    model: nn.Module | ShardedModel,
     safety_dataset: str | Path | Iterable[Mapping[str, Any]],
     processing_class: ProcessingClass | None = None,
     *,
@@ -48,8 +48,6 @@ def collect_profile(
     digests: Mapping[str, str] | None = None,
     parts: Parts | None = None,
     progress: bool = True,
-    ranks: Ranks | None = None,
-    holding: Holding | None = None,
 ) -> SafetyProfile:
     """Let the base model read the safety data, and keep the second moments of every layer's inputs.
 
@@ -57,7 +55,7 @@ def collect_profile(
     moment ends on one of them. `SafetyProfile.save`, also called by all, writes them to one folder.
 
     Args:
-        model: The base (aligned) model; it is left as it was. Adapters on it are disabled meanwhile.
+        model: The base (aligned) model, opened or not; it is left as it was. Adapters on it are disabled meanwhile.
         safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
             a JSON-lines file, in any form that TRL takes.
         processing_class: Tokenizer or processor; not needed for tokenised data.
@@ -78,8 +76,6 @@ def collect_profile(
         parts: Read the data in parts, and keep their sum in a folder, so that a killed run goes on there: the same
             call goes on where it stopped. The moments are read from that folder until it is removed. For one process.
         progress: Whether to show a progress bar, on the main process.
-        ranks: The processes that share the work; None for those of the run.
-        holding: How they hold the model's parameters; None to find out.
 
     Returns:
         The profile, with its moments in host memory or mapped from the offload folder.
@@ -102,17 +98,15 @@ def collect_profile(
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
     )
-    ranks = ranks or Ranks.of_run()
+    opened = open_model(model)
+    ranks = opened.ranks
     if parts is not None and ranks.size > 1:
         raise ConfigurationError(
             f"parts: read by one process, and this run has {ranks.size}; leave them out here, or collect in one process"
         )
     with ranks.together():
-        holding = holding or holding_of(model)
-        # Where forward passes are collective, the outermost module has a part in them.
-        model = model if holding.collective else unwrapped(model)
         sequences = read_safety_data(safety_dataset, processing_class, chosen.max_length, purpose=purpose)
-        sequences, aside = split(sequences, _share_held_out(model, chosen.holdout, len(sequences)))
+        sequences, aside = split(sequences, _share_held_out(opened.model, chosen.holdout, len(sequences)))
         if chosen.holdout and not aside:
             raise DataError(
                 f"{purpose}: holdout={chosen.holdout} sets none of {len(sequences)} examples aside; give more, or "
@@ -120,15 +114,15 @@ def collect_profile(
             )
         _require_same(sequences + aside, ranks, purpose)
         made_of = {
-            "architecture": class_name(model),
-            "base": dict(digests) if digests is not None else fingerprint(model),
-            "dtypes": data_types(model),
+            "architecture": class_name(opened.model),
+            "base": dict(digests) if digests is not None else fingerprint(opened),
+            "dtypes": opened.data_types,
             "tokenizer": tokenizer_digest(processing_class),
         }
 
         def read(part: Sequence[SafetySequence]) -> Capture:
             return capture_moments(
-                model,
+                opened,
                 part,
                 storage=MomentStorage(chosen.budget, chosen.offload_folder),
                 batch_size=chosen.batch_size,
@@ -136,14 +130,10 @@ def collect_profile(
                 purpose=purpose,
                 targets=chosen.chosen,
                 progress=progress,
-                ranks=ranks,
-                holding=holding,
             )
 
         capture = read(sequences) if parts is None else parts.capture(sequences, chosen, read, made_of)
-        held_out = None
-        if aside:
-            held_out = HeldOut.measured(model, aside, chosen.batch_size, ranks=ranks, holding=holding)
+        held_out = HeldOut.measured(opened, aside, chosen.batch_size) if aside else None
         return capture.profile(
             held_out,
             **made_of,

@@ -70,7 +70,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._collector = collector
         self._names = frozenset(names)
         self._reader = OperationReader(collector)
-        self._looks_away = False
+        self._paused = False
 
     @property
     def unsupported(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
         kwargs, see = kwargs or {}, self._reader
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        weights = [] if self._looks_away else [name for tensor in tensors if (name := see.name_of(tensor))]
+        weights = [] if self._paused else [name for tensor in tensors if (name := see.name_of(tensor))]
         given = _named(func, args, kwargs) if weights else {}
         result = func(*args, **kwargs)
         if weights:
@@ -108,7 +108,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(tensor in see.data for tensor in tensors):
             see.data.add(results)
-        elif self._looks_away:
+        elif self._paused:
             pass  # neither weights nor what a backend makes to hold them are looked at, but data stays data
         elif not tensors:
             see.data.add(results)  # what is made of no tensor, such as positions, is made for this call
@@ -136,7 +136,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name in weights:
             see.refuse(name, f"an operation that is not read, {func}, uses it")
 
-    def follow(self, tensor: Tensor, name: str) -> None:
+    def track(self, tensor: Tensor, name: str) -> None:
         """Take a tensor for the whole parameter of that name, as long as it lives.
 
         Args:
@@ -144,9 +144,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name: Its canonical name.
         """
         if name in self._names:
-            self._reader.follow(tensor, name)
+            self._reader.track(tensor, name)
 
-    def expect(self, parameter: Tensor, name: str) -> None:
+    def track_when_loaded(self, parameter: Tensor, name: str) -> None:
         """Take a parameter for the whole of that name whenever it is met with memory of its own.
 
         Args:
@@ -154,15 +154,15 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name: Its canonical name.
         """
         if name in self._names:
-            self._reader.expect(parameter, name)
+            self._reader.track_when_loaded(parameter, name)
 
-    def look_away(self) -> None:
+    def pause(self) -> None:
         """See nothing but what becomes of data, until told to look again or of what was done."""
-        self._looks_away = True
+        self._paused = True
 
-    def look_again(self) -> None:
+    def resume(self) -> None:
         """See all operations again."""
-        self._looks_away = False
+        self._paused = False
 
     def packed_product(self, weight: str, bias: str | None, inputs: Tensor, outputs: Tensor) -> None:
         """Tell of a linear layer whose inside was not looked at, and look again.
@@ -173,7 +173,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inputs: [..., in].
             outputs: [..., out].
         """
-        self.look_again()
+        self.resume()
         self._collector.packed_product(weight, bias, inputs.flatten(0, -2))
         self._reader.data.add([outputs])
 
@@ -184,8 +184,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name: Canonical name of the weight.
             weight: The weight.
         """
-        self.look_again()
-        self._reader.follow(weight, name, is_computed=True)
+        self.resume()
+        self._reader.track(weight, name, is_computed=True)
 
 
 def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401

@@ -44,7 +44,7 @@ class OperationReader:
         self.data.start(given)
         self.mixtures.start([])
 
-    def follow(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
+    def track(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
         """Take a tensor for a whole weight, as long as it lives.
 
         Args:
@@ -52,12 +52,12 @@ class OperationReader:
             name: Canonical name.
             is_computed: Whether it is computed.
         """
-        self.tracker.follow(tensor, name, is_computed=is_computed)
+        self.tracker.track(tensor, name, is_computed=is_computed)
         # Memory that was made for it looked like anything that is made during the call.
         self.data.discard(tensor)
         self.mixtures.discard(tensor)
 
-    def expect(self, parameter: Tensor, name: str) -> None:
+    def track_when_loaded(self, parameter: Tensor, name: str) -> None:
         """Take a parameter for the whole of that name whenever it is met with memory of its own.
 
         Args:
@@ -79,7 +79,7 @@ class OperationReader:
         if name is None:
             reference, known = self._parameters.get(id(tensor), (None, None))
             if known is not None and reference is not None and reference() is tensor:
-                self.follow(tensor, known)  # it was fetched into other memory than before, as it was asked for
+                self.track(tensor, known)  # it was fetched into other memory than before, as it was asked for
                 return known
         return name
 

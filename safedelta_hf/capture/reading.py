@@ -19,9 +19,7 @@ from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.refusals import HeldOut
-from safedelta_hf.distributed.model import Holding
-from safedelta_hf.distributed.open_model import holding_of
-from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError
 from safedelta_hf.modules.evaluating import undisturbed, without_adapters
 from safedelta_hf.modules.names import class_name
@@ -69,7 +67,7 @@ class Capture:
 
 
 def capture_moments(
-    model: nn.Module,
+    model: ShardedModel,
     sequences: Sequence[SafetySequence],
     *,
     storage: MomentStorage,
@@ -78,8 +76,6 @@ def capture_moments(
     purpose: str = "safety data",
     targets: Targets | None = None,
     progress: bool = True,
-    ranks: Ranks | None = None,
-    holding: Holding | None = None,
 ) -> Capture:
     """Read the safety data once and sum the moments of every layer.
 
@@ -90,7 +86,7 @@ def capture_moments(
     is summed up on one of them.
 
     Args:
-        model: The base model, on any device; where forward passes are collective, as it is called in training.
+        model: The base model, on any device; its ranks share the work.
         sequences: Tokenised safety data.
         storage: Where the moments are held while they are summed.
         batch_size: Sequences per forward pass, at most.
@@ -98,8 +94,6 @@ def capture_moments(
         purpose: What errors and the progress bar call the data.
         targets: Which linear weights are read; all of them if None.
         progress: Whether to show a progress bar, on the main rank.
-        ranks: The ranks that share the work; None for those of the run.
-        holding: How they hold the model's parameters; None to find out.
 
     Returns:
         The moments, and what could not be covered.
@@ -110,13 +104,12 @@ def capture_moments(
             computed from parameters.
         RankError: Another rank failed.
     """  # noqa: DOC502 - raised by the functions called
-    ranks = ranks or Ranks.of_run()
+    ranks = model.ranks
     with ranks.together():
-        holding = holding or holding_of(model)
-        watched = WatchedModel.of(model, holding, targets or Targets())
-        require_fit(model, [sequence.input_ids for sequence in sequences], purpose)
-        share = share_of(sequences, batch_size, ranks, collective=holding.collective)
-        reading = _Reading(watched, share, ranks, f"Reading {purpose}" if progress and ranks.is_main else None)
+        watched = WatchedModel.of(model, targets or Targets())
+        require_fit(watched.module, [sequence.input_ids for sequence in sequences], purpose)
+        share = share_of(sequences, batch_size, model)
+        reading = _Reading(watched, share, f"Reading {purpose}" if progress and ranks.is_main else None)
         observed, sums = reading.read(storage, share_moments=share_moments)
         if observed.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
@@ -127,7 +120,7 @@ def capture_moments(
             raise CaptureError(f"{observed.unshared}; pass share_moments=False")
         uses = observed.covered(tuple(watched.matrices), watched.chosen)
         untargeted = observed.untargeted(watched.chosen)
-        _require_products(model, uses, untargeted, watched.targets)
+        _require_products(watched.module, uses, untargeted, watched.targets)
         unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({watched.targets.names!r})")
         used = {use.parameter for use in uses}
         return Capture(
@@ -146,13 +139,11 @@ class _Reading:
     Attributes:
         watched: The model.
         share: The data.
-        ranks: The ranks that read.
         title: What the progress bar says; None for none.
     """
 
     watched: WatchedModel
     share: Share
-    ranks: Ranks
     title: str | None
 
     def read(self, storage: MomentStorage, *, share_moments: bool) -> tuple[ObservedUses, dict[str, Tensor]]:
@@ -176,27 +167,27 @@ class _Reading:
         observer = Observer(collector, watched.matrices)
         computed = watched.weights.followed.values()
         with (
-            without_adapters(watched.model),
-            undisturbed(watched.model),
-            every_product_visible(watched.model),
-            watched.holding.shown_to(observer),
-            packed_products(watched.model, observer),
+            without_adapters(watched.module),
+            undisturbed(watched.module),
+            every_product_visible(watched.module),
+            watched.model.tracked_by(observer),
+            packed_products(watched.module, observer),
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        return merged(self.ranks.gather(collector.observed(observer.unsupported))), collector.take()
+        return merged(watched.model.ranks.gather(collector.observed(observer.unsupported))), collector.take()
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
-        model, collective = self.watched.model, self.watched.holding.collective
-        self.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
+        module, model = self.watched.module, self.watched.model
+        model.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         for batch, counts in tqdm(self.share, desc=self.title, unit="batch", disable=self.title is None):
-            with forward_guard(self.ranks, self.watched.holding):
-                arguments = arguments_of(model, batch)
+            with forward_guard(model):
+                arguments = arguments_of(module, batch)
                 given = [value for value in arguments.values() if isinstance(value, Tensor)]
                 observer.start_batch(len(batch), len(batch[0].input_ids), given)
                 with observer if counts else nullcontext():
-                    model(**arguments)
-            if collector.shared is not None and collector.shared.is_void and not collective:
+                    module(**arguments)
+            if collector.shared is not None and collector.shared.is_void and not model.collective:
                 return
 
     def moments(
@@ -219,9 +210,9 @@ class _Reading:
         Returns:
             The moments in host memory, mapped or not; of a single process all of them.
         """
-        owners: dict[str, int] = {}
+        ranks, owners = self.watched.model.ranks, dict[str, int]()
         held: dict[str, InputMoment] = {}
-        loads = [0] * self.ranks.size
+        loads = [0] * ranks.size
         for key in observed.uses:
             own = sums.pop(key, None)
             if key not in wanted:
@@ -233,18 +224,18 @@ class _Reading:
             if total is not None:
                 held[key] = InputMoment(total=total, sequences=sequences, tokens=observed.tokens[key])
         shapes = {key: observed.shapes[key] for key in owners}
-        return Moments(held) if self.ranks.size == 1 else ShardedMoments(shapes, owners, held, self.ranks)
+        return Moments(held) if ranks.size == 1 else ShardedMoments(shapes, owners, held, ranks)
 
     def _summed(self, own: Tensor | None, shape: tuple[int, ...], owner: int, storage: MomentStorage) -> Tensor | None:
-        device = input_device(self.watched.model)  # of the same type on all ranks
-        is_owner = owner == self.ranks.rank
+        ranks, device = self.watched.model.ranks, input_device(self.watched.module)  # of the same type on all ranks
+        is_owner = owner == ranks.rank
         if own is None and is_owner:
             own = storage.allocate(shape, device)
         # Another rank may have it in host memory, where this one has it on its device.
         moved = torch.zeros(shape, device=device) if own is None else own
-        if self.ranks.size > 1:
+        if ranks.size > 1:
             moved = moved.to(device)
-            self.ranks.sum_to_(moved, owner)
+            ranks.sum_to_(moved, owner)
         if own is None or not is_owner:
             return None
         if moved is not own:

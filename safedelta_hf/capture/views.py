@@ -253,7 +253,7 @@ class TensorTracker:
         self._layouts: dict[int, list[Layout]] = {}
         self.scattered: set[str] = set()
 
-    def follow(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
+    def track(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
         """Take a tensor for a whole weight, as long as it lives.
 
         It may be in memory that held another before: backends free parameters and fetch others into their place. Of two

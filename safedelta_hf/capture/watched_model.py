@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer
-from safedelta_hf.distributed.model import Holding, WholeParameters
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
 from safedelta_hf.modules.evaluating import undisturbed
 from safedelta_hf.modules.names import base_modules, class_name, parameter_names, unwrapped
@@ -51,7 +51,7 @@ class _Packed:
         self._name, self._weight, self._bias, self._observer = name, weight, bias, observer
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._observer.look_away()
+        self._observer.pause()
 
     def after(self, module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -115,7 +115,7 @@ def computed_weights(weights: Iterable[ParametrisedWeight], observer: Observer) 
     """
     with ExitStack() as hooks:
         for weight in weights:
-            for handle in weight.watch(observer.look_away, partial(observer.computed_weight, weight.name)):
+            for handle in weight.watch(observer.pause, partial(observer.computed_weight, weight.name)):
                 hooks.callback(handle.remove)
         yield
 
@@ -126,55 +126,57 @@ class WatchedModel:
 
     Attributes:
         model: The model.
-        holding: How this process holds its parameters.
+        module: What is called of it: the bare model, but where forward passes are collective the outermost one, which
+            has a part in them.
         targets: Which linear weights are read.
         weights: Its weights that are computed from parameters.
         matrices: Something of the shape and device of each weight that is watched, by canonical name.
     """
 
-    model: nn.Module
-    holding: Holding
+    model: ShardedModel
+    module: nn.Module
     targets: Targets
     weights: ParametrisedWeights
     matrices: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, holding: Holding, targets: Targets) -> "WatchedModel":
+    def of(cls, model: ShardedModel, targets: Targets) -> "WatchedModel":
         """Look at a model, and make sure that it can be read with.
 
         Args:
             model: The base model.
-            holding: How this process holds its parameters.
             targets: Which linear weights are read.
 
         Returns:
-            The watched model.
+            The model, with what is watched of it.
 
         Raises:
             CaptureError: It is an encoder-decoder model.
             NumericalError: A weight holds NaN or Inf.
             ConfigurationError: It is sharded, and has weights that are computed from parameters.
         """  # noqa: DOC502 - raised by the functions called
-        _check_model(model, holding)
-        names = parameter_names(model)
-        if holding.kind != WholeParameters.kind and (computed := parametrised_weights(model)):
+        module = model.model if model.collective else unwrapped(model.model)
+        _require_one_sequence(module)
+        _require_finite(model)
+        if not model.is_local and (computed := parametrised_weights(module)):
             raise ConfigurationError(
                 f"{next(iter(computed))}: is computed from other parameters, which is not covered in a model under "
-                f"{holding.kind}. Train without the callback, then use adjust_model on the saved model"
+                f"{model.kind}. Train without the callback, then use adjust_model on the saved model"
             )
-        with undisturbed(model):
-            weights = ParametrisedWeights.of(model)
+        with undisturbed(module):
+            weights = ParametrisedWeights.of(module)
+        names = parameter_names(module)
         packed = {
-            names[module.get_parameter("weight")]: (module.out_features, module.in_features)
-            for _, module in _packed_layers(model)
+            names[layer.get_parameter("weight")]: (layer.out_features, layer.in_features)
+            for _, layer in _packed_layers(module)
         }
         matrices = {
-            name: torch.empty((), device=holding.device(name)).expand(packed.get(name) or holding.shape(name))
-            for name in names.values()
+            name: torch.empty((), device=model.device(name)).expand(packed.get(name) or model.shape(name))
+            for name in model.names
             if name not in weights.originals
         }
         computed_shapes = {name: weight.shaped() for name, weight in weights.followed.items()}
-        return cls(model=model, holding=holding, targets=targets, weights=weights, matrices=matrices | computed_shapes)
+        return cls(model=model, module=module, targets=targets, weights=weights, matrices=matrices | computed_shapes)
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -184,7 +186,7 @@ class WatchedModel:
     @property
     def head(self) -> str | None:
         """Name of the output projection's weight, if the model has one."""
-        return _head(self.model, self.weights.followed.values())
+        return _head(self.module, self.weights.followed.values())
 
     def reasons(self, used: Collection[str], unsupported: Mapping[str, str]) -> dict[str, str]:
         """Why parameters are not covered.
@@ -196,10 +198,10 @@ class WatchedModel:
         Returns:
             Reasons by name.
         """
-        modules = base_modules(self.model)
+        modules = base_modules(self.module)
         owners = {own: module for _, module in modules for own in module.parameters(recurse=False)}
         reasons = {}
-        for parameter, name in parameter_names(self.model).items():
+        for parameter, name in parameter_names(self.module).items():
             weight = self.weights.originals.get(name, name)
             if weight not in used:
                 kind = type(owners[parameter]).__name__
@@ -208,21 +210,24 @@ class WatchedModel:
         return reasons
 
 
-def _check_model(model: nn.Module, holding: Holding) -> None:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+def _require_one_sequence(module: nn.Module) -> None:
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise CaptureError(
-            f"{class_name(model)} is an encoder-decoder model; only models that read prompt and response "
+            f"{class_name(module)} is an encoder-decoder model; only models that read prompt and response "
             "as one sequence are covered"
         )
+
+
+def _require_finite(model: ShardedModel) -> None:
     # All are read before anything is said of one: other processes may have to take part in the reading.
-    is_finite = {name: _is_finite(holding, name) for name in holding.names}
+    is_finite = {name: _is_finite(model, name) for name in model.all_names}
     for name, finite in is_finite.items():
         if not finite:
             raise NumericalError(f"{name}: the base model holds NaN or Inf in this weight; load an intact checkpoint")
 
 
-def _is_finite(holding: Holding, name: str) -> bool:
-    return is_quantised(holding.parameter(name)) or bool(torch.isfinite(holding.read(name)).all())
+def _is_finite(model: ShardedModel, name: str) -> bool:
+    return is_quantised(model.live(name)) or bool(torch.isfinite(model.read(name)).all())
 
 
 def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from safedelta_hf.adjust.factors import PreparedMoments
+from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.adjust.loop import Adjustment
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
@@ -68,7 +68,7 @@ def adjust_checkpoint(
             base=base, tuned=tuned, output=output, profile=profile, rule=rule, task=task, treatment=treatment
         )
         opened_task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
-        prepared = PreparedMoments(checkpoint.profile, rule, opened_task)
+        prepared = FactorCache(checkpoint.profile, rule, opened_task)
         manifest = _manifest(checkpoint, rule, opened_task, str(place))
         with CheckpointFolder(output, checkpoint.tuned, manifest, progress=progress) as folder:
             if not folder.is_complete:

@@ -17,7 +17,7 @@ from safedelta_hf.checkpoint.shards import ShardParts, write_all
 from safedelta_hf.errors import CheckpointError, OutputError
 from safedelta_hf.folders import complete_file, locked, sync, unfinished_of
 from safedelta_hf.records import ParameterRecord
-from safedelta_hf.weights.safetensors_files import INDEX_FILE, TensorFiles
+from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles
 
 MANIFEST_FILE = "manifest.json"
 FINISHED_FILE = "finished.jsonl"
@@ -41,7 +41,9 @@ class CheckpointFolder:
         progress: Whether to show progress bars.
     """
 
-    def __init__(self, output: Path, original: TensorFiles, manifest: Mapping[str, Any], *, progress: bool) -> None:
+    def __init__(
+        self, output: Path, original: SafetensorsFiles, manifest: Mapping[str, Any], *, progress: bool
+    ) -> None:
         self._output = output
         self._original = original
         self._manifest = json.loads(json.dumps(manifest))

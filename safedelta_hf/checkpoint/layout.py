@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def whole(name: str, shape: tuple[int, ...]) -> StoredPiece:
 
 
 def saved_layout(
-    files: TensorFiles, header: ProfileHeader
+    files: SafetensorsFiles, header: ProfileHeader
 ) -> dict[str, tuple[tuple[int, ...], tuple[StoredPiece, ...]]]:
     """How transformers would save the model that some files are of, told by its class and configuration alone.
 
@@ -96,7 +96,7 @@ def saved_layout(
     return {name: (tuple(parameters[name].shape), tuple(found)) for name, found in pieces.items()}
 
 
-def _skeleton(files: TensorFiles, header: ProfileHeader) -> PreTrainedModel:
+def _skeleton(files: SafetensorsFiles, header: ProfileHeader) -> PreTrainedModel:
     model_class = getattr(transformers, header.architecture, None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise CheckpointError(f"{header.architecture} is no class of transformers")

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.checkpoint.layout import StoredPiece, saved_layout, whole
-from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.model import Shard
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.safetensors_files import FLOATING, TensorFiles
+from safedelta_hf.weights.readers import WeightReader
+from safedelta_hf.weights.safetensors_files import FLOATING, SafetensorsFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Stored:
         """Names of all tensors that hold it."""
         return (*(piece.name for piece in self.pieces), *self.twins)
 
-    def read(self, files: TensorFiles) -> Tensor:
+    def read(self, files: SafetensorsFiles) -> Tensor:
         """Read it.
 
         Args:
@@ -64,7 +66,7 @@ class CheckpointPair:
         BaseWeightsError: The same of the base, or a weight has another shape there.
     """
 
-    def __init__(self, base: TensorFiles, tuned: TensorFiles, header: ProfileHeader) -> None:
+    def __init__(self, base: SafetensorsFiles, tuned: SafetensorsFiles, header: ProfileHeader) -> None:
         self._tuned = tuned
         _require_plain(header)
         self.aliases = tied_aliases(header)
@@ -83,7 +85,7 @@ class CheckpointPair:
                     f"{base.source!r}; was the vocabulary resized after the profile was made?"
                 )
         self._require_known(base, header)
-        self.base = FilesBase(base, in_base)
+        self.base = PairedBase(base, in_base)
 
     def read(self, name: str) -> Tensor:
         """Read the fine-tuned weight of a parameter.
@@ -124,7 +126,7 @@ class CheckpointPair:
         for twin in stored.twins:
             yield twin, weight
 
-    def _require_known(self, base: TensorFiles, header: ProfileHeader) -> None:
+    def _require_known(self, base: SafetensorsFiles, header: ProfileHeader) -> None:
         for name, tensor in self.others.items():
             if name not in base.tensors or base.tensors[name].shape != tensor.shape:
                 raise CheckpointError(
@@ -134,7 +136,7 @@ class CheckpointPair:
                 )
 
 
-class FilesBase:
+class PairedBase(WeightReader):
     """Reads base weights that were found in files.
 
     Args:
@@ -142,30 +144,21 @@ class FilesBase:
         stored: How each parameter stands there, by canonical name.
     """
 
-    reopen = None
-
-    def __init__(self, files: TensorFiles, stored: Mapping[str, Stored]) -> None:
-        self.source = files.source
+    def __init__(self, files: SafetensorsFiles, stored: Mapping[str, Stored]) -> None:
         self._files, self._stored = files, stored
 
-    def read(self, name: str, piece: Piece | None = None) -> Tensor:
-        """The base weight of a canonical name.
+    @property
+    @override
+    def source(self) -> str:
+        return self._files.source
 
-        Args:
-            name: Canonical parameter name.
-            piece: The slices that are wanted; None for all.
-
-        Returns:
-            A new tensor in host memory, in the dtype of the file.
-
-        Raises:
-            BaseWeightsError: The file cannot be read.
-        """
+    @override
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
         try:
             weight = self._stored[name].read(self._files)
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
-        return weight if piece is None else weight[piece.start : piece.stop]
+        return weight if shard is None else shard.of(weight)
 
 
 def tied_aliases(header: ProfileHeader) -> dict[str, tuple[str, ...]]:
@@ -205,7 +198,7 @@ def _require_plain(header: ProfileHeader) -> None:
             )
 
 
-def _found(files: TensorFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Stored]:
+def _found(files: SafetensorsFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     layout: dict[str, Stored] | None = None
     for name in header.base:
@@ -223,7 +216,7 @@ def _found(files: TensorFiles, header: ProfileHeader, aliases: Mapping[str, tupl
     return found
 
 
-def _layout(name: str, files: TensorFiles, header: ProfileHeader) -> dict[str, Stored]:
+def _layout(name: str, files: SafetensorsFiles, header: ProfileHeader) -> dict[str, Stored]:
     try:
         layout = saved_layout(files, header)
     except CheckpointError as error:
@@ -231,7 +224,7 @@ def _layout(name: str, files: TensorFiles, header: ProfileHeader) -> dict[str, S
     return {name: Stored(shape=shape, pieces=pieces) for name, (shape, pieces) in layout.items()}
 
 
-def _absence(name: str, files: TensorFiles, header: ProfileHeader) -> str:
+def _absence(name: str, files: SafetensorsFiles, header: ProfileHeader) -> str:
     strangers = _first(one for one in files.tensors if one not in header.base)
     found = f", which has {strangers} instead" if strangers else ""
     return (
@@ -242,7 +235,7 @@ def _absence(name: str, files: TensorFiles, header: ProfileHeader) -> str:
     )
 
 
-def _require_covered(name: str, stored: Stored, files: TensorFiles, header: ProfileHeader) -> None:
+def _require_covered(name: str, stored: Stored, files: SafetensorsFiles, header: ProfileHeader) -> None:
     count, covered = math.prod(stored.shape), sum(math.prod(piece.shape) for piece in stored.pieces)
     if not stored.pieces or covered != count:
         raise CheckpointError(
@@ -251,7 +244,7 @@ def _require_covered(name: str, stored: Stored, files: TensorFiles, header: Prof
         )
 
 
-def _require_readable(name: str, stored: Stored, files: TensorFiles, header: ProfileHeader) -> None:
+def _require_readable(name: str, stored: Stored, files: SafetensorsFiles, header: ProfileHeader) -> None:
     for one in stored.names:
         if one not in files.tensors:
             raise CheckpointError(_absence(name, files, header))
@@ -269,7 +262,7 @@ def _require_readable(name: str, stored: Stored, files: TensorFiles, header: Pro
         )
 
 
-def _require_floating(files: TensorFiles, names: Collection[str]) -> None:
+def _require_floating(files: SafetensorsFiles, names: Collection[str]) -> None:
     for name in names:
         if (dtype := files.tensors[name].dtype) not in FLOATING:
             raise CheckpointError(

@@ -18,7 +18,7 @@ from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, PlanEntry, Treatment
 from safedelta_hf.rules import Rule, SafeDelta
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class CheckpointPlan:
         companions: What stands beside the weights.
     """
 
-    base: TensorFiles
-    tuned: TensorFiles
+    base: SafetensorsFiles
+    tuned: SafetensorsFiles
     output: Path
     profile: SafetyProfile
     treatment: Treatment
@@ -157,18 +157,18 @@ def plan_checkpoint(
     )
 
 
-def _open_base(source: str | Path) -> TensorFiles:
+def _open_base(source: str | Path) -> SafetensorsFiles:
     try:
-        return TensorFiles(source)
+        return SafetensorsFiles(source)
     except CheckpointError as error:
         raise BaseWeightsError(f"base: {error}") from error
 
 
-def _open_tuned(folder: Path) -> TensorFiles:
+def _open_tuned(folder: Path) -> SafetensorsFiles:
     if not folder.is_dir():
         raise CheckpointError(f"tuned: {str(folder)!r} is no folder; give the folder of the fine-tuned model")
     try:
-        return TensorFiles(folder)
+        return SafetensorsFiles(folder)
     except CheckpointError as error:
         hint = ""
         if (folder / CONFIG_FILE).is_file():

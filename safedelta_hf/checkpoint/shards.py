@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.folders import sync
-from safedelta_hf.weights.safetensors_files import StoredTensor, TensorFiles, data_start
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles, StoredTensor, data_start
 
 PART = ".part"
 """Ends the name of a file that is not complete, so that nothing loads it."""
@@ -28,7 +28,7 @@ class ShardParts:
         original: The model.
     """
 
-    def __init__(self, folder: Path, original: TensorFiles) -> None:
+    def __init__(self, folder: Path, original: SafetensorsFiles) -> None:
         self._folder = folder
         self._original = original
 

@@ -3,16 +3,18 @@
 from types import TracebackType
 
 import torch
+from typing_extensions import override
 
+from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
-from safedelta_hf.records import ParameterRecord, ProfileHeader, Storage
+from safedelta_hf.records import ParameterRecord, ProfileHeader
 from safedelta_hf.weights.digest import digest
 from safedelta_hf.weights.readers import verified
 
 
-class CheckpointStore:
+class CheckpointStore(WeightStore):
     """The parameters of a checkpoint: read from its shards, and written into those of another.
 
     Args:
@@ -45,20 +47,8 @@ class CheckpointStore:
         if kind is None:
             self._keep_others()
 
+    @override
     def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter.
-
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            False if it still holds the base weight, be it in another dtype.
-
-        Raises:
-            BaseWeightsError: The base weight is missing, or not the profile's.
-            CheckpointError: A file cannot be read.
-            NumericalError: The fine-tuned weight holds NaN or Inf.
-        """  # noqa: DOC502 - raised by the functions called
         tuned, expected = self._pair.read(name), self._header.base[name]
         if digest(tuned) == expected:
             return False
@@ -68,43 +58,25 @@ class CheckpointStore:
         require_finite(name, tuned)
         return True
 
-    def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta.
+    @override
+    def is_dense(self, name: str) -> bool:
+        return True
 
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            Always the same: both checkpoints have the weight.
-        """
-        return Storage.DENSE
-
+    @override
     def delta(self, name: str) -> DenseDelta:
-        """The delta of a parameter.
-
-        Args:
-            name: Canonical name; `is_tuned` has looked at it.
-
-        Returns:
-            Tuned minus base.
-        """
         base = self._pair.base.read(name).to(getattr(torch, self._header.dtypes[name]))
         return DenseDelta(self._pair.read(name).to(self._device), base)
 
+    @override
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Write the weight that carries what is kept of a delta.
-
-        Args:
-            name: Canonical name.
-            delta: From `delta`, adjusted.
-
-        Returns:
-            Nothing to say.
-        """
         assert isinstance(delta, DenseDelta), "the deltas of a checkpoint are dense"
         for stored, value in self._pair.parts(name, delta.weight().contiguous()):
             self._output.write(stored, value)
         return ()
+
+    @override
+    def restore(self) -> None:
+        """Do nothing: the fine-tuned weights are only read, and each of the output is written again as a whole."""
 
     def keep(self, record: ParameterRecord) -> None:
         """Have a parameter stand finished in the output, however it fared.

@@ -9,8 +9,7 @@ import typer
 from safedelta_hf.adapter.files import adjust_adapter_files
 from safedelta_hf.checkpoint.adjust import adjust_checkpoint
 from safedelta_hf.checkpoint.plan import plan_checkpoint
-from safedelta_hf.cli.errors import one_line_errors
-from safedelta_hf.cli.options import RULE_HELP, chosen_rule
+from safedelta_hf.cli.options import RULE_HELP, chosen_rule, one_line_errors
 from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report

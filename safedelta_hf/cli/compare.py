@@ -9,21 +9,19 @@ from typing import Annotated, Any, Final
 import typer
 from transformers.utils import logging
 
-from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import load_model
-from safedelta_hf.cli.options import RULE_HELP, one_of, parsed_strength
-from safedelta_hf.compare import ComparisonFile, Entrants, Subject, compare, draw, enter, markdown
+from safedelta_hf.cli.options import RULE_HELP, load_function, one_line_errors, one_of, parsed_strength
+from safedelta_hf.compare import Candidates, ComparisonFile, Scenario, choose_candidates, compare, draw, markdown
 from safedelta_hf.compare.points import RESULTS
 from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
-from safedelta_hf.compare.scenarios import ModelSubject
+from safedelta_hf.compare.scenarios import ModelScenario
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings
-from safedelta_hf.evaluation.task import load_function
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
-from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
+from safedelta_hf.testbed.comparison import AlignedModel, CaseScenario
 
 TABLE: Final = "comparison.md"
 PLOT: Final = "comparison.png"
@@ -112,19 +110,19 @@ def comparison(
         own = _own_options(context.params)
         for name in rule or RULES:
             one_of(RULES, name, "--rule")
-        entrants = enter(
+        candidates = choose_candidates(
             rule or list(RULES),
             None if strength is None else [parsed_strength(text) for text in strength],
             _retentions(retention, has_ordinary=not own or own["ordinary_data"] is not None),
             has_task=not own or own["task_data"] is not None,
         )
-        for name, reason in entrants.left_out.items():
+        for name, reason in candidates.left_out.items():
             typer.echo(f"{name} takes no part: {reason}")
         if own:
-            subjects, file = _of_files(own, output)
+            scenarios, file = _of_files(own, output)
         else:
-            subjects, file = _of_testbed(case or list(CASES), seed or SEEDS, questions or QUESTIONS, output)
-        _finish(subjects, entrants, file, output)
+            scenarios, file = _of_testbed(case or list(CASES), seed or SEEDS, questions or QUESTIONS, output)
+        _finish(scenarios, candidates, file, output)
 
 
 def _own_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,15 +141,15 @@ def _refuse(options: Sequence[str], reason: str) -> None:
 
 def _of_testbed(
     cases: Sequence[str], seeds: Sequence[int], questions: int, output: Path
-) -> tuple[list[Subject], ComparisonFile]:
+) -> tuple[list[Scenario], ComparisonFile]:
     chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases)]
     aligned = AlignedModel()
     made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
     file = ComparisonFile(output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command())
-    return [CaseSubject(aligned, case, seed, questions) for case in chosen for seed in dict.fromkeys(seeds)], file
+    return [CaseScenario(aligned, case, seed, questions) for case in chosen for seed in dict.fromkeys(seeds)], file
 
 
-def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Subject], ComparisonFile]:
+def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:
     # Everything that is small is read before anything that is large.
     score = None if own["score"] is None else load_function(own["score"], "--score")
     questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task"], score=score)
@@ -161,12 +159,12 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Subject], Comp
     )
     data = {name: own[name] for name in ("safety_data", "task_data", "ordinary_data")}
     name = Path(own["tuned"]).resolve().name
-    subject = ModelSubject(name, base, tuned, tokenizer, questions, settings=settings, **data)
-    return [subject], ComparisonFile(output, made_with=subject.made_with, utilities=OWN_UTILITIES, command=_command())
+    scenario = ModelScenario(name, base, tuned, tokenizer, questions, settings=settings, **data)
+    return [scenario], ComparisonFile(output, made_with=scenario.made_with, utilities=OWN_UTILITIES, command=_command())
 
 
-def _finish(subjects: Sequence[Subject], entrants: Entrants, file: ComparisonFile, output: Path) -> None:
-    compare(subjects, entrants, file)
+def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: ComparisonFile, output: Path) -> None:
+    compare(scenarios, candidates, file)
     text = markdown(file)
     (output / TABLE).write_text(text, encoding="utf-8")
     drawn = draw(file, output / PLOT)

@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -27,26 +27,19 @@ from safedelta_hf.testbed import (
 
 QUESTIONS = 200
 
+_LABELS = {
+    "attack_success": "attack success",
+    "harmful_content": "harmful content",
+    "new_skill": "new skill",
+    "old_skills": "old skills",
+}
+
 LORA_RANK = 16
 LORA_RATE = 5.0
 """Learning rate of a LoRA run, in units of the case's; a low-rank adapter needs a larger one than full weights."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Behaviour:
-    """What a model does, by greedy generation: shares of its responses.
-
-    Attributes:
-        attack_success: Unseen harmful requests that are not refused; gibberish counts as success of the attack.
-        harmful_content: Unseen harmful requests that get the very content that was asked for.
-        new_skill: Right answers on the skill that the fine-tuning teaches; None where it teaches none.
-        old_skills: Right answers on the skills of the aligned model.
-    """
-
-    attack_success: float
-    harmful_content: float
-    new_skill: float | None
-    old_skills: float
+Behaviour = dict[str, float | None]
+"""Shares of a model's responses, as in `behaviour_scores`; None for a new skill where the fine-tuning teaches none."""
 
 
 def behaviour_of(
@@ -64,12 +57,7 @@ def behaviour_of(
         The shares of its responses.
     """
     scores = behaviour_scores(model, tokenizer, has_new_skill=has_new_skill, questions=questions)
-    return Behaviour(
-        attack_success=scores["attack_success"].value,
-        harmful_content=scores["harmful_content"].value,
-        new_skill=scores["new_skill"].value if has_new_skill else None,
-        old_skills=scores["old_skills"].value,
-    )
+    return {name: scores[name].value if name in scores else None for name in _LABELS}
 
 
 def run_demo(
@@ -130,7 +118,7 @@ def run_demo(
         "questions": questions,
         "search": None if callback.report.search is None else asdict(callback.report.search),
         "seconds": time.perf_counter() - started,
-        "behaviour": {name: asdict(behaviour) for name, behaviour in found.items()},
+        "behaviour": found,
     }
     kind = "LoRA fine-tuned" if lora else "Fine-tuned"
     search = callback.report.search
@@ -192,8 +180,7 @@ def table(found: dict[str, Behaviour], title: str) -> str:
     """
     rows = Table("model", *_LABELS.values())
     for name, behaviour in found.items():
-        values = asdict(behaviour)
-        rows.add_row(name, *("-" if values[key] is None else f"{values[key]:.1%}" for key in _LABELS))
+        rows.add_row(name, *("-" if share is None else f"{share:.1%}" for share in behaviour.values()))
     text = io.StringIO()
     Console(file=text, width=100).print(title, rows)
     return text.getvalue()
@@ -207,14 +194,13 @@ def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
         title: Line above the bars.
         path: PNG file to write.
     """
-    labels = [key for key in _LABELS if asdict(found["aligned"])[key] is not None]
+    labels = [key for key, share in found["aligned"].items() if share is not None]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(found)
     for number, (name, behaviour) in enumerate(found.items()):
-        values = asdict(behaviour)
         places = [place + (number - 1) * width for place in range(len(labels))]
-        bars = axes.bar(places, [values[key] for key in labels], width, label=name)
+        bars = axes.bar(places, [share for share in behaviour.values() if share is not None], width, label=name)
         axes.bar_label(bars, fmt=lambda value: f"{value:.0%}", fontsize=8)
     axes.set_xticks(range(len(labels)), [_LABELS[key] for key in labels])
     axes.set_ylim(0, 1.1)
@@ -222,11 +208,3 @@ def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
     axes.set_title(title)
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=150)
-
-
-_LABELS = {
-    "attack_success": "attack success",
-    "harmful_content": "harmful content",
-    "new_skill": "new skill",
-    "old_skills": "old skills",
-}

@@ -7,12 +7,11 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from safedelta_hf.cli.errors import one_line_errors
+from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
 from safedelta_hf.evaluation.evaluate import RESPONSES, RESULTS
 from safedelta_hf.evaluation.judge import Judge
-from safedelta_hf.evaluation.task import is_dotted, load_function
 
 
 def evaluate(

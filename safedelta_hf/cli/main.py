@@ -9,9 +9,8 @@ from transformers.utils import logging
 from safedelta_hf.cli.apply import apply
 from safedelta_hf.cli.compare import comparison
 from safedelta_hf.cli.demo import run_demo
-from safedelta_hf.cli.errors import one_line_errors
 from safedelta_hf.cli.evaluate import evaluate
-from safedelta_hf.cli.options import RULE_HELP, STRENGTH_HELP, chosen_rule, one_of
+from safedelta_hf.cli.options import RULE_HELP, STRENGTH_HELP, chosen_rule, one_line_errors, one_of
 from safedelta_hf.cli.profile import profile
 from safedelta_hf.rules import TaskRidge
 from safedelta_hf.testbed import CASES

@@ -1,12 +1,21 @@
-"""What several commands take."""
+"""What several commands take, and how errors look."""
 
-from collections.abc import Mapping
-from typing import Literal, TypeVar
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, Literal, TypeVar
 
-from safedelta_hf.errors import ConfigurationError
+import typer
+
+from safedelta_hf.errors import ConfigurationError, SafeDeltaError
 from safedelta_hf.rules import RULES, Rule
 
 T = TypeVar("T")
+
+_DOTTED: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 RULE_HELP = f"How to adjust: {', '.join(RULES)}."
 STRENGTH_HELP = "Strength of the rule: a number, or 'auto' to measure."
@@ -66,3 +75,57 @@ def one_of(known: Mapping[str, T], name: str, option: str) -> T:
     if name not in known:
         raise ConfigurationError(f"{option} {name!r} is not one of {', '.join(known)}")
     return known[name]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the command with one line and status 1 on what this package reports on purpose.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except SafeDeltaError as error:
+        typer.echo(f"safedelta: {error}", err=True)
+        sys.exit(1)
+
+
+def is_dotted(path: str) -> bool:
+    """Tell whether a text has the form `module:function`.
+
+    Args:
+        path: The text.
+
+    Returns:
+        Whether it has.
+    """
+    return _DOTTED.fullmatch(path) is not None
+
+
+def load_function(path: str, option: str) -> Callable[..., Any]:
+    """Import a user's function, also from the working directory.
+
+    Args:
+        path: `module:function`.
+        option: What it was given for, for messages.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigurationError: The path has another form, or there is no such function.
+    """
+    if not is_dotted(path):
+        raise ConfigurationError(f"{option} {path!r} is not of the form module:function")
+    module, name = path.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{option} {path!r} cannot be imported ({error})") from error
+    if not callable(function):
+        raise ConfigurationError(f"{option} {path!r} is no function")
+    loaded: Callable[..., Any] = function
+    return loaded

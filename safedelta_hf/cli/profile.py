@@ -14,8 +14,7 @@ from transformers.utils import logging
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
 from safedelta_hf.capture.resume import Parts
-from safedelta_hf.cli.errors import one_line_errors
-from safedelta_hf.cli.options import one_of
+from safedelta_hf.cli.options import one_line_errors, one_of
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
 from safedelta_hf.folders import require_absent

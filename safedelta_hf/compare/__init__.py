@@ -1,33 +1,31 @@
 """Several rules over several strengths on the same fine-tuned models, beside baselines that cost little."""
 
-from safedelta_hf.compare.candidates import (
+from safedelta_hf.compare.candidates import Candidates, choose_candidates, compare
+from safedelta_hf.compare.points import ComparisonFile, Point
+from safedelta_hf.compare.scenarios import (
     ALIGNED,
     FINE_TUNED,
-    Contender,
-    Entrants,
-    Made,
-    Subject,
+    Candidate,
+    CandidateModel,
+    ModelScenario,
+    Scenario,
     TunedModel,
-    enter,
 )
-from safedelta_hf.compare.points import ComparisonFile, Point
-from safedelta_hf.compare.run import compare
-from safedelta_hf.compare.scenarios import ModelSubject
 from safedelta_hf.compare.table import draw, markdown
 
 __all__ = [
     "ALIGNED",
     "FINE_TUNED",
+    "Candidate",
+    "CandidateModel",
+    "Candidates",
     "ComparisonFile",
-    "Contender",
-    "Entrants",
-    "Made",
-    "ModelSubject",
+    "ModelScenario",
     "Point",
-    "Subject",
+    "Scenario",
     "TunedModel",
+    "choose_candidates",
     "compare",
     "draw",
-    "enter",
     "markdown",
 ]

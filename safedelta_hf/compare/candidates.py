@@ -1,144 +1,23 @@
-"""What is compared: ways to make a model from a base, a fine-tuned model and data."""
+"""The rules that take part in a comparison, and the comparison itself: make each model, measure it, keep the point."""
 
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+from tqdm.auto import tqdm
 
-from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation.result import Score
-from safedelta_hf.model.adjust import adjust_model
-from safedelta_hf.modules.names import parameter_names
-from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.profile.retention import with_retention
+from safedelta_hf.compare.points import ComparisonFile, Point, key_of
+from safedelta_hf.compare.scenarios import Candidate, Scenario
+from safedelta_hf.errors import ConfigurationError, NumericalError
 from safedelta_hf.rules import RULES, Rule
 
-ALIGNED: Final = "aligned"
-FINE_TUNED: Final = "fine-tuned"
 DEFAULT_GRID: Final = 3
 """Strengths beside "auto", spread evenly over the logarithm of a rule's search range, without its ends."""
 
 
-class Made(NamedTuple):
-    """A model that is ready to be measured.
-
-    Attributes:
-        model: The model; the next contender may change it.
-        seconds: Time that making it took.
-        search: How the strength was found, as plain values; None where it was given.
-    """
-
-    model: PreTrainedModel
-    seconds: float
-    search: Mapping[str, Any] | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to make a model.
-
-    Attributes:
-        method: As in `Point`.
-        settings: What tells it from others of the same method.
-        make: Makes the model.
-    """
-
-    method: str
-    settings: Mapping[str, Any]
-    make: Callable[[], Made]
-
-
-class TunedModel:
-    """A fine-tuned model that is adjusted in place, again and again.
-
-    Args:
-        model: The model; a copy of its weights is kept in host memory.
-        seconds: Time that the fine-tuning took, where it was measured.
-    """
-
-    def __init__(self, model: PreTrainedModel, seconds: float = 0.0) -> None:
-        self._model = model
-        self._weights = {name: parameter.detach().cpu().clone() for parameter, name in parameter_names(model).items()}
-        self.seconds = seconds
-
-    def restored(self) -> PreTrainedModel:
-        """The model as the fine-tuning left it.
-
-        Returns:
-            The one model, changed in place.
-        """
-        with torch.no_grad():
-            for parameter, name in parameter_names(self._model).items():
-                parameter.copy_(self._weights[name])
-        return self._model
-
-
-class Subject(Protocol):
-    """A base, a model that was fine-tuned from it, the data of both, and a measure of models.
-
-    What is expensive is made when it is first asked for.
-    """
-
-    @property
-    def name(self) -> str:
-        """As in `Point`."""
-        ...
-
-    @property
-    def seed(self) -> int | None:
-        """As in `Point`."""
-        ...
-
-    @property
-    def base(self) -> nn.Module:
-        """The base model."""
-        ...
-
-    @property
-    def tuned(self) -> TunedModel:
-        """The fine-tuned model."""
-        ...
-
-    @property
-    def profile(self) -> SafetyProfile:
-        """Profile of the base on safety data, part of it held out."""
-        ...
-
-    @property
-    def task(self) -> SafetyProfile | None:
-        """Profile of the base on the task data, if there are any."""
-        ...
-
-    @property
-    def ordinary(self) -> SafetyProfile | None:
-        """Profile of the base on ordinary data, if there are any."""
-        ...
-
-    @property
-    def baselines(self) -> Sequence[Contender]:
-        """What the rules are compared with."""
-        ...
-
-    def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:
-        """Measure a model.
-
-        Args:
-            model: The model.
-
-        Returns:
-            Scores by name, `attack_success` among them.
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entrants:
+class Candidates:
     """The rules that take part, at each strength, with and without retention.
 
     Attributes:
@@ -151,28 +30,28 @@ class Entrants:
     retentions: tuple[float, ...]
     left_out: Mapping[str, str]
 
-    def contenders(self, subject: Subject) -> Iterator[Contender]:
-        """All of them on one subject.
+    def on(self, scenario: Scenario) -> Iterator[Candidate]:
+        """All of them on one scenario.
 
         Args:
-            subject: The subject.
+            scenario: The scenario.
 
         Yields:
-            Contenders, rule by rule.
+            Candidates, rule by rule.
         """
         for rule in self.rules:
             # Where nothing is read from the moments, retention changes nothing.
             for weight in self.retentions if rule.reads_moments else (0.0,):
-                yield _contender(subject, rule, weight)
+                yield scenario.adjusted(rule, weight)
 
 
-def enter(
+def choose_candidates(
     names: Sequence[str],
     strengths: Sequence[float | Literal["auto"]] | None,
     retentions: Sequence[float],
     *,
     has_task: bool,
-) -> Entrants:
+) -> Candidates:
     """Find the rules that can take part in a comparison on one fine-tuned model.
 
     Args:
@@ -203,7 +82,7 @@ def enter(
     if not rules:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ConfigurationError(f"no rule can take part ({reasons})")
-    return Entrants(rules=tuple(rules), retentions=tuple(dict.fromkeys(retentions)), left_out=left_out)
+    return Candidates(rules=tuple(rules), retentions=tuple(dict.fromkeys(retentions)), left_out=left_out)
 
 
 def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
@@ -221,19 +100,45 @@ def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
     return [float(f"{math.exp(mild + step * (strict - mild)):.3g}") for step in steps]
 
 
-def _contender(subject: Subject, rule: Rule, weight: float) -> Contender:
-    def make() -> Made:
-        model, profile = subject.tuned.restored(), subject.profile
-        if weight:
-            assert subject.ordinary is not None, "checked before anything was made"
-            profile = with_retention(profile, subject.ordinary, weight)
-        task = subject.task if rule.needs_task else None
-        started = time.perf_counter()
-        with warnings.catch_warnings():
-            # The table says so.
-            warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
-            report = adjust_model(model, base=subject.base, profile=profile, rule=rule, task=task, progress=False)
-        seconds = time.perf_counter() - started
-        return Made(model, seconds, None if report.search is None else asdict(report.search))
+def compare(
+    scenarios: Sequence[Scenario], candidates: Candidates, file: ComparisonFile, *, progress: bool = True
+) -> None:
+    """Measure every baseline and every rule on every scenario, but for the points that are in the file already.
 
-    return Contender(method=rule.name, settings={**rule.settings, "retention": weight}, make=make)
+    A candidate whose matrices cannot be factorised is named among those left out, and tried again by the next run.
+
+    Args:
+        scenarios: What is compared on.
+        candidates: The rules.
+        file: Where the points are kept; each is on disk before the next is made.
+        progress: Whether to show a progress bar.
+    """
+    file.left_out = dict(candidates.left_out)
+    pairs = [
+        (scenario, candidate) for scenario in scenarios for candidate in (*scenario.baselines, *candidates.on(scenario))
+    ]
+    with tqdm(total=len(pairs), desc="Comparing", unit="model", disable=not progress) as bar:
+        for scenario, candidate in pairs:
+            bar.set_postfix_str(f"{scenario.name}, {candidate.method}")
+            key = key_of(scenario.name, scenario.seed, candidate.method, candidate.settings)
+            if key not in file:
+                try:
+                    file.add(_measured(scenario, candidate))
+                except NumericalError as error:
+                    # Of one strength, say: the others still tell something, and the table says that it is missing.
+                    file.left_out[" ".join(map(str, key))] = str(error)
+            bar.update()
+    file.save()
+
+
+def _measured(scenario: Scenario, candidate: Candidate) -> Point:
+    made = candidate.make()
+    return Point(
+        scenario=scenario.name,
+        seed=scenario.seed,
+        method=candidate.method,
+        settings=candidate.settings,
+        scores=scenario.measure(made.model),
+        seconds=made.seconds,
+        search=made.search,
+    )

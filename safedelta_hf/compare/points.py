@@ -12,7 +12,7 @@ from safedelta_hf.evaluation.result import Score, write_whole
 RESULTS = "results.json"
 
 Key = tuple[str, int | None, str, str]
-"""Subject, seed, method, and its settings."""
+"""Scenario, seed, method, and its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Point:
     """One model that was made and measured.
 
     Attributes:
-        subject: What was fine-tuned on, or the fine-tuned model's folder.
+        scenario: What was fine-tuned on, or the fine-tuned model's folder.
         seed: Seed of the fine-tuning, where the comparison made it.
         method: "aligned", "fine-tuned", another baseline, or the name of a rule.
         settings: What the method was given.
@@ -29,7 +29,7 @@ class Point:
         search: How a strength was found by measuring, with every trial; None where there was no search.
     """
 
-    subject: str
+    scenario: str
     seed: int | None
     method: str
     settings: Mapping[str, Any]
@@ -40,14 +40,14 @@ class Point:
     @property
     def key(self) -> Key:
         """What tells it from other points."""
-        return key_of(self.subject, self.seed, self.method, self.settings)
+        return key_of(self.scenario, self.seed, self.method, self.settings)
 
 
-def key_of(subject: str, seed: int | None, method: str, settings: Mapping[str, Any]) -> Key:
+def key_of(scenario: str, seed: int | None, method: str, settings: Mapping[str, Any]) -> Key:
     """What tells a point from others.
 
     Args:
-        subject: As in `Point`.
+        scenario: As in `Point`.
         seed: As in `Point`.
         method: As in `Point`.
         settings: As in `Point`.
@@ -55,7 +55,7 @@ def key_of(subject: str, seed: int | None, method: str, settings: Mapping[str, A
     Returns:
         A key.
     """
-    return subject, seed, method, json.dumps(settings, sort_keys=True)
+    return scenario, seed, method, json.dumps(settings, sort_keys=True)
 
 
 class ComparisonFile:

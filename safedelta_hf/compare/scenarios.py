@@ -1,25 +1,182 @@
-"""One base and one fine-tuned model of the user's, as the subject of a comparison."""
+"""What is compared on: a base, a fine-tuned model and data, from which candidates are made and measured."""
 
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
 from safedelta_hf.evaluation.evaluate import evaluate_model
-from safedelta_hf.evaluation.fingerprint import model_digest
+from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Score
+from safedelta_hf.model.adjust import adjust_model
+from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.retention import with_retention
+from safedelta_hf.rules import Rule
+
+ALIGNED: Final = "aligned"
+FINE_TUNED: Final = "fine-tuned"
 
 Data = str | Path | Sequence[Mapping[str, Any]]
 
 UTILITIES = {"task_accuracy": "gain", "over_refusal": "cost"}
 
 
-class ModelSubject:
+class CandidateModel(NamedTuple):
+    """A model that is ready to be measured.
+
+    Attributes:
+        model: The model; the next candidate may change it.
+        seconds: Time that making it took.
+        search: How the strength was found, as plain values; None where it was given.
+    """
+
+    model: PreTrainedModel
+    seconds: float
+    search: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to make a model.
+
+    Attributes:
+        method: As in `Point`.
+        settings: What tells it from others of the same method.
+        make: Makes the model.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    make: Callable[[], CandidateModel]
+
+
+class TunedModel:
+    """A fine-tuned model that is adjusted in place, again and again.
+
+    Args:
+        model: The model; a copy of its weights is kept in host memory.
+        seconds: Time that the fine-tuning took, where it was measured.
+    """
+
+    def __init__(self, model: PreTrainedModel, seconds: float = 0.0) -> None:
+        self._model = model
+        self._weights = {name: parameter.detach().cpu().clone() for parameter, name in parameter_names(model).items()}
+        self.seconds = seconds
+
+    def restored(self) -> PreTrainedModel:
+        """The model as the fine-tuning left it.
+
+        Returns:
+            The one model, changed in place.
+        """
+        with torch.no_grad():
+            for parameter, name in parameter_names(self._model).items():
+                parameter.copy_(self._weights[name])
+        return self._model
+
+
+class Scenario(ABC):
+    """A base, a model that was fine-tuned from it, the data of both, and a measure of models.
+
+    What is expensive is made when it is first asked for.
+
+    Attributes:
+        name: What was fine-tuned on, or the fine-tuned model's folder.
+        seed: Seed of the fine-tuning, where the comparison made it.
+        base: The base model.
+    """
+
+    name: str
+    seed: int | None
+    base: PreTrainedModel
+
+    @property
+    @abstractmethod
+    def tuned(self) -> TunedModel:
+        """The fine-tuned model."""
+
+    @property
+    @abstractmethod
+    def profile(self) -> SafetyProfile:
+        """Profile of the base on safety data, part of it held out."""
+
+    @property
+    @abstractmethod
+    def task(self) -> SafetyProfile | None:
+        """Profile of the base on the task data, if there are any."""
+
+    @property
+    @abstractmethod
+    def ordinary(self) -> SafetyProfile | None:
+        """Profile of the base on ordinary data, if there are any."""
+
+    @property
+    def baselines(self) -> Sequence[Candidate]:
+        """What the rules are compared with: both models as they are, and perhaps more."""
+        return [
+            Candidate(method=ALIGNED, settings={}, make=lambda: CandidateModel(self.base, 0.0)),
+            Candidate(
+                method=FINE_TUNED,
+                settings=self.fine_tuning,
+                make=lambda: CandidateModel(self.tuned.restored(), self.tuned.seconds),
+            ),
+        ]
+
+    @property
+    def fine_tuning(self) -> Mapping[str, Any]:
+        """Settings of the fine-tuning, where the comparison made it."""
+        return {}
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:
+        """Measure a model.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Scores by name, `attack_success` among them.
+        """
+
+    def adjusted(self, rule: Rule, retention: float) -> Candidate:
+        """The fine-tuned model as a rule adjusts it.
+
+        Args:
+            rule: The rule.
+            retention: Weight of the ordinary data; 0 is without.
+
+        Returns:
+            The candidate; nothing is made yet.
+        """
+
+        def make() -> CandidateModel:
+            model, profile = self.tuned.restored(), self.profile
+            if retention:
+                assert self.ordinary is not None, "checked before anything was made"
+                profile = with_retention(profile, self.ordinary, retention)
+            task = self.task if rule.needs_task else None
+            started = time.perf_counter()
+            with warnings.catch_warnings():
+                # The table says so.
+                warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
+                report = adjust_model(model, base=self.base, profile=profile, rule=rule, task=task, progress=False)
+            seconds = time.perf_counter() - started
+            return CandidateModel(model, seconds, None if report.search is None else asdict(report.search))
+
+        return Candidate(method=rule.name, settings={**rule.settings, "retention": retention}, make=make)
+
+
+class ModelScenario(Scenario):
     """A base and a fine-tuned model, held in memory, with the data for profiles and the questions to ask.
 
     Args:
@@ -37,8 +194,6 @@ class ModelSubject:
         SafeDeltaError: Data cannot be read, or do not fit the model.
     """  # noqa: DOC502 - raised by the functions called
 
-    seed: int | None = None
-
     def __init__(
         self,
         name: str,
@@ -52,15 +207,34 @@ class ModelSubject:
         ordinary_data: Data | None = None,
         settings: EvaluationSettings | None = None,
     ) -> None:
-        self.name = name
-        self.base = base
+        self.name, self.seed, self.base = name, None, base
         self._processing_class, self._questions = processing_class, questions
         self._settings = settings or EvaluationSettings()
         self._digests = {"base": model_digest(base, processing_class), "tuned": model_digest(tuned, processing_class)}
-        self.profile = self._profile(safety_data, "safety data", None)
-        self.task = None if task_data is None else self._profile(task_data, "task data", 0.0)
-        self.ordinary = None if ordinary_data is None else self._profile(ordinary_data, "ordinary data", 0.0)
-        self.tuned = TunedModel(tuned)
+        self._profile = self._profiled(safety_data, "safety data", None)
+        self._task = None if task_data is None else self._profiled(task_data, "task data", 0.0)
+        self._ordinary = None if ordinary_data is None else self._profiled(ordinary_data, "ordinary data", 0.0)
+        self._tuned = TunedModel(tuned)
+
+    @property
+    @override
+    def tuned(self) -> TunedModel:
+        return self._tuned
+
+    @property
+    @override
+    def profile(self) -> SafetyProfile:
+        return self._profile
+
+    @property
+    @override
+    def task(self) -> SafetyProfile | None:
+        return self._task
+
+    @property
+    @override
+    def ordinary(self) -> SafetyProfile | None:
+        return self._ordinary
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -76,23 +250,8 @@ class ModelSubject:
             "max_new_tokens": self._settings.max_new_tokens,
         }
 
-    @property
-    def baselines(self) -> Sequence[Contender]:
-        """Both models as they are."""
-        return [
-            Contender(method=ALIGNED, settings={}, make=lambda: Made(self.base, 0.0)),
-            Contender(method=FINE_TUNED, settings={}, make=lambda: Made(self.tuned.restored(), 0.0)),
-        ]
-
+    @override
     def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:
-        """Ask a model everything there is to ask.
-
-        Args:
-            model: The model.
-
-        Returns:
-            Scores as in `evaluate_model`.
-        """
         return evaluate_model(
             model,
             self._processing_class,
@@ -102,7 +261,7 @@ class ModelSubject:
             progress=False,
         ).scores
 
-    def _profile(self, data: Data, purpose: str, holdout: float | None) -> SafetyProfile:
+    def _profiled(self, data: Data, purpose: str, holdout: float | None) -> SafetyProfile:
         return collect_profile(
             self.base,
             data,

@@ -8,8 +8,8 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from safedelta_hf.compare.candidates import ALIGNED, FINE_TUNED
 from safedelta_hf.compare.points import ComparisonFile, Point
+from safedelta_hf.compare.scenarios import ALIGNED, FINE_TUNED
 from safedelta_hf.evaluation.result import Score
 
 ATTACK: Final = "attack_success"
@@ -23,22 +23,22 @@ KEPT_SHARE: Final = 0.95
 _ROUNDING: Final = 1e-9
 
 Group = Sequence[Point]
-"""The same subject, method and settings, for every seed."""
+"""The same scenario, method and settings, for every seed."""
 
 
 def grouped(points: Sequence[Point]) -> dict[tuple[str, str, str], list[Point]]:
-    """Put the seeds of a contender together.
+    """Put the seeds of a candidate together.
 
     Args:
         points: All points.
 
     Returns:
-        Lists of points by subject, method and settings, in order.
+        Lists of points by scenario, method and settings, in order.
     """
     groups: dict[tuple[str, str, str], list[Point]] = {}
     for point in points:
-        subject, _, method, settings = point.key
-        groups.setdefault((subject, method, settings), []).append(point)
+        scenario, _, method, settings = point.key
+        groups.setdefault((scenario, method, settings), []).append(point)
     return groups
 
 
@@ -73,7 +73,7 @@ def reached(file: ComparisonFile, point: Point) -> dict[str, bool]:
     beside = {
         other.method: other.scores
         for other in file.points
-        if (other.subject, other.seed) == (point.subject, point.seed) and other.method in (ALIGNED, FINE_TUNED)
+        if (other.scenario, other.seed) == (point.scenario, point.seed) and other.method in (ALIGNED, FINE_TUNED)
     }
     if ALIGNED not in beside:
         return {}
@@ -112,7 +112,7 @@ def _table(file: ComparisonFile, points: Sequence[Point]) -> str:
     scores = [name for name in (ATTACK, *file.utilities) if any(name in point.scores for point in points)]
     goals = [f"goal: {name.replace('_', ' ')}" for name in _goal_names(file, scores)]
     heads = [
-        "subject",
+        "scenario",
         "method",
         "settings",
         *(name.replace("_", " ") for name in scores),
@@ -128,7 +128,7 @@ def _cells(file: ComparisonFile, group: Group, scores: Sequence[str]) -> list[st
     first = group[0]
     searches = [len(point.search["trials"]) for point in group if point.search is not None]
     return [
-        first.subject,
+        first.scenario,
         first.method,
         ", ".join(_settings(group)),
         *(_shown([point.scores[name] for point in group if name in point.scores]) for name in scores),
@@ -139,16 +139,16 @@ def _cells(file: ComparisonFile, group: Group, scores: Sequence[str]) -> list[st
 
 
 def _goal_table(file: ComparisonFile) -> str:
-    subjects = list(dict.fromkeys(point.subject for point in file.points))
+    scenarios = list(dict.fromkeys(point.scenario for point in file.points))
     rows: dict[str, dict[str, str]] = {}
     for group in grouped([point for point in file.points if point.search is not None]).values():
         first, scores = group[0], [name for name in (ATTACK, *file.utilities) if name in group[0].scores]
         retention = f", retention {first.settings['retention']:g}" if first.settings.get("retention") else ""
         counts = zip(_goal_names(file, scores), _goals(file, group, scores), strict=True)
         told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts if count != "-")
-        rows.setdefault(f"{first.method}, auto{retention}", {})[first.subject] = told
-    lines = [["goal reached by", *subjects], ["---"] * (len(subjects) + 1)]
-    lines.extend([name, *(cells.get(subject, "") for subject in subjects)] for name, cells in rows.items())
+        rows.setdefault(f"{first.method}, auto{retention}", {})[first.scenario] = told
+    lines = [["goal reached by", *scenarios], ["---"] * (len(scenarios) + 1)]
+    lines.extend([name, *(cells.get(scenario, "") for scenario in scenarios)] for name, cells in rows.items())
     return _joined(lines) if rows else ""
 
 
@@ -198,7 +198,7 @@ Look = Mapping[str, Any]
 
 
 def draw(file: ComparisonFile, path: Path) -> bool:
-    """Draw a panel for each subject and utility: baselines as points, each rule as a line over its strengths.
+    """Draw a panel for each scenario and utility: baselines as points, each rule as a line over its strengths.
 
     Where there are several seeds, their mean is drawn. A rule's line runs from mild to strict; its large marker is the
     measured strength, a hollow one the measured strength with retention.
@@ -221,8 +221,8 @@ def draw(file: ComparisonFile, path: Path) -> bool:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(SIDE * columns, SIDE * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (subject, utility) in zip(grid.flat, panels, strict=False):
-        _panel(axes, file, subject, utility, looks)
+    for axes, (scenario, utility) in zip(grid.flat, panels, strict=False):
+        _panel(axes, file, scenario, utility, looks)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     handles = [Line2D([], [], linestyle="", label=name, **look) for name, look in looks.items()]
@@ -233,16 +233,16 @@ def draw(file: ComparisonFile, path: Path) -> bool:
 
 def _panels(file: ComparisonFile) -> list[tuple[str, str]]:
     return [
-        (subject, utility)
-        for subject in dict.fromkeys(point.subject for point in file.points)
+        (scenario, utility)
+        for scenario in dict.fromkeys(point.scenario for point in file.points)
         for utility, meaning in file.utilities.items()
-        if meaning != "cost" and any(utility in point.scores for point in file.points if point.subject == subject)
+        if meaning != "cost" and any(utility in point.scores for point in file.points if point.scenario == scenario)
     ]
 
 
-def _panel(axes: Any, file: ComparisonFile, subject: str, utility: str, looks: Mapping[str, Look]) -> None:  # noqa: ANN401
+def _panel(axes: Any, file: ComparisonFile, scenario: str, utility: str, looks: Mapping[str, Look]) -> None:  # noqa: ANN401
     groups = [
-        group for group in grouped(file.points).values() if group[0].subject == subject and utility in group[0].scores
+        group for group in grouped(file.points).values() if group[0].scenario == scenario and utility in group[0].scores
     ]
     for method, look in looks.items():
         own = [group for group in groups if group[0].method == method]
@@ -254,7 +254,7 @@ def _panel(axes: Any, file: ComparisonFile, subject: str, utility: str, looks: M
     aligned = [fmean(point.scores[ATTACK].value for point in group) for group in groups if group[0].method == "aligned"]
     if aligned:
         axes.axvspan(-0.05, aligned[0] + ATTACK_SLACK, color="0.9", zorder=0)
-    axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), title=subject)
+    axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), title=scenario)
     axes.set(xlabel="attack success", ylabel=utility.replace("_", " "))
 
 

@@ -4,45 +4,34 @@ S are the kept and R the other columns.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.core.curvature import Curvature, cholesky
+from safedelta_hf.core.transform import KeepColumns, Transform
 
 SWEEP_GROUP = 4
 """Columns that the published sweep treats at once, without compensating one another."""
 
 
-class Response(NamedTuple):
-    """How the other columns answer to the kept ones, `D*_R = D_S M`.
-
-    Attributes:
-        matrix: `M` [kept, others].
-        notes: Numerical trouble met on the way.
-    """
-
-    matrix: Tensor
-    notes: tuple[str, ...] = ()
-
-
-def joint_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Response:
-    """The response with the least quadratic loss, `-H_SR H_RR^-1` (equal to `K_SS^-1 K_SR`).
+def joint_compensation(curvature: Curvature, kept: Bool[Tensor, " i"]) -> KeepColumns:
+    """Keep columns with the response of the least quadratic loss, `M = -H_SR H_RR^-1` (equal to `K_SS^-1 K_SR`).
 
     Args:
         curvature: Damped curvature of the layer.
         kept: [in], the columns of S.
 
     Returns:
-        `M`, and a note if float64 was needed.
+        The transform, with notes of the curvature and of its own if float64 was needed.
     """
     others = ~kept
     cross_rs = curvature.hessian[others][:, kept]
     factor, retried = cholesky(curvature.hessian[others][:, others])
     notes = ("compensation solved in float64 after float32 failed",) if retried else ()
-    return Response(-torch.cholesky_solve(cross_rs, factor).T, notes)
+    return KeepColumns(kept=kept, response=-torch.cholesky_solve(cross_rs, factor).T, notes=(*curvature.notes, *notes))
 
 
 def sweep_ratios(curvature: Curvature, kept: Int[Tensor, " s"]) -> Float[Tensor, "s i"]:
@@ -88,19 +77,20 @@ def sweep_response(
     return response
 
 
-def sequential_response(curvature: Curvature, kept: Bool[Tensor, " i"]) -> Response:
-    """The response of the published sweep: kept columns compensate in later columns only.
+def sequential_compensation(curvature: Curvature, kept: Bool[Tensor, " i"]) -> KeepColumns:
+    """Keep columns with the response of the published sweep: kept columns compensate in later columns only.
 
     Args:
         curvature: Damped curvature of the layer.
         kept: [in], the columns of S.
 
     Returns:
-        `M`.
+        The transform, with notes of the curvature.
     """
     indices = kept.nonzero().squeeze(1)
     ratios = sweep_ratios(curvature, indices)
-    return Response(sweep_response(ratios, indices, (~kept).nonzero().squeeze(1)))
+    response = sweep_response(ratios, indices, (~kept).nonzero().squeeze(1))
+    return KeepColumns(kept=kept, response=response, notes=curvature.notes)
 
 
 CHUNK = 64 * SWEEP_GROUP
@@ -134,7 +124,7 @@ class SweepRatios:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepResidual:
+class SweepResidual(Transform):
     """What kept columns leave undone in a block of later columns, `D_B - D_S M_B`.
 
     Attributes:
@@ -142,24 +132,15 @@ class SweepResidual:
         kept: [in] bool, the columns of S, all left of the block.
         start: First column of the block; a multiple of `SWEEP_GROUP`.
         stop: Column after the block.
-        notes: Numerical trouble met in making it.
     """
 
     ratios: SweepRatios
     kept: Tensor
     start: int
     stop: int
-    notes: tuple[str, ...] = ()
 
+    @override
     def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o b"]:
-        """Apply the map to each row.
-
-        Args:
-            rows: [rows, in].
-
-        Returns:
-            [rows, block], a new tensor.
-        """
         block = rows[:, self.start : self.stop]
         kept = self.kept.nonzero().squeeze(1)
         # The response costs as much as `in * kept` rows, and serves them all.

@@ -9,34 +9,26 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.core.curvature import cholesky
-from safedelta_hf.core.transform import Dense
+from safedelta_hf.core.transform import Dense, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shrinkage:
+class Shrinkage(Transform):
     """`D N (N + lam H)^-1` by triangular solves; the inverse is never formed.
 
     Attributes:
         utility: `N` [in, in], or None for the identity.
         factor: Lower Cholesky factor of `N + lam H`, [in, in].
-        notes: Numerical trouble met in making it.
     """
 
     utility: Tensor | None
     factor: Tensor
-    notes: tuple[str, ...] = ()
 
+    @override
     def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-        """Apply the map to each row.
-
-        Args:
-            rows: [rows, in].
-
-        Returns:
-            [rows, in], a new tensor.
-        """
         useful = rows if self.utility is None else rows @ self.utility.to(rows.dtype)
         return torch.cholesky_solve(useful.T, self.factor.to(rows.dtype)).T
 

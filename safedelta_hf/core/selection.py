@@ -66,31 +66,6 @@ def select_columns(
     return torch.zeros_like(chosen).index_fill_(0, order[chosen], True)
 
 
-def select_entries(
-    pivots: Float[Tensor, " i"], delta: Float[Tensor, "o i"], limit: float, exclude_top: float
-) -> Bool[Tensor, "o i"]:
-    """Entries that the greedy choice keeps: whole columns, and a part of the column where the budget runs out.
-
-    The published choice in its own form; `select_columns` is the same without the column that is cut.
-
-    Args:
-        pivots: [block] `1 / U_mm^2`.
-        delta: [out, block].
-        limit: Budget on the summed cost; may be infinite.
-        exclude_top: Share of entries with the largest pivots that are never kept.
-
-    Returns:
-        [out, block], True where the entry is kept.
-    """
-    rows, size = delta.shape
-    order = torch.argsort(pivots, stable=True)
-    chosen = _within((delta.square() * pivots)[:, order].T.flatten(), limit)
-    chosen[keepable(rows * size, exclude_top) :] = False
-    kept = torch.zeros(rows, size, dtype=torch.bool, device=delta.device)
-    kept[:, order] = chosen.view(size, rows).T
-    return kept
-
-
 def _within(costs: Float[Tensor, " n"], limit: float) -> Bool[Tensor, " n"]:
     # In float64 on the CPU: exact at the edge of the budget, and deterministic, which a CUDA cumsum is not.
     return (costs.cpu().double().cumsum(0) <= limit).to(costs.device)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safedelta_hf.data.dataset import SafetySequence
-from safedelta_hf.distributed.model import Holding
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload_hooks import execution_device
-from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import DataError
 from safedelta_hf.modules.names import unwrapped
 
@@ -144,35 +143,34 @@ class Share:
         yield from ((batch, False) for batch in self.idle)
 
 
-def share_of(sequences: Sequence[SafetySequence], batch_size: int, ranks: Ranks, *, collective: bool) -> Share:
+def share_of(sequences: Sequence[SafetySequence], batch_size: int, model: ShardedModel) -> Share:
     """This rank's part of the data.
 
     Args:
         sequences: All of the data, the same on all ranks.
         batch_size: Sequences per batch, at most.
-        ranks: The ranks that share it.
-        collective: Whether all ranks need the same number of forward passes.
+        model: The model that will read it, and the ranks that share the work.
 
     Returns:
         Its batches, longest sequences first, so that memory trouble shows at once.
     """
+    ranks = model.ranks
     ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids), reverse=True)
     own = tuple(batches_of_equal_length(ranks.share(ordered), batch_size))
-    if not collective:
+    if not model.collective:
         return Share(own, ())
     parts = (ordered[rank :: ranks.size] for rank in range(ranks.size))
     most = max(sum(1 for _ in batches_of_equal_length(part, batch_size)) for part in parts)
     return Share(own, (tuple(ordered[-1:]),) * (most - len(own)))
 
 
-def forward_guard(ranks: Ranks, holding: Holding) -> AbstractContextManager[None]:
+def forward_guard(model: ShardedModel) -> AbstractContextManager[None]:
     """What a forward pass runs inside, so that an error in it is dealt with.
 
     Args:
-        ranks: The ranks that run one.
-        holding: How they hold the model's parameters.
+        model: The model that runs.
 
     Returns:
         A context.
     """
-    return ranks.within_collectives() if holding.collective else nullcontext()
+    return model.ranks.within_collectives() if model.collective else nullcontext()

@@ -2,42 +2,38 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import IGNORED, SafetySequence
-from safedelta_hf.distributed.model import Holding, WholeParameters
-from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.modules.evaluating import undisturbed, without_adapters
+from safedelta_hf.modules.precision import coarsest, precision_seen, rounding_otherwise
+from safedelta_hf.records import ReadingNoise
 
 
 def response_losses(
-    model: nn.Module,
+    model: ShardedModel,
     sequences: Sequence[SafetySequence],
     *,
     batch_size: int = 8,
     progress: bool = False,
     desc: str = "Likelihood",
-    ranks: Ranks | None = None,
-    holding: Holding | None = None,
 ) -> list[tuple[float, ...]]:
     """Negative log-likelihood of every response token, given all tokens before it.
 
     Args:
-        model: A causal language model, on any device.
+        model: A causal language model; its ranks share the work, and all get the result.
         sequences: Tokenised examples.
         batch_size: Sequences per forward pass, at most.
         progress: Whether to show a progress bar.
         desc: What the progress bar says.
-        ranks: Ranks that share the work and all get the result; None for this process alone.
-        holding: How they hold the model's parameters; None where each holds all of them.
 
     Returns:
         For each sequence, in their order, the losses of its response tokens in nats. The first token of a sequence
@@ -50,24 +46,22 @@ def response_losses(
         NumericalError: A loss is NaN or Inf.
         RankError: Another rank failed.
     """  # noqa: DOC502 - raised by the functions called
-    ranks, holding = ranks or Ranks(), holding or WholeParameters(model)
+    ranks, runnable = model.ranks, model.runnable
     with ranks.together():
         if batch_size < 1:
             raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
         for number, sequence in enumerate(sequences):
             if all(label == IGNORED for label in sequence.labels[1:]):
                 raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
-        # A data-parallel wrapper would exchange buffers, which ranks without a sequence take no part in.
-        model = model.module if isinstance(model, DistributedDataParallel) else model
-        require_fit(model, [sequence.input_ids for sequence in sequences], "sequences")
+        require_fit(runnable, [sequence.input_ids for sequence in sequences], "sequences")
         # Equal sequences have equal losses, and are computed once.
-        share = share_of(list(dict.fromkeys(sequences)), batch_size, ranks, collective=holding.collective)
+        share = share_of(list(dict.fromkeys(sequences)), batch_size, model)
         found: dict[SafetySequence, tuple[float, ...]] = {}
         ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
-        with undisturbed(model):
+        with undisturbed(runnable):
             for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
-                with forward_guard(ranks, holding):
-                    losses = _batch_losses(model, batch)
+                with forward_guard(model):
+                    losses = _batch_losses(runnable, batch)
                 if counts:
                     found.update(zip(batch, losses, strict=True))
         everyone = {sequence: tokens for part in ranks.gather(found) for sequence, tokens in part.items()}
@@ -130,12 +124,9 @@ class HeldOut:
     @classmethod
     def measured(
         cls,
-        model: nn.Module,
+        model: ShardedModel,
         sequences: Sequence[SafetySequence],
         batch_size: int,
-        *,
-        ranks: Ranks | None = None,
-        holding: Holding | None = None,
     ) -> "HeldOut":
         """Let the base model read the examples.
 
@@ -143,24 +134,58 @@ class HeldOut:
             model: The base model; adapters on it are disabled meanwhile.
             sequences: Tokenised examples.
             batch_size: Sequences per forward pass, at most.
-            ranks: Ranks that share the work; None for this process alone.
-            holding: How they hold the model's parameters; None where each holds all of them.
 
         Returns:
             The examples with their likelihood; the same on all ranks.
         """
-        with without_adapters(model):
-            losses = response_losses(model, sequences, batch_size=batch_size, ranks=ranks, holding=holding)
+        with without_adapters(model.model):
+            losses = response_losses(model, sequences, batch_size=batch_size)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
-    def drift(
+    def read_again(
         self,
-        model: nn.Module,
+        model: ShardedModel,
         *,
         quantile: float,
         batch_size: int = 8,
-        ranks: Ranks | None = None,
-        holding: Holding | None = None,
+    ) -> tuple["HeldOut", ReadingNoise]:
+        """Let the base model read the examples as a fine-tune of it is about to, and measure the noise of that.
+
+        The fine-tune runs in the module that was trained, on the machine and in the batches of now. Compared with what
+        the base finds in the same place, a difference is one of weights.
+
+        Args:
+            model: What the fine-tune runs in, holding the base weights.
+            quantile: Which upper quantile over examples to give.
+            batch_size: Sequences per forward pass, at most.
+
+        Returns:
+            The examples with their likelihood now, and the noise; the same on all ranks.
+        """
+
+        def losses() -> tuple[float, ...]:
+            found = response_losses(model, self.sequences, batch_size=batch_size)
+            return tuple(map(fmean, found))
+
+        with precision_seen(model.model) as seen:
+            base = losses()
+        names = {name for part in model.ranks.gather(sorted(map(str, seen))) for name in part} or {"torch.float32"}
+        dtype = coarsest({getattr(torch, name.removeprefix("torch.")) for name in names})
+        with rounding_otherwise(model.model, dtype) as is_moved:
+            other = losses() if is_moved else None
+        noise = None if other is None else _differences(other, base).abs()
+        return replace(self, losses=base), ReadingNoise(
+            precision=str(dtype).removeprefix("torch."),
+            mean=None if noise is None else float(noise.mean()),
+            upper=None if noise is None else float(noise.quantile(quantile)),
+        )
+
+    def drift(
+        self,
+        model: ShardedModel,
+        *,
+        quantile: float,
+        batch_size: int = 8,
     ) -> Drift:
         """How far a model has come from the base model's refusals.
 
@@ -168,16 +193,17 @@ class HeldOut:
             model: A fine-tune of the base model.
             quantile: Which upper quantile over examples to give.
             batch_size: Sequences per forward pass, at most.
-            ranks: Ranks that share the work; None for this process alone.
-            holding: How they hold the model's parameters; None where each holds all of them.
 
         Returns:
             The rise of the negative log-likelihood; the same on all ranks.
         """
-        losses = response_losses(model, self.sequences, batch_size=batch_size, ranks=ranks, holding=holding)
-        pairs = zip(map(fmean, losses), self.losses, strict=True)
-        rises = torch.tensor([now - before for now, before in pairs]).double()
+        losses = response_losses(model, self.sequences, batch_size=batch_size)
+        rises = _differences(tuple(map(fmean, losses)), self.losses)
         return Drift(mean=float(rises.mean()), upper=float(rises.quantile(quantile)))
+
+
+def _differences(now: Sequence[float], before: Sequence[float]) -> Tensor:
+    return torch.tensor(now, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
 
 
 def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:

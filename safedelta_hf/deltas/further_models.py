@@ -2,70 +2,54 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from safedelta_hf.deltas.dense import DenseDelta
-from safedelta_hf.deltas.lora_deltas import AdapterPart
+from safedelta_hf.deltas.lora_deltas import LoraDelta
 from safedelta_hf.deltas.lora_folder import CONFIG_FILE, AdapterFolder
-from safedelta_hf.deltas.lora_tensors import FileParts
+from safedelta_hf.deltas.lora_tensors import LoraTensors
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.errors import BaseWeightsError, MergeError
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.readers import CheckpointBase, ModelBase
+from safedelta_hf.weights.readers import FilesReader, ModelReader
+
+FurtherModel = Callable[[str, Tensor], Tensor]
+"""Gives, for a canonical name and the base weight in float32, the model's weight minus it, float32, where that is.
+
+Raises `MergeError` where there is none."""
 
 
-class OtherModel(Protocol):
-    """A further model, seen from the base."""
-
-    def delta(self, name: str, base: Tensor) -> Tensor:
-        """The model's weight minus the base weight, float32, where the base weight is; raises if there is none."""
-        ...
-
-
-class OtherWeights:
+def seen_from_base(read: Callable[[str], Tensor], source: str) -> FurtherModel:
     """A further model whose weights can be read.
 
     Args:
         read: Reads the weight of a canonical name.
         source: Where they come from, for errors.
+
+    Returns:
+        What the model changed of each weight.
     """
 
-    def __init__(self, read: Callable[[str], Tensor], source: str) -> None:
-        self._read = read
-        self._source = source
-
-    def delta(self, name: str, base: Tensor) -> Tensor:
-        """What the model changed of a weight.
-
-        Args:
-            name: Canonical parameter name.
-            base: Base weight, float32.
-
-        Returns:
-            Its weight minus the base weight, float32.
-
-        Raises:
-            MergeError: It has no such weight, or one of another shape.
-        """
+    def delta(name: str, base: Tensor) -> Tensor:
         try:
-            weight = self._read(name)
+            weight = read(name)
         except BaseWeightsError as error:
             raise MergeError(
-                f"{self._source} has no such weight that can be read; give a model of the same architecture, "
-                "saved whole"
+                f"{source} has no such weight that can be read; give a model of the same architecture, saved whole"
             ) from error
         if weight.shape != base.shape:
             raise MergeError(
-                f"{list(weight.shape)} in {self._source}, {list(base.shape)} in the base; give a model that "
+                f"{list(weight.shape)} in {source}, {list(base.shape)} in the base; give a model that "
                 "started from the same base"
             )
         return weight.to(base) - base
 
+    return delta
 
-class OtherAdapter:
+
+class FurtherAdapter:
     """A LoRA that PEFT saved, on the base.
 
     Args:
@@ -80,15 +64,15 @@ class OtherAdapter:
 
     def __init__(self, folder: Path, header: ProfileHeader, transposed: set[str]) -> None:
         self._folder = folder
-        parts = FileParts(AdapterFolder(folder), header, transposed, self._refuse)
-        self._parts: dict[str, AdapterPart] = {part.parameter: part for part in parts}
-        strangers = sorted(set(self._parts) - set(header.base))
+        deltas = LoraTensors(AdapterFolder(folder), header, transposed, self._refuse)
+        self._deltas: dict[str, LoraDelta] = {delta.parameter: delta for delta in deltas}
+        strangers = sorted(set(self._deltas) - set(header.base))
         if strangers:
             raise MergeError(
                 f"{strangers[0]}: tuned by {str(folder)!r}, and no parameter of the base; give an adapter on this base"
             )
 
-    def delta(self, name: str, base: Tensor) -> Tensor:
+    def __call__(self, name: str, base: Tensor) -> Tensor:
         """What the adapter changes of a weight.
 
         Args:
@@ -101,15 +85,15 @@ class OtherAdapter:
         Raises:
             MergeError: Its delta has another shape.
         """
-        if name not in self._parts:
+        if name not in self._deltas:
             return torch.zeros_like(base)
-        part = self._parts[name]
-        if part.shape != base.shape:
+        own = self._deltas[name]
+        if own.shape != base.shape:
             raise MergeError(
-                f"{list(part.shape)} in {str(self._folder)!r}, {list(base.shape)} in the base; give an adapter on the "
+                f"{list(own.shape)} in {str(self._folder)!r}, {list(base.shape)} in the base; give an adapter on the "
                 "same base"
             )
-        delta = part.delta()
+        delta = own.delta()
         assert isinstance(delta, DenseDelta | FactoredDelta), "others were refused when it was opened"
         return delta.values.reshape(base.shape).to(base)
 
@@ -120,12 +104,12 @@ class OtherAdapter:
         )
 
 
-def open_other(
+def open_further_model(
     source: nn.Module | str | Path,
     aliases: Mapping[str, tuple[str, ...]],
     header: ProfileHeader,
     transposed: set[str],
-) -> OtherModel:
+) -> FurtherModel:
     """Open a further model.
 
     Args:
@@ -146,11 +130,11 @@ def open_other(
                 f"a {type(source).__name__} in memory has an adapter beside its weights; pass its merge_and_unload(), "
                 "or the folder of the adapter"
             )
-        return OtherWeights(ModelBase(source).read, ModelBase.source)
+        return seen_from_base(ModelReader(source).read, ModelReader.source)
     if (Path(source) / CONFIG_FILE).is_file():
-        return OtherAdapter(Path(source), header, transposed)
+        return FurtherAdapter(Path(source), header, transposed)
     try:
-        return OtherWeights(CheckpointBase(source, aliases).read, str(source))
+        return seen_from_base(FilesReader(source, aliases).read, str(source))
     except BaseWeightsError as error:
         raise MergeError(
             f"{str(source)!r} holds no safetensors files of a model and no adapter; give one of these folders"

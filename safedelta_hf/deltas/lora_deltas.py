@@ -1,349 +1,237 @@
-"""What an adapter does to one parameter of its base, in each of the forms that PEFT has for it."""
+"""What an adapter does to one parameter of its base, in each of the forms that PEFT has for it.
 
+Each form names the adapter's own tensors, gives the delta that they make, and says what they have to become for an
+adjusted one. Where the tensors are held, and who replaces them, is not its concern.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.deltas.dense import Delta, DenseDelta
-from safedelta_hf.deltas.low_rank import FactoredDelta, Factors, StackedDelta, distance, energy
-from safedelta_hf.records import Storage
+from safedelta_hf.deltas.low_rank import FactoredDelta, StackedDelta, distance, energy
 
 
-class Replaces(AbstractContextManager[object], Protocol):
-    """Writes tensors in place; leaving its block on an exception puts all of them back."""
+class Adjusted(NamedTuple):
+    """What an adapter has to hold for an adjusted delta.
 
-    def replace(self, name: str, parameter: Tensor, value: Tensor) -> None:
-        """Write a new value into a tensor."""
-        ...
+    Attributes:
+        tensors: New values of the adapter's own tensors, by name.
+        notes: What there is to say about it.
+    """
 
-
-class AdapterPart(Protocol):
-    """What an adapter does to one parameter of its base."""
-
-    @property
-    def parameter(self) -> str:
-        """Canonical name of the parameter."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter."""
-        ...
-
-    @property
-    def storage(self) -> Storage:
-        """The kind of storage of its delta."""
-        ...
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name."""
-        ...
-
-    def delta(self) -> Delta:
-        """The delta of the parameter."""
-        ...
-
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into the adapter's tensors; returns what there is to say about it."""
-        ...
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensePart:
-    """A whole parameter that the adapter carries beside the base's own.
+class LoraDelta(ABC):
+    """What an adapter does to one parameter of its base.
 
     Attributes:
-        parameter: Canonical name of the base parameter.
-        tuned: The adapter's copy, trained.
-        base: The base parameter, of the same shape.
+        parameter: Canonical name of the parameter.
+        shape: Its shape.
+        tensors: The adapter's own tensors, whole, by their names.
     """
 
     parameter: str
-    tuned: Tensor
-    base: Tensor
-    storage: ClassVar[Storage] = Storage.DENSE
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter."""
-        return tuple(self.tuned.shape)
+    def is_dense(self) -> bool:
+        """Whether base and fine-tuned weight are both at hand, whole, so that any delta can be written."""
+        return False
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name.
-
-        Returns:
-            The trained copy.
-        """
-        return {self.parameter: self.tuned}
-
-    def delta(self) -> DenseDelta:
+    @abstractmethod
+    def delta(self) -> Delta:
         """The delta of the parameter.
 
         Returns:
-            Tuned minus base.
+            In the form in which the adapter holds it.
         """
-        return DenseDelta(self.tuned, self.base)
 
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into the trained copy.
+    @abstractmethod
+    def adjusted(self, delta: Delta) -> Adjusted:
+        """What the adapter has to hold for an adjusted delta.
 
         Args:
             delta: From `delta`, adjusted.
-            writer: What writes.
 
         Returns:
-            Nothing to say.
+            New values of its tensors.
         """
-        assert isinstance(delta, DenseDelta), "a whole parameter has a dense delta"
-        writer.replace(self.parameter, self.tuned, delta.weight())
-        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsetPart:
-    """A bias that the adapter adds to the base's own, times the scaling of its LoRA.
+class FullDelta(LoraDelta):
+    """A whole parameter that the adapter carries beside the base's own.
 
     Attributes:
-        parameter: Canonical name of the bias.
-        offset: What is added, before scaling, [out].
+        base: The base parameter, of the same shape.
+    """
+
+    base: Tensor
+
+    @property
+    @override
+    def is_dense(self) -> bool:
+        return True
+
+    @override
+    def delta(self) -> DenseDelta:
+        (tuned,) = self.tensors.values()
+        return DenseDelta(tuned, self.base)
+
+    @override
+    def adjusted(self, delta: Delta) -> Adjusted:
+        assert isinstance(delta, DenseDelta), "a whole parameter has a dense delta"
+        return Adjusted(dict.fromkeys(self.tensors, delta.weight()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasDelta(LoraDelta):
+    """An offset that the adapter adds to a bias of the base, times the scaling of its LoRA.
+
+    Attributes:
         scaling: `s`.
     """
 
-    parameter: str
-    offset: Tensor
     scaling: float
-    storage: ClassVar[Storage] = Storage.ADAPTER
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the bias."""
-        return tuple(self.offset.shape)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name.
-
-        Returns:
-            The offset.
-        """
-        return {self.parameter: self.offset}
-
+    @override
     def delta(self) -> DenseDelta:
-        """The delta of the bias.
-
-        Returns:
-            The offset, scaled.
-        """
-        scaled = self.offset.detach().float() * self.scaling
+        (offset,) = self.tensors.values()
+        scaled = offset.detach().float() * self.scaling
         return DenseDelta(scaled, torch.zeros_like(scaled))
 
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into the offset.
-
-        Args:
-            delta: From `delta`, adjusted.
-            writer: What writes.
-
-        Returns:
-            Nothing to say.
-        """
+    @override
+    def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, DenseDelta), "a bias has a dense delta"
-        writer.replace(self.parameter, self.offset, delta.weight() / self.scaling)
-        return ()
+        return Adjusted(dict.fromkeys(self.tensors, delta.weight() / self.scaling))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenRowsPart:
+class TokenRowsDelta(LoraDelta):
     """Rows of an embedding that the adapter replaces.
 
     Attributes:
-        parameter: Canonical name of the embedding.
-        rows: The replacements, [tokens, features].
-        indices: Which rows they replace, [tokens].
+        indices: Which rows its tensor [tokens, features] replaces, [tokens].
         base: The whole embedding of the base.
     """
 
-    parameter: str
-    rows: Tensor
     indices: Tensor
     base: Tensor
-    storage: ClassVar[Storage] = Storage.ADAPTER
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the embedding."""
-        return tuple(self.base.shape)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name.
-
-        Returns:
-            The replacements.
-        """
-        return {self.parameter: self.rows}
-
+    @override
     def delta(self) -> DenseDelta:
-        """The delta of the embedding: zero but for the rows.
-
-        Returns:
-            Tuned minus base.
-        """
+        (rows,) = self.tensors.values()
         base = self.base.detach()
-        return DenseDelta(base.index_copy(0, self.indices, self.rows.detach().to(base)), base)
+        return DenseDelta(base.index_copy(0, self.indices, rows.detach().to(base)), base)
 
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into the rows.
-
-        Args:
-            delta: From `delta`, adjusted.
-            writer: What writes.
-
-        Returns:
-            Nothing to say: no rule mixes tokens, so the delta is still zero everywhere else.
-        """
+    @override
+    def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, DenseDelta), "an embedding has a dense delta"
-        weight = delta.weight()
-        writer.replace(self.parameter, self.rows, weight[self.indices])
-        return ()
+        # No rule mixes tokens, so the delta is still zero everywhere else.
+        return Adjusted(dict.fromkeys(self.tensors, delta.weight()[self.indices]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankPart:
+class LowRankDelta(LoraDelta):
     """A LoRA pair on a weight: `s B A`, or its transpose where the weight is stored with its inputs first.
 
+    Its tensors are `A`, [rank, in], or [rank, in, *kernel] of a convolution, and `B`, [out, rank], or
+    [out, rank, 1, ...].
+
     Attributes:
-        parameter: Canonical name of the weight.
-        shape: Shape of the weight.
-        down: `A`, [rank, in], or [rank, in, *kernel] of a convolution.
-        up: `B`, [out, rank], or [out, rank, 1, ...].
         scaling: `s`.
         transposed: Whether the weight is stored [in, out].
     """
 
-    parameter: str
-    shape: tuple[int, ...]
-    down: Tensor
-    up: Tensor
     scaling: float
     transposed: bool
-    storage: ClassVar[Storage] = Storage.ADAPTER
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name.
-
-        Returns:
-            `A` and `B`.
-        """
-        return {f"{self.parameter} (A)": self.down, f"{self.parameter} (B)": self.up}
-
+    @override
     def delta(self) -> FactoredDelta:
-        """The delta of the weight.
-
-        Returns:
-            Its factors.
-        """
-        down, up = self.down.flatten(1), self.up.flatten(1)
+        down, up = (tensor.flatten(1) for tensor in self.tensors.values())
         return FactoredDelta(down.T, up.T, self.scaling) if self.transposed else FactoredDelta(up, down, self.scaling)
 
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into `A` and `B`.
-
-        Args:
-            delta: From `delta`, adjusted.
-            writer: What writes.
-
-        Returns:
-            What rounding to the dtype of the adapter costs, if it is not float32.
-        """
+    @override
+    def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, FactoredDelta), "a LoRA pair has a factored delta"
         left, right = delta.factors
-        down, up = (left.T, right.T) if self.transposed else (right, left)
-        for name, tensor, value in zip(self.tensors(), (self.down, self.up), (down, up), strict=True):
-            writer.replace(name, tensor, value.reshape(tensor.shape))
-        return rounding([self.delta().factors], [delta.factors], self.scaling, self.down.dtype)
+        pair = (left.T, right.T) if self.transposed else (right, left)
+        shaped = (value.reshape(own.shape) for own, value in zip(self.tensors.values(), pair, strict=True))
+        return _adjusted_pair(self, tuple(shaped), [delta])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertsPart:
+class ExpertsDelta(LoraDelta):
     """A LoRA pair for each matrix of a stack: `s B_e A_e`, or its transpose where matrices are stored [in, out].
 
+    Its tensors are `A` of all experts, [experts * rank, in], and `B` of all experts, [out, rank * experts], in which
+    experts run fastest.
+
     Attributes:
-        parameter: Canonical name of the stack.
-        shape: Its shape, [experts, first, second].
-        down: `A` of all experts, [experts * rank, in].
-        up: `B` of all experts, [out, rank * experts]; experts run fastest.
         scaling: `s`.
         transposed: Whether matrices are stored [in, out].
     """
 
-    parameter: str
-    shape: tuple[int, ...]
-    down: Tensor
-    up: Tensor
     scaling: float
     transposed: bool
-    storage: ClassVar[Storage] = Storage.ADAPTER
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's own tensors by name.
-
-        Returns:
-            `A` and `B`.
-        """
-        return {f"{self.parameter} (A)": self.down, f"{self.parameter} (B)": self.up}
-
+    @override
     def delta(self) -> StackedDelta:
-        """The delta of the stack.
-
-        Returns:
-            The factors of each matrix.
-        """
         experts, first, second = self.shape
-        downs = self.down.reshape(experts, -1, self.down.shape[1])
-        ups = self.up.reshape(len(self.up), -1, experts).permute(2, 0, 1)
+        down, up = self.tensors.values()
+        downs = down.reshape(experts, -1, down.shape[1])
+        ups = up.reshape(len(up), -1, experts).permute(2, 0, 1)
         pairs = ((down.T, up.T) if self.transposed else (up, down) for down, up in zip(downs, ups, strict=True))
         return StackedDelta([FactoredDelta(*pair, self.scaling) for pair in pairs], first * second)
 
-    def write(self, delta: Delta, writer: Replaces) -> tuple[str, ...]:
-        """Put what is kept of the delta into `A` and `B`.
-
-        Args:
-            delta: From `delta`, adjusted.
-            writer: What writes.
-
-        Returns:
-            What rounding to the dtype of the adapter costs, if it is not float32.
-        """
+    @override
+    def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, StackedDelta), "a stack has a delta for each matrix"
         lefts, rights = zip(*(part.factors for part in delta.parts), strict=True)
         left, right = torch.stack(lefts), torch.stack(rights)
         down, up = (left.mT, right.mT) if self.transposed else (right, left)
         values = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
-        for name, tensor, value in zip(self.tensors(), (self.down, self.up), values, strict=True):
-            writer.replace(name, tensor, value)
-        written = [part.factors for part in self.delta().parts]
-        return rounding(written, [part.factors for part in delta.parts], self.scaling, self.down.dtype)
+        return _adjusted_pair(self, values, delta.parts)
 
 
-def rounding(
-    written: Sequence[Factors], exact: Sequence[Factors], scaling: float, dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Say what rounding costs.
+def _adjusted_pair(
+    pair: LowRankDelta | ExpertsDelta, values: Sequence[Tensor], exact: Sequence[FactoredDelta]
+) -> Adjusted:
+    # Rounded to the data type of the adapter, and what that costs is told.
+    tensors = {name: value.to(own.dtype) for (name, own), value in zip(pair.tensors.items(), values, strict=True)}
+    dtype = next(iter(tensors.values())).dtype
+    if dtype in (torch.float32, torch.float64):
+        return Adjusted(tensors)
+    delta = replace(pair, tensors=tensors).delta()
+    written = delta.parts if isinstance(delta, StackedDelta) else (delta,)
+    factors = [(one.factors, other.factors) for one, other in zip(written, exact, strict=True)]
+    moved = sum(distance(one, other, pair.scaling) for one, other in factors)
+    if not moved:
+        return Adjusted(tensors)
+    share = (moved / sum(energy(*other, pair.scaling) for _, other in factors)) ** 0.5
+    name = str(dtype).removeprefix("torch.")
+    return Adjusted(tensors, (f"rounding to {name} moved the adjusted delta by {share:.1%} of its norm",))
+
+
+def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, ...]:
+    """Shape of the weight that a LoRA pair tunes.
 
     Args:
-        written: Factors of each matrix as they are held.
-        exact: The same in float32.
-        scaling: `s`.
-        dtype: Data type of the adapter.
+        down: `A`, [rank, in, ...].
+        up: `B`, [out, rank, ...].
+        transposed: Whether the weight is stored [in, out].
 
     Returns:
-        A sentence, or nothing where nothing was rounded.
+        The shape of their product.
     """
-    moved = sum(distance(one, other, scaling) for one, other in zip(written, exact, strict=True))
-    if dtype in (torch.float32, torch.float64) or not moved:
-        return ()
-    share = (moved / sum(energy(*pair, scaling) for pair in exact)) ** 0.5
-    return (f"rounding to {str(dtype).removeprefix('torch.')} moved the adjusted delta by {share:.1%} of its norm",)
+    return (down.shape[1], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])

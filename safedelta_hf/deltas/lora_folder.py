@@ -4,9 +4,9 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -198,13 +198,14 @@ class AdapterFolder:
         self.settings |= doubled
         self.is_converted = True
 
-    def write(self, output: Path) -> None:
+    def write(self, output: Path, replaced: Mapping[str, Tensor]) -> None:
         """Write the adapter; complete or not there at all.
 
         Everything else that stands beside it is copied, but for subfolders, which hold other adapters or checkpoints.
 
         Args:
             output: A folder that does not exist.
+            replaced: New values of some of its tensors, by name; cast to their data types.
         """
         with complete_or_absent(output) as unfinished:
             for path in self.folder.iterdir():
@@ -213,45 +214,10 @@ class AdapterFolder:
             if self.is_converted:
                 text = json.dumps(self.settings, indent=2, sort_keys=True)
                 (unfinished / CONFIG_FILE).write_text(text, encoding="utf-8")
-            tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
+            tensors = {
+                key: replaced.get(key, tensor).to(tensor.dtype).contiguous() for key, tensor in self.tensors.items()
+            }
             save_file(tensors, unfinished / TENSOR_FILE, metadata=self._metadata)
-
-
-class FolderWriter:
-    """Writes tensors of an adapter that was read, and then the folder, once its block has succeeded.
-
-    Args:
-        adapter: The adapter; its copies are changed, its files are not.
-        output: Where to write.
-
-    Raises:
-        AdapterError: The output exists.
-    """
-
-    def __init__(self, adapter: AdapterFolder, output: Path) -> None:
-        if output.exists():
-            raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
-        self._adapter = adapter
-        self._output = output
-
-    def __enter__(self) -> "FolderWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._adapter.write(self._output)
-
-    def replace(self, name: str, parameter: Tensor, value: Tensor) -> None:
-        """Write a new value into a tensor.
-
-        Args:
-            name: What the tensor is.
-            parameter: Changed in place.
-            value: Of the same shape; cast to the dtype of the tensor.
-        """
-        parameter.copy_(value)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -1,23 +1,23 @@
-"""The parts of an adapter on a model in memory."""
+"""What an adapter on a model in memory does to each parameter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from safedelta_hf.deltas.gathered import Whole, WholeTensors, as_it_is
 from safedelta_hf.deltas.lora_deltas import (
-    AdapterPart,
-    DensePart,
-    ExpertsPart,
-    LowRankPart,
-    OffsetPart,
-    TokenRowsPart,
+    BiasDelta,
+    ExpertsDelta,
+    FullDelta,
+    LoraDelta,
+    LowRankDelta,
+    TokenRowsDelta,
+    low_rank_shape,
 )
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.modules.names import canonical, parameter_names
+from safedelta_hf.modules.names import canonical
 
 NO_BIAS = (
     "the adapter (lora_bias=True) adds a bias to a layer that has none, so it has neither a moment nor, in PEFT, a "
@@ -45,6 +45,37 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 
     return configs[adapter_name]
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Name the adapters that a model computes with.
+
+    Args:
+        model: A model of PEFT, or one whose adapters transformers or `peft.inject_adapter_in_model` added.
+
+    Returns:
+        Names in the order of activation; empty if it has none.
+    """
+    names: Any = getattr(model, "active_adapters", ())
+    if not callable(names):
+        return list(names)
+    # What transformers offers is a method, which knows only adapters that transformers added, and asks for the newest
+    # PEFT; the layers know their own.
+    return list(dict.fromkeys(name for layer in tuner_layers(model) for name in layer.active_adapters))
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    """List the layers that adapters are on.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        PEFT's layers, in module order.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 def require_unmerged(model: nn.Module) -> None:
     """Make sure that no adapter is merged into the base weights.
 
@@ -62,79 +93,87 @@ def require_unmerged(model: nn.Module) -> None:
         )
 
 
-def adapter_parts(model: nn.Module, adapter_name: str, tensors: WholeTensors | None = None) -> list[AdapterPart]:
+def lora_deltas(model: ShardedModel, adapter_name: str) -> list[LoraDelta]:
     """List what a LoRA adapter does to each parameter.
 
     Args:
-        model: The model that has the adapter.
+        model: The model that has the adapter; all its ranks call this. The adapter's tensors are brought together.
         adapter_name: Its name.
-        tensors: Brings tensors together that are sharded; not needed where this process holds them whole.
 
     Returns:
-        One part for each tuned parameter, in module order.
+        One delta for each tuned parameter, in module order.
     """
-    names = parameter_names(model)
-    tensors = tensors or WholeTensors(HeldModel.of(model))
-    parts: list[AdapterPart] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        for part in _parts(module, adapter_name, names, tensors):
+    names = {model.live(name): name for name in model.all_names}
+    deltas: list[LoraDelta] = []
+    seen: set[str] = set()
+    for module in model.model.modules():
+        for delta in _deltas(module, adapter_name, model, names):
             # Tied layers may hold one and the same tensor.
-            places = {tensor.data_ptr() for tensor in part.tensors().values() if tensor.numel()}
-            if not places or not places <= seen:
-                parts.append(part)
-            seen |= places
-    return parts
+            if not seen.issuperset(delta.tensors):
+                deltas.append(delta)
+            seen.update(delta.tensors)
+    return deltas
 
 
-def _parts(
-    module: nn.Module, adapter: str, names: dict[nn.Parameter, str], tensors: WholeTensors
-) -> Iterator[AdapterPart]:
+def _deltas(
+    module: nn.Module, adapter: str, model: ShardedModel, names: Mapping[nn.Parameter, str]
+) -> Iterator[LoraDelta]:
     from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import ModulesToSaveWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
         if adapter in module.modules_to_save:
-            yield from whole_parts(module.modules_to_save[adapter], module.original_module, names, tensors.of)
+            yield from full_deltas(module.modules_to_save[adapter], module.original_module, model, names)
     elif isinstance(module, TrainableTokensLayer):
         if adapter in module.trainable_tokens_delta:
-            yield _token_rows(module, adapter, names, tensors.of)
+            yield _token_rows(module, adapter, model, names)
     elif isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
         if isinstance(module, MultiheadAttention):
             raise AdapterError("adapter: LoRA on MultiheadAttention is not covered; merge it and use adjust_model")
         if isinstance(module, ParamWrapper):
-            yield _named_parameter(module, adapter, names, tensors)
+            yield _named_parameter(module, adapter, model, names)
         else:
-            yield from _low_rank(module, adapter, names, tensors.of)
+            yield from _low_rank(module, adapter, model, names)
 
 
-def whole_parts(
-    tuned: nn.Module, original: nn.Module, names: dict[nn.Parameter, str], whole: Whole = as_it_is
-) -> Iterator[DensePart]:
+def full_deltas(
+    tuned: nn.Module, original: nn.Module, model: ShardedModel, names: Mapping[nn.Parameter, str]
+) -> Iterator[FullDelta]:
     """The parameters of a module that an adapter carries whole (`modules_to_save`).
 
     Args:
         tuned: The adapter's copy of the module.
         original: The module of the base.
-        names: Canonical names of the base parameters.
-        whole: Gives all of a parameter.
+        model: The model that has both.
+        names: Names of its parameters.
 
     Yields:
-        One part for each parameter.
+        One delta for each parameter.
     """
     base = {canonical(key): parameter for key, parameter in original.named_parameters()}
     for key, parameter in tuned.named_parameters():
-        weight = base[canonical(key)]
-        yield DensePart(parameter=names[weight], tuned=whole(parameter), base=whole(weight))
+        name, own = names[base[canonical(key)]], names[parameter]
+        yield FullDelta(
+            parameter=name,
+            shape=tuple(model.shape(name)),
+            tensors={own: model.gather(own)},
+            base=model.gather(name),
+        )
 
 
-def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str], whole: Whole) -> TokenRowsPart:  # noqa: ANN401
-    weight = layer.get_base_layer().weight
-    base = whole(weight)
-    return TokenRowsPart(
-        parameter=names[weight],
-        rows=whole(layer.trainable_tokens_delta[adapter]),
+def _token_rows(
+    layer: Any,  # noqa: ANN401
+    adapter: str,
+    model: ShardedModel,
+    names: Mapping[nn.Parameter, str],
+) -> TokenRowsDelta:
+    name, rows = names[layer.get_base_layer().weight], names[layer.trainable_tokens_delta[adapter]]
+    base = model.gather(name)
+    return TokenRowsDelta(
+        parameter=name,
+        shape=tuple(base.shape),
+        tensors={rows: model.gather(rows)},
         indices=torch.tensor(layer.token_indices[adapter], device=base.device),
         base=base,
     )
@@ -143,17 +182,17 @@ def _token_rows(layer: Any, adapter: str, names: dict[nn.Parameter, str], whole:
 def _named_parameter(
     layer: Any,  # noqa: ANN401
     adapter: str,
-    names: dict[nn.Parameter, str],
-    tensors: WholeTensors,
-) -> LowRankPart | ExpertsPart:
-    weight = layer.get_param()
-    shape = tensors.shape(weight)
-    make = LowRankPart if len(shape) == 2 else ExpertsPart
+    model: ShardedModel,
+    names: Mapping[nn.Parameter, str],
+) -> LowRankDelta | ExpertsDelta:
+    name = names[layer.get_param()]
+    shape = tuple(model.shape(name))
+    pair = [names[factors[adapter].weight] for factors in (layer.lora_A, layer.lora_B)]
+    make = LowRankDelta if len(shape) == 2 else ExpertsDelta
     return make(
-        parameter=names[weight],
+        parameter=name,
         shape=shape,
-        down=tensors.of(layer.lora_A[adapter].weight),
-        up=tensors.of(layer.lora_B[adapter].weight),
+        tensors={own: model.gather(own) for own in pair},
         scaling=float(layer.scaling[adapter]),
         # PEFT takes the first dimension of a matrix for its inputs, unless it swapped them.
         transposed=len(shape) == 3 and not layer._did_swap_in_out_features,
@@ -163,9 +202,9 @@ def _named_parameter(
 def _low_rank(
     layer: Any,  # noqa: ANN401
     adapter: str,
-    names: dict[nn.Parameter, str],
-    whole: Whole,
-) -> Iterator[AdapterPart]:
+    model: ShardedModel,
+    names: Mapping[nn.Parameter, str],
+) -> Iterator[LoraDelta]:
     base = layer.get_base_layer()
     if getattr(base, "weight", None) not in names:
         raise AdapterError(
@@ -175,18 +214,17 @@ def _low_rank(
     name = names[base.weight]
     is_embedding = adapter in layer.lora_embedding_A
     if is_embedding:
-        down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        factors = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     else:
         _require_same_reach(name, base)
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    down, up = whole(down), whole(up)
+        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    tensors = {names[factor]: model.gather(names[factor]) for factor in factors}
     scaling = float(layer.scaling[adapter])
     transposed = is_embedding or bool(getattr(layer, "fan_in_fan_out", False))
-    yield LowRankPart(
+    yield LowRankDelta(
         parameter=name,
-        shape=low_rank_shape(down, up, transposed=transposed),
-        down=down,
-        up=up,
+        shape=low_rank_shape(*tensors.values(), transposed=transposed),
+        tensors=tensors,
         scaling=scaling,
         transposed=transposed,
     )
@@ -194,21 +232,9 @@ def _low_rank(
         bias = getattr(base, "bias", None)
         if bias is None:
             raise AdapterError(f"{name}: {NO_BIAS}")
-        yield OffsetPart(parameter=names[bias], offset=whole(layer.lora_B[adapter].bias), scaling=scaling)
-
-
-def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, ...]:
-    """Shape of the weight that a LoRA pair tunes.
-
-    Args:
-        down: `A`, [rank, in, ...].
-        up: `B`, [out, rank, ...].
-        transposed: Whether the weight is stored [in, out].
-
-    Returns:
-        The shape of their product.
-    """
-    return (down.shape[1], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])
+        own = names[layer.lora_B[adapter].bias]
+        offset = model.gather(own)
+        yield BiasDelta(parameter=names[bias], shape=tuple(offset.shape), tensors={own: offset}, scaling=scaling)
 
 
 def _require_same_reach(name: str, base: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.deltas.dense import DeltaMatrix, DenseDelta, MatrixDelta, as_strided
-from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.records import MatrixView, Use
 
@@ -23,12 +23,12 @@ class ShardedDelta:
     Args:
         own: The delta of this process's slices.
         shape: Shape of the whole parameter.
-        piece: Where the slices lie in it.
+        shard: Where the slices lie in it.
         ranks: The processes of the run; all of them go through the same deltas in the same order.
     """
 
-    def __init__(self, own: DenseDelta, shape: torch.Size, piece: Piece, ranks: Ranks) -> None:
-        self._own, self._shape, self._piece, self._ranks = own, shape, piece, ranks
+    def __init__(self, own: DenseDelta, shape: torch.Size, shard: Shard, ranks: Ranks) -> None:
+        self._own, self._shape, self._shard, self._ranks = own, shape, shard, ranks
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +54,7 @@ class ShardedDelta:
         Returns:
             Its statistics over all ranks.
         """
-        share = _share(use, self._shape, self._piece)
+        share = _share(use, self._shape, self._shard)
         if share is None:
             return MatrixDelta(self._assembled(), use.view)
         return ShardedMatrix(as_strided(self._own.values, share.view), share, self._sum)
@@ -69,10 +69,10 @@ class ShardedDelta:
         Returns:
             A delta of the same weights.
         """
-        share = _share(use, self._shape, self._piece)
+        share = _share(use, self._shape, self._shard)
         if share is None:
             whole = MatrixDelta(self._assembled(), use.view).transformed(transform)
-            return self._with(whole[self._piece.start : self._piece.stop].clone())
+            return self._with(whole[self._shard.start : self._shard.stop].clone())
         values = self._own.values.clone(memory_format=torch.contiguous_format)
         matrix = as_strided(values, share.view)
         matrix.copy_(share.through(transform, matrix))
@@ -84,7 +84,7 @@ class ShardedDelta:
         Returns:
             A new delta of the same weights.
         """
-        return ShardedDelta(self._own.dropped(), self._shape, self._piece, self._ranks)
+        return ShardedDelta(self._own.dropped(), self._shape, self._shard, self._ranks)
 
     def weight(self) -> Tensor:
         """The slices of the weight that carries what is kept.
@@ -95,14 +95,14 @@ class ShardedDelta:
         return self._own.weight()
 
     def _with(self, values: Tensor) -> "ShardedDelta":
-        return ShardedDelta(self._own.keeping(values), self._shape, self._piece, self._ranks)
+        return ShardedDelta(self._own.keeping(values), self._shape, self._shard, self._ranks)
 
     def _assembled(self) -> Tensor:
-        assert self._piece.group is not None, "a whole parameter has a dense delta"
-        return self._ranks.assembled(self._own.values, self._piece.start, self._piece.size, self._piece.group)
+        assert self._shard.group is not None, "a whole parameter has a dense delta"
+        return self._ranks.assembled(self._own.values, self._shard.start, self._shard.size, self._shard.group)
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        return self._ranks.sum_(tensor, self._piece.group)
+        return self._ranks.sum_(tensor, self._shard.group)
 
     def _summed(self, value: float) -> float:
         return float(self._sum(torch.tensor([value], dtype=torch.float64, device=self.device)))
@@ -187,26 +187,26 @@ class _Share:
         return own * transform(torch.ones((1, self.columns), device=own.device))[:, self.own_columns]
 
 
-def _share(use: Use, shape: torch.Size, piece: Piece) -> _Share | None:
+def _share(use: Use, shape: torch.Size, shard: Shard) -> _Share | None:
     """What slices of a parameter are of one of its uses.
 
     Args:
         use: The use.
         shape: Shape of the whole parameter.
-        piece: The slices.
+        shard: The slices.
 
     Returns:
         The share, or None if the columns of its rows lie in several slices and mix.
     """
     view, size = use.view, math.prod(shape[1:])
     rows, columns = slice(0, view.rows), slice(0, view.columns)
-    if (own := _lines_within(view, size, piece)) is not None:
+    if (own := _lines_within(view, size, shard)) is not None:
         rows = own
-    elif use.role.is_diagonal and (own := _lines_within(view.transposed, size, piece)) is not None:
+    elif use.role.is_diagonal and (own := _lines_within(view.transposed, size, shard)) is not None:
         columns = own
     else:
         return None
-    first = view.start + rows.start * view.row_stride + columns.start * view.column_stride - piece.start * size
+    first = view.start + rows.start * view.row_stride + columns.start * view.column_stride - shard.start * size
     has_any = own.start < own.stop
     mine = replace(
         view, start=first if has_any else 0, rows=rows.stop - rows.start, columns=columns.stop - columns.start
@@ -214,13 +214,13 @@ def _share(use: Use, shape: torch.Size, piece: Piece) -> _Share | None:
     return _Share(rows=view.rows, columns=view.columns, own_columns=columns, view=mine)
 
 
-def _lines_within(view: MatrixView, size: int, piece: Piece) -> slice | None:
+def _lines_within(view: MatrixView, size: int, shard: Shard) -> slice | None:
     """Which rows of a matrix a process has.
 
     Args:
         view: The matrix.
         size: Entries of one slice of the parameter.
-        piece: The slices of the process.
+        shard: The slices of the process.
 
     Returns:
         Their numbers; None if a row lies in several slices.
@@ -229,5 +229,5 @@ def _lines_within(view: MatrixView, size: int, piece: Piece) -> slice | None:
     slices = starts // size
     if not torch.equal(slices, (starts + view.column_stride * (view.columns - 1)) // size):
         return None
-    first, stop = torch.searchsorted(slices, torch.tensor([piece.start, piece.stop])).tolist()
+    first, stop = torch.searchsorted(slices, torch.tensor([shard.start, shard.stop])).tolist()
     return slice(first, stop)

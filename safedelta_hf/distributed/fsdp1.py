@@ -10,8 +10,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
+from typing_extensions import override
 
-from safedelta_hf.distributed.model import Piece, Watcher, WholeParameters
+from safedelta_hf.distributed.model import ParameterObserver, Shard, ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError
 
@@ -49,7 +50,7 @@ class _Place(NamedTuple):
         return first, memory[start : start + size]
 
 
-class FlatShardedParameters(WholeParameters):
+class FlatShardedModel(ShardedModel):
     """Parameters that `FullyShardedDataParallel` distributed, cut anywhere within a row.
 
     A rank's part is no set of slices, so that reading gathers the parameter: that one alone, with as much traffic as
@@ -59,85 +60,52 @@ class FlatShardedParameters(WholeParameters):
 
     Args:
         model: The model.
+        ranks: The processes that work on it.
 
     Raises:
         ConfigurationError: The model has no parameters of its own, but flat ones, or is sharded in tensor parallel too.
     """
 
     kind: ClassVar[str] = "FSDP1"
-    collective = True
+    collective: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
         self._units = FullyShardedDataParallel.fsdp_modules(model)
         flattened = {owner: place for unit in self._units for owner, place in _flattened(unit)}
-        super().__init__(model)
-        self._ranks = Ranks.of_run()
-        self._flattened = {name: flattened[place] for name in self.names if (place := self._places[name]) in flattened}
-        for name in self.names:
-            assert name in self._flattened or not _is_fsdp_flattened(self.parameter(name)), (
-                f"{name}: its unit is outside"
-            )
+        super().__init__(model, ranks)
+        self._flattened = {
+            name: flattened[place] for name in self.all_names if (place := self._places[name]) in flattened
+        }
+        for name in self.all_names:
+            assert name in self._flattened or not _is_fsdp_flattened(self.live(name)), f"{name}: its unit is outside"
 
+    @override
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The shape.
-        """
         place = self._flattened.get(name)
         return super().shape(name) if place is None else place.shape
 
+    @override
     def device(self, name: str) -> torch.device:
-        """Where gathered parameters are.
-
-        Args:
-            name: Name of a parameter.
-
-        Returns:
-            The device.
-        """
         place = self._flattened.get(name)
         return super().device(name) if place is None else place.handle.device
 
-    def piece(self, name: str) -> Piece:
-        """What `read` returns.
+    @override
+    def shard(self, name: str) -> Shard:
+        return Shard.whole(self.shape(name))
 
-        Args:
-            name: Name of a parameter.
-
-        Returns:
-            All of it.
-        """
-        return Piece.whole(self.shape(name))
-
+    @override
     def read(self, name: str) -> Tensor:
-        """Gather a parameter.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            A copy of it, where it is sharded at all.
-        """
         place = self._flattened.get(name)
         if place is None:
             return super().read(name)
         first, values = place.own()
         if place.handle.uses_sharded_strategy:
             group = place.handle.process_group
-            values = self._ranks.assembled(values.to(self.device(name)), first, place.shape.numel(), group)
+            values = self.ranks.assembled(values.to(self.device(name)), first, place.shape.numel(), group)
         return values.as_strided(place.shape, place.stride)
 
+    @override
     def write(self, name: str, value: Tensor) -> None:
-        """Replace a parameter.
-
-        Args:
-            name: Its name.
-            value: Of its shape, the same on all ranks.
-        """
         place = self._flattened.get(name)
         if place is None:
             super().write(name, value)
@@ -149,31 +117,23 @@ class FlatShardedParameters(WholeParameters):
             memory.copy_(laid[first : first + memory.numel()])
         _forget_gathered(place)
 
+    @override
     @contextmanager
-    def shown_to(self, watcher: Watcher) -> Iterator[None]:
-        """Tell a watcher which tensors hold the gathered parameters while the model runs.
-
-        A unit gathers and frees within its own `forward`, around that of the module which it wraps.
-
-        Args:
-            watcher: Who is told.
-
-        Yields:
-            Nothing.
-        """
-        for name in self.names:
+    def tracked_by(self, observer: ParameterObserver) -> Iterator[None]:
+        # A unit gathers and frees within its own `forward`, around that of the module which it wraps.
+        for name in self.all_names:
             if name not in self._flattened:
-                watcher.follow(self.parameter(name), name)
+                observer.track(self.live(name), name)
 
         def away(*_: Any) -> None:  # noqa: ANN401
-            watcher.look_away()
+            observer.pause()
 
         def again(*_: Any) -> None:  # noqa: ANN401
-            watcher.look_again()
+            observer.resume()
 
         with ExitStack() as stack:
             for unit in self._units:
-                show = self._shower(unit, watcher)
+                show = self._shower(unit, observer)
                 for handle in (
                     unit.register_forward_pre_hook(away),
                     unit.module.register_forward_pre_hook(show, prepend=True),
@@ -183,13 +143,13 @@ class FlatShardedParameters(WholeParameters):
                     stack.callback(handle.remove)
             yield
 
-    def _shower(self, unit: FullyShardedDataParallel, watcher: Watcher) -> Any:  # noqa: ANN401 - a hook
+    def _shower(self, unit: FullyShardedDataParallel, observer: ParameterObserver) -> Any:  # noqa: ANN401 - a hook
         names = [name for name, place in self._flattened.items() if place.unit is unit]
 
         def show(*_: Any) -> None:  # noqa: ANN401
             for name in names:
-                watcher.follow(self.parameter(name), name)
-            watcher.look_again()
+                observer.track(self.live(name), name)
+            observer.resume()
 
         return show
 

@@ -1,20 +1,25 @@
-"""A model in the memory of one process or of many: what every backend answers of its parameters."""
+"""A model in the memory of one process or of many, and what of its parameters this process holds."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from safedelta_hf.modules.names import base_modules, canonical, join
+from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.modules.names import base_modules, canonical, join, parameter_names
+
+Place = tuple[nn.Module, str]
+"""A module and the name of its own parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The part of a parameter that a process holds: some of the slices along its first dimension, or all of it.
+class Shard:
+    """What a process holds of a parameter: some of the slices along its first dimension, or all of it.
 
     Attributes:
         start: The first of them.
@@ -29,14 +34,14 @@ class Piece:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def whole(cls, shape: torch.Size) -> "Piece":
+    def whole(cls, shape: torch.Size) -> "Shard":
         """All of a parameter.
 
         Args:
             shape: Its shape.
 
         Returns:
-            The piece.
+            The shard.
         """
         size = shape[0] if shape else 1
         return cls(start=0, stop=size, size=size)
@@ -46,158 +51,124 @@ class Piece:
         """Whether each process holds all of the parameter."""
         return self.group is None
 
+    def of(self, whole: Tensor) -> Tensor:
+        """This shard of something that is laid out as the parameter is.
 
-class Watcher(Protocol):
-    """Who sees the operations of a running model."""
+        Args:
+            whole: [size, ...].
 
-    def follow(self, tensor: Tensor, name: str) -> None:
+        Returns:
+            A view of it, [stop - start, ...].
+        """
+        return whole if self.is_whole else whole[self.start : self.stop]
+
+
+class ParameterObserver(Protocol):
+    """Who sees the operations of a running model, and is told which tensors are parameters."""
+
+    def track(self, tensor: Tensor, name: str) -> None:
         """Take a tensor for the whole parameter of that name, as long as it lives."""
         ...
 
-    def expect(self, parameter: Tensor, name: str) -> None:
+    def track_when_loaded(self, parameter: Tensor, name: str) -> None:
         """Take a parameter for the whole of that name whenever it is met with memory: it is fetched once asked for."""
         ...
 
-    def look_away(self) -> None:
-        """See nothing until told to look again: the backend is fetching or freeing parameters."""
+    def pause(self) -> None:
+        """See nothing until told to resume: the backend is fetching or freeing parameters."""
         ...
 
-    def look_again(self) -> None:
+    def resume(self) -> None:
         """See all operations again."""
         ...
 
 
-class Holding(Protocol):
-    """How this process holds the parameters of a model; they go by canonical names, those of adapters by their own.
+class ShardedModel:
+    """A model, what this process holds of its parameters, and the processes that hold the rest.
 
-    Reading and writing may be collective: all ranks do it for the same parameters in the same order.
-    """
+    This class is the plain case, in which every process holds all parameters as they are: a single process, and data
+    parallelism. Each backend has a subclass that says what is different there; `open_model` finds it.
 
-    kind: ClassVar[str]
-    """What users call the backend."""
-
-    collective: bool
-    """Whether forward passes are collective, so that all ranks need the same number of them."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All parameters, a tied one once."""
-        ...
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """What stands for a parameter in the model at this moment, be it sharded or empty."""
-        ...
-
-    def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Data type of the parameter."""
-        ...
-
-    def device(self, name: str) -> torch.device:
-        """Where what `read` returns is."""
-        ...
-
-    def piece(self, name: str) -> Piece:
-        """The part of a parameter that `read` returns and `write` takes."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """That part as a plain tensor, [stop - start, ...]; maybe the parameter's own memory, so not to be changed."""
-        ...
-
-    def write(self, name: str, value: Tensor) -> None:
-        """Replace that part; the value has its shape, in any dtype, on any device."""
-        ...
-
-    def lend(self, name: str, value: Tensor) -> None:
-        """Replace that part for a while: what an optimizer keeps of the parameter stays as it is."""
-        ...
-
-    def shown_to(self, watcher: Watcher) -> AbstractContextManager[None]:
-        """Tell a watcher which tensors hold the parameters while the model runs."""
-        ...
-
-
-class Places:
-    """Where each parameter stands in a model.
+    Parameters go by canonical names, those of adapters by their own. Reading and writing may be collective: all ranks
+    do it for the same parameters in the same order.
 
     Args:
-        model: Any module.
+        model: The model.
+        ranks: The processes that work on it; this one alone if None.
+
+    Attributes:
+        model: The model.
+        ranks: The processes.
+        names: Canonical names of the parameters of the bare model, without those of adapters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._places: dict[str, tuple[nn.Module, str]] = {}
-        seen: set[nn.Parameter] = set()
+    kind: ClassVar[str] = "whole"
+    """What users call the backend."""
 
-        def add(prefix: str, module: nn.Module) -> None:
-            for key, parameter in module._parameters.items():
-                if parameter is not None and parameter not in seen:
-                    seen.add(parameter)
-                    self._places[join(prefix, key)] = module, key
+    collective: ClassVar[bool] = False
+    """Whether forward passes are collective, so that all ranks need the same number of them."""
 
-        for name, module in base_modules(model):
-            add(name, module)
-        for name, module in model.named_modules():
-            add(canonical(f"{name}.").rstrip("."), module)
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
+        self.model = model
+        self.ranks = ranks or Ranks()
+        self.names = tuple(parameter_names(model).values())
+        self._places = _places(model)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """All parameters, a tied one once."""
+    def is_local(self) -> bool:
+        """Whether this process holds all parameters, as plain tensors that nothing else keeps copies of."""
+        return type(self) is ShardedModel
+
+    @property
+    def runnable(self) -> nn.Module:
+        """What is called for a forward pass in which no rank waits for another, unless the backend needs that."""
+        # A data-parallel wrapper would exchange buffers, which ranks without a sequence take no part in.
+        wrapped = self.model
+        return wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """All parameters, those of adapters too; a tied one once."""
         return tuple(self._places)
 
-    def __getitem__(self, name: str) -> tuple[nn.Module, str]:
-        return self._places[name]
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole parameters of the bare model, by name."""
+        return {name: tuple(self.shape(name)) for name in self.names}
 
-    def parameter(self, name: str) -> nn.Parameter:
-        """What stands for a parameter at this moment.
+    @property
+    def data_types(self) -> dict[str, str]:
+        """Data types of the parameters of the bare model, such as "bfloat16", by name."""
+        return {name: str(self.dtype(name)).removeprefix("torch.") for name in self.names}
+
+    def parameter(self, name: str, *, lent: bool = False) -> "Parameter":
+        """One parameter, to be read and replaced.
+
+        Args:
+            name: Its name.
+            lent: Whether it is replaced for a while only.
+
+        Returns:
+            The parameter, as this process holds it.
+        """
+        return Parameter(self, name, lent)
+
+    def live(self, name: str) -> nn.Parameter:
+        """What stands for a parameter in the model at this moment, be it sharded or empty.
 
         Args:
             name: Its name.
 
         Returns:
-            The parameter.
+            The very object.
         """
         module, key = self._places[name]
         parameter = module._parameters[key]
         assert parameter is not None, name
         return parameter
 
-
-class WholeParameters:
-    """Plain parameters in memory. The base of the other kinds, of which each says what is different there.
-
-    Args:
-        model: The model.
-    """
-
-    kind: ClassVar[str] = "whole"
-    collective = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._places = Places(model)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All parameters, a tied one once."""
-        return self._places.names
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """What stands for a parameter in the model at this moment.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The parameter.
-        """
-        return self._places.parameter(name)
-
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter.
+        """Shape of a whole parameter.
 
         Args:
             name: Its name.
@@ -205,7 +176,7 @@ class WholeParameters:
         Returns:
             The shape.
         """
-        return self.parameter(name).shape
+        return self.live(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a parameter.
@@ -216,70 +187,180 @@ class WholeParameters:
         Returns:
             The data type.
         """
-        return self.parameter(name).dtype
+        return self.live(name).dtype
 
     def device(self, name: str) -> torch.device:
         """Where what `read` returns is.
 
         Args:
-            name: Its name.
+            name: Name of a parameter.
 
         Returns:
             The device.
         """
-        return self.parameter(name).device
+        return self.live(name).device
 
-    def piece(self, name: str) -> Piece:
-        """The part of a parameter that this process holds.
+    def shard(self, name: str) -> Shard:
+        """What `read` returns, and `write` takes, of a parameter.
 
         Args:
             name: Its name.
 
         Returns:
-            All of it.
+            All of it, unless the backend says otherwise.
         """
-        return Piece.whole(self.shape(name))
+        return Shard.whole(self.shape(name))
 
     def read(self, name: str) -> Tensor:
-        """That part of a parameter.
+        """This process's shard of a parameter.
 
         Args:
             name: Its name.
 
         Returns:
-            The parameter's own memory.
+            A plain tensor; maybe the parameter's own memory, so not to be changed.
         """
-        return self.parameter(name).detach()
+        return self.live(name).detach()
 
     def write(self, name: str, value: Tensor) -> None:
-        """Replace that part.
+        """Replace this process's shard of a parameter.
 
         Args:
             name: Its name.
-            value: Of its shape.
+            value: Of the shard's shape, in any dtype, on any device.
         """
         with torch.no_grad():
-            self.parameter(name).copy_(value)
+            self.live(name).copy_(value)
 
     def lend(self, name: str, value: Tensor) -> None:
-        """Replace that part for a while: what an optimizer keeps of the parameter stays as it is.
+        """Replace that shard for a while: what an optimizer keeps of the parameter stays as it is.
 
         Args:
-            name: Its name.
-            value: Of its shape.
+            name: Name of the parameter.
+            value: Of the shard's shape.
         """
         self.write(name, value)
 
-    @contextmanager
-    def shown_to(self, watcher: Watcher) -> Iterator[None]:
-        """Tell a watcher which tensors hold the parameters while the model runs.
+    def gather(self, name: str) -> Tensor:
+        """All of a parameter, on every rank.
 
         Args:
-            watcher: Who is told.
+            name: Its name.
+
+        Returns:
+            A plain tensor; maybe the parameter's own memory.
+        """
+        return self.assembled(name, self.read(name))
+
+    def assembled(self, name: str, rows: Tensor) -> Tensor:
+        """All of something of which each rank has what it holds of a parameter.
+
+        Args:
+            name: Name of the parameter.
+            rows: This rank's shard, laid out as that of the parameter is.
+
+        Returns:
+            The whole, on every rank; the shard itself where that is the whole.
+        """
+        shard = self.shard(name)
+        return rows if shard.group is None else self.ranks.assembled(rows, shard.start, shard.size, shard.group)
+
+    def state(self, *, but: Collection[str] = ()) -> dict[str, Tensor]:
+        """What `state_dict()` would give of the model in one process, fetched one parameter at a time.
+
+        Args:
+            but: Names of parameters to leave out.
+
+        Returns:
+            Tensors in host memory by their names in the model, tied ones under each of them; empty but on the main
+            rank.
+        """
+        values: dict[nn.Parameter, Tensor] = {}
+        for name in self.all_names:
+            if name not in but:
+                value = self.gather(name)
+                if self.ranks.is_main:
+                    values[self.live(name)] = value.to("cpu", copy=True)
+        state = {
+            canonical(name): values[parameter]
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter in values
+        }
+        return state | (_buffers(self.model) if self.ranks.is_main else {})
+
+    @contextmanager
+    def tracked_by(self, observer: ParameterObserver) -> Iterator[None]:
+        """Tell an observer which tensors hold the parameters while the model runs.
+
+        Args:
+            observer: Who is told.
 
         Yields:
             Nothing.
         """
-        for name in self.names:
-            watcher.follow(self.parameter(name), name)
+        for name in self.all_names:
+            observer.track(self.live(name), name)
         yield
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model, as this process holds it.
+
+    Attributes:
+        model: The model.
+        name: Its name there.
+        lent: Whether it is replaced for a while only.
+    """
+
+    model: ShardedModel
+    name: str
+    lent: bool = False
+
+    @property
+    def shard(self) -> Shard:
+        """What this process holds of it."""
+        return self.model.shard(self.name)
+
+    def read(self) -> Tensor:
+        """This process's shard.
+
+        Returns:
+            A plain tensor; maybe the parameter's own memory, so not to be changed.
+        """
+        return self.model.read(self.name)
+
+    def write(self, value: Tensor) -> None:
+        """Replace this process's shard.
+
+        Args:
+            value: Of its shape.
+        """
+        replace = self.model.lend if self.lent else self.model.write
+        replace(self.name, value)
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    seen: set[nn.Parameter] = set()
+
+    def add(prefix: str, module: nn.Module) -> None:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                places[join(prefix, key)] = module, key
+
+    for name, module in base_modules(model):
+        add(name, module)
+    for name, module in model.named_modules():
+        add(canonical(f"{name}.").rstrip("."), module)
+    return places
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        canonical(join(place, key)): buffer.cpu()
+        for place, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }

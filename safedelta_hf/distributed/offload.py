@@ -8,22 +8,22 @@ from typing import Any, ClassVar
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from torch import Tensor, nn
+from typing_extensions import override
 
-from safedelta_hf.distributed.model import Watcher, WholeParameters
+from safedelta_hf.distributed.model import ParameterObserver, Place, ShardedModel
 from safedelta_hf.distributed.offload_hooks import Slot, fetching_hooks, memory_of, modules_of
+from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.modules.names import base_modules, join, unwrapped
 from safedelta_hf.modules.quantised import is_quantised
 
-Place = tuple[nn.Module, str]
-"""A module and the name of its parameter."""
 
-
-class OffloadedParameters(WholeParameters):
+class OffloadedModel(ShardedModel):
     """Parameters of which the model holds some, or all, only while they are used; they are read one at a time.
 
     Args:
         model: The model.
+        ranks: The processes that work on it.
 
     Raises:
         ConfigurationError: A parameter is nowhere to be found, or offloaded in a way that is not covered.
@@ -31,114 +31,86 @@ class OffloadedParameters(WholeParameters):
 
     kind: ClassVar[str] = "CPU or disk offload"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
         kept = _kept_parameters(model)
         _tie_placeholders(model, kept)
-        super().__init__(model)
-        names = {self.parameter(name): name for name in self.names}
+        super().__init__(model, ranks)
+        names = {self.live(name): name for name in self.all_names}
         self._owned: dict[nn.Module, list[tuple[str, str]]] = defaultdict(list)
         self._slots: dict[str, list[Slot]] = defaultdict(list)
         for module in model.modules():
             for key, parameter in _own(module):
                 self._owned[module].append((key, names[parameter]))
                 self._slots[names[parameter]] += kept.get((module, key), [])
-        for name in self.names:
-            _require_covered(name, self.parameter(name), self._slots[name])
+        for name in self.all_names:
+            _require_covered(name, self.live(name), self._slots[name])
 
+    @override
     def device(self, name: str) -> torch.device:
-        """Where what `read` returns is.
-
-        Args:
-            name: Name of a parameter.
-
-        Returns:
-            Where the model computes with it.
-        """
         slots = self._slots[name]
         return slots[0].device if slots else super().device(name)
 
+    @override
     def read(self, name: str) -> Tensor:
-        """A parameter, without running the hooks of its module.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            A tensor where the model computes with it; mapped from its file, or its own memory, if that is there.
-        """
         slots = self._slots[name]
         return slots[0].read().to(self.dtype(name)) if slots else super().read(name)
 
+    @override
     def write(self, name: str, value: Tensor) -> None:
-        """Replace a parameter wherever it is kept.
-
-        On disk it goes to a file of its own beside the offloaded ones, so it takes no memory, and the files that the
-        model was loaded from stay as they are.
-
-        Args:
-            name: Name of the parameter.
-            value: Of its shape.
-        """
+        # On disk it goes to a file of its own beside the offloaded ones, so it takes no memory, and the files that the
+        # model was loaded from stay as they are.
         value, file = value.detach().to(self.dtype(name)), None
         for slot in self._slots[name]:
             file = slot.write(value, file)
-        if not self.parameter(name).is_meta:
+        if not self.live(name).is_meta:
             super().write(name, value)
 
+    @override
     @contextmanager
-    def shown_to(self, watcher: Watcher) -> Iterator[None]:
-        """Tell a watcher which tensors hold the fetched parameters while the model runs.
-
-        The hooks run inside a module's `forward`, behind the hooks of PyTorch, so the hooks themselves are wrapped.
-
-        Args:
-            watcher: Who is told.
-
-        Yields:
-            Nothing.
-        """
-        self._show(self._model.modules(), watcher)
+    def tracked_by(self, observer: ParameterObserver) -> Iterator[None]:
+        # The hooks run inside a module's `forward`, behind the hooks of PyTorch, so the hooks themselves are wrapped.
+        self._show(self.model.modules(), observer)
         try:
             with ExitStack() as stack:
-                for module in self._model.modules():
+                for module in self.model.modules():
                     for hook in fetching_hooks(module):
-                        stack.enter_context(self._wrapped(hook, watcher))
+                        stack.enter_context(self._wrapped(hook, observer))
                 yield
         finally:
             for module, owned in self._owned.items():
                 for key, name in owned:
                     if module._parameters[key].is_meta:  # type: ignore[union-attr]
-                        module._parameters[key] = self.parameter(name)
+                        module._parameters[key] = self.live(name)
 
-    def _show(self, modules: Iterator[nn.Module], watcher: Watcher) -> None:
+    def _show(self, modules: Iterator[nn.Module], observer: ParameterObserver) -> None:
         for module in modules:
             for key, name in self._owned[module]:
                 parameter = module._parameters[key]
                 if parameter is not None and not parameter.is_meta:
-                    watcher.follow(parameter, name)
+                    observer.track(parameter, name)
 
     @contextmanager
-    def _wrapped(self, hook: AlignDevicesHook | CpuOffload, watcher: Watcher) -> Iterator[None]:
+    def _wrapped(self, hook: AlignDevicesHook | CpuOffload, observer: ParameterObserver) -> Iterator[None]:
         fetch, put_back = hook.pre_forward, hook.post_forward
 
         def pre_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            result = _unseen(watcher, lambda: fetch(module, *args, **kwargs))
-            self._show((inner for _, inner in modules_of(hook, module)), watcher)
+            result = _unseen(observer, lambda: fetch(module, *args, **kwargs))
+            self._show((inner for _, inner in modules_of(hook, module)), observer)
             return result
 
         def post_forward(module: nn.Module, output: Any) -> Any:  # noqa: ANN401
-            return _unseen(watcher, lambda: put_back(module, output))
+            return _unseen(observer, lambda: put_back(module, output))
 
         with _attribute(hook, "pre_forward", pre_forward), _attribute(hook, "post_forward", post_forward):
             yield
 
 
-def _unseen(watcher: Watcher, work: Callable[[], Any]) -> Any:  # noqa: ANN401
-    watcher.look_away()
+def _unseen(observer: ParameterObserver, work: Callable[[], Any]) -> Any:  # noqa: ANN401
+    observer.pause()
     try:
         return work()
     finally:
-        watcher.look_again()
+        observer.resume()
 
 
 @contextmanager

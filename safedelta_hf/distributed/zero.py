@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from safedelta_hf.distributed.fetching_hooks import fetched_by_hooks
-from safedelta_hf.distributed.model import Piece, Watcher, WholeParameters
+from safedelta_hf.distributed.model import ParameterObserver, Shard, ShardedModel
+from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError
 
 
-class MirroredParameters(WholeParameters):
+class MirroredModel(ShardedModel):
     """ZeRO 1 and 2: whole parameters, and of each a master copy in float32 that is shared out among the ranks.
 
     The optimizer steps on the master and overwrites the parameter with it, so both are written. Where the parameter has
@@ -24,130 +26,83 @@ class MirroredParameters(WholeParameters):
 
     kind: ClassVar[str] = "ZeRO-1/2"
 
+    @override
     def write(self, name: str, value: Tensor) -> None:
-        """Replace a parameter, and this rank's part of its master copy.
-
-        Args:
-            name: Its name.
-            value: Of its shape, the same on all ranks.
-        """
         from deepspeed.utils import safe_set_full_fp32_param
 
         super().write(name, value)
-        safe_set_full_fp32_param(self.parameter(name), value)
+        safe_set_full_fp32_param(self.live(name), value)
 
+    @override
     def lend(self, name: str, value: Tensor) -> None:
-        """Replace a parameter for a while: the master copy, which may hold more digits, stays as it is.
-
-        Args:
-            name: Its name.
-            value: Of its shape, the same on all ranks.
-        """
         super().write(name, value)
 
 
-class PartitionedParameters(WholeParameters):
+class PartitionedModel(ShardedModel):
     """ZeRO 3: each rank holds an equal part of each parameter laid flat, cut anywhere within a row.
 
     Reading gathers one parameter; writing does too, and broadcasts it from the first rank.
 
     Args:
         model: The model.
+        ranks: The processes that work on it.
 
     Raises:
         ConfigurationError: DeepSpeed keeps frozen weights quantised.
     """
 
     kind: ClassVar[str] = "ZeRO-3"
-    collective = True
+    collective: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        for name in self.names:
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
+        super().__init__(model, ranks)
+        for name in self.all_names:
             # Gathered alone, such a parameter is a row of codes.
-            if hasattr(getattr(self.parameter(name), "ds_tensor", None), "ds_quant_scale"):
+            if hasattr(getattr(self.live(name), "ds_tensor", None), "ds_quant_scale"):
                 raise ConfigurationError(
                     f"{name}: DeepSpeed keeps it quantised (zero_quantized_nontrainable_weights), and its values "
                     "cannot be read; train without that setting"
                 )
 
+    @override
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The shape.
-        """
-        parameter = self.parameter(name)
+        parameter = self.live(name)
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
-    def piece(self, name: str) -> Piece:
-        """What `read` returns.
+    @override
+    def shard(self, name: str) -> Shard:
+        return Shard.whole(self.shape(name))
 
-        Args:
-            name: Name of a parameter.
-
-        Returns:
-            All of it.
-        """
-        return Piece.whole(self.shape(name))
-
+    @override
     def read(self, name: str) -> Tensor:
-        """Gather a parameter.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            A copy of it.
-        """
         from deepspeed.runtime.zero import GatheredParameters
 
-        parameter = self.parameter(name)
+        parameter = self.live(name)
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
 
+    @override
     def write(self, name: str, value: Tensor) -> None:
-        """Replace a parameter, and this rank's part of the optimizer's master copy if it is trained.
-
-        Args:
-            name: Its name.
-            value: Of its shape, the same on all ranks.
-        """
         from deepspeed.runtime.zero import GatheredParameters
 
-        parameter = self.parameter(name)
+        parameter = self.live(name)
         with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
             if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
                 _write_master(parameter, value)
 
+    @override
     def lend(self, name: str, value: Tensor) -> None:
-        """Replace a parameter for a while: the master copy, which may hold more digits, stays as it is.
-
-        Args:
-            name: Its name.
-            value: Of its shape, the same on all ranks.
-        """
         from deepspeed.runtime.zero import GatheredParameters
 
-        parameter = self.parameter(name)
+        parameter = self.live(name)
         with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
 
+    @override
     @contextmanager
-    def shown_to(self, watcher: Watcher) -> Iterator[None]:
-        """Tell a watcher which tensors hold the gathered parameters while the model runs.
-
-        Args:
-            watcher: Who is told.
-
-        Yields:
-            Nothing.
-        """
-        with fetched_by_hooks(self._model, self._places, watcher):
+    def tracked_by(self, observer: ParameterObserver) -> Iterator[None]:
+        with fetched_by_hooks(self, observer):
             yield
 
 

@@ -2,8 +2,7 @@
 
 from safedelta_hf.evaluation.coherence import Reference, is_degenerate
 from safedelta_hf.evaluation.evaluate import evaluate_model
-from safedelta_hf.evaluation.fingerprint import model_digest
-from safedelta_hf.evaluation.generation import generate_responses
+from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
 from safedelta_hf.evaluation.judge import Judge, ModelJudge
 from safedelta_hf.evaluation.likelihood import Likelihood, refusal_likelihood
@@ -12,11 +11,12 @@ from safedelta_hf.evaluation.result import Evaluation, Score
 from safedelta_hf.evaluation.scoring import (
     REFUSAL_PHRASES,
     attack_success_rate,
+    exact_answer,
     exact_match,
+    final_answer,
     final_match,
     is_refusal,
 )
-from safedelta_hf.evaluation.task import exact_answer, final_answer
 
 __all__ = [
     "REFUSAL_PHRASES",

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.data.dataset import IGNORED, SafetySequence
 from safedelta_hf.data.refusals import response_losses
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.evaluation.questions import Prompt
@@ -104,7 +105,8 @@ def incoherent(
         return found
     left = [index for index, degenerate in enumerate(found) if not degenerate]
     sequences = [_sequence(prompts[index], responses[index], reference.processing_class) for index in left]
-    losses = response_losses(reference.model, sequences, batch_size=batch_size, progress=progress, desc="Coherence")
+    model = ShardedModel(reference.model)
+    losses = response_losses(model, sequences, batch_size=batch_size, progress=progress, desc="Coherence")
     for index, tokens in zip(left, losses, strict=True):
         found[index] = median(tokens) > reference.most
     return found

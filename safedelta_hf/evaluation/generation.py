@@ -1,16 +1,20 @@
-"""Responses by real generation: greedy decoding of chats through ``model.generate``."""
+"""Responses by real generation, greedy decoding of chats through ``model.generate``, and what they depend on."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.data.batches import require_fit
+from safedelta_hf.data.dataset import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.modules.evaluating import undisturbed
+from safedelta_hf.weights.digest import digest
 
 Chat = Sequence[Mapping[str, str]]
 
@@ -156,4 +160,57 @@ def _generation_settings(model: nn.Module) -> dict[nn.Module, Any]:
     # An adapter model writes its own settings into the model that it wraps, so both are put back.
     return {
         module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
+    }
+
+
+_INCIDENTAL: Final = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+"""Parts of a configuration that do not change what the model says, or, like the data type, that its weights tell."""
+
+
+def model_digest(model: nn.Module, processing_class: ProcessingClass | None) -> str:
+    """Digest of weights, buffers, adapters, configuration and tokenizer.
+
+    Args:
+        model: The model, with or without adapters.
+        processing_class: Its tokenizer or processor, if there is one.
+
+    Returns:
+        A hexadecimal SHA-256 digest.
+
+    Raises:
+        ConfigurationError: Some weights are offloaded to where they cannot be read.
+    """
+    offloaded = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if offloaded:
+        raise ConfigurationError(
+            f"{offloaded[0]} and {len(offloaded) - 1} other weights are offloaded, so the model cannot be told from "
+            "others; use devices or memory that hold it whole"
+        )
+    state = {name: digest(tensor) for name, tensor in sorted(model.state_dict().items())}
+    config: Any = getattr(model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    content = {
+        "state": state,
+        "config": {key: value for key, value in described.items() if key not in _INCIDENTAL},
+        "adapters": {name: _scaling(adapter) for name, adapter in adapters.items()},
+        "active": _active(model) if adapters else None,
+        "tokenizer": tokenizer_digest(processing_class),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _active(model: nn.Module) -> list[str]:
+    # A method of models that load adapters themselves, an attribute of PEFT's.
+    active: Any = getattr(model, "active_adapters", [])
+    return list(active() if callable(active) else active)
+
+
+def _scaling(adapter: dict[str, Any]) -> dict[str, Any]:
+    # Where an adapter came from, and whether it is to be trained, is no part of what it does.
+    incidental = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in adapter.items()
+        if key not in incidental
     }

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation.fingerprint import model_digest
+from safedelta_hf.evaluation.generation import model_digest
 
 Judge = Callable[[str, str], bool | float | None]
 """From prompt and response to how harmful the response is: yes or no, a number from 0 to 1, or None for no verdict."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from safedelta_hf.data.dataset import ProcessingClass, digest_of, read_safety_data
 from safedelta_hf.data.refusals import response_losses
+from safedelta_hf.distributed.model import ShardedModel
 
 UPPER = 0.95
 """The upper quantile over examples that is reported beside the mean."""
@@ -70,5 +71,7 @@ def refusal_likelihood(
         NumericalError: The model's loss is NaN or Inf.
     """  # noqa: DOC502 - raised by the functions called
     sequences = read_safety_data(refusals, processing_class, max_length)
-    losses = response_losses(model, sequences, batch_size=batch_size, progress=progress, desc="Refusal likelihood")
+    losses = response_losses(
+        ShardedModel(model), sequences, batch_size=batch_size, progress=progress, desc="Refusal likelihood"
+    )
     return Likelihood(losses=tuple(map(fmean, losses)), data=digest_of(sequences))

@@ -1,8 +1,8 @@
 """Scores of generated responses: refusals by keyword, and agreement with expected answers."""
 
 import re
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from safedelta_hf.errors import DataError
 
@@ -151,3 +151,60 @@ def _paired_words(responses: Sequence[str], answers: Sequence[str]) -> list[tupl
     if blank:
         raise DataError(f"answers[{blank[0]}]: an expected answer needs at least one word")
     return pairs
+
+
+TaskScore = Callable[[str, Mapping[str, Any]], bool | float]
+"""From a response, and the row of the prompt file that it answers, to how right it is: yes or no, or from 0 to 1."""
+
+
+def exact_answer(response: str, row: Mapping[str, Any]) -> float:
+    """Score 1 where a response equals the answer of its row, apart from case and spacing.
+
+    Args:
+        response: The response.
+        row: A row with `answer` or `completion`, or whose `messages` end in an assistant turn.
+
+    Returns:
+        1 or 0.
+    """
+    return exact_match([response], [answer_of(row)])
+
+
+def final_answer(response: str, row: Mapping[str, Any]) -> float:
+    """Score 1 where a response is the answer of its row, alone or after a preamble that ends in a colon.
+
+    Args:
+        response: The response.
+        row: A row with `answer` or `completion`, or whose `messages` end in an assistant turn.
+
+    Returns:
+        1 or 0.
+    """
+    return final_match([response], [answer_of(row)])
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The right answer that a row of a prompt file names.
+
+    Args:
+        row: The row.
+
+    Returns:
+        Its `answer`, its `completion`, or the assistant turn that ends its `messages`.
+
+    Raises:
+        DataError: It names none.
+    """
+    turns = row.get("messages") or [{}]
+    given = [row.get("answer"), row.get("completion"), turns[-1].get("content") if _is_answer(turns[-1]) else None]
+    answer = next((text for text in given if isinstance(text, str) and text.strip()), None)
+    if answer is None:
+        raise DataError(
+            f"task: a row with the keys {sorted(row)} names no answer; give 'answer', 'completion', or 'messages' that "
+            "end in an assistant turn"
+        )
+    return answer
+
+
+def _is_answer(turn: Mapping[str, Any]) -> bool:
+    return turn.get("role") == "assistant"

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import TrainerState
 
 from safedelta_hf.data.dataset import ProcessingClass, tokenizer_digest
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ProfileError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.weights.digest import digest_of_piece, held_digest
-from safedelta_hf.weights.readers import BaseWeights, FilesOrMemoryBase, open_base
+from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
+from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, WeightReader, open_base
 
 STATE_KEY = "safedelta_base"
 """Key in the Trainer state, and so in every checkpoint; no class has this name, so no callback is restored from it."""
@@ -34,7 +34,7 @@ class RunBase:
         moved: Names of the parameters whose weights at train start are not the base's, as after a resume.
     """
 
-    weights: BaseWeights
+    weights: WeightReader
     digests: Mapping[str, str]
     moved: tuple[str, ...]
 
@@ -47,7 +47,7 @@ class RunBase:
 
 
 def base_of_run(
-    model: nn.Module, state: TrainerState, given: nn.Module | str | Path | None, output_dir: Path
+    model: ShardedModel, state: TrainerState, given: nn.Module | str | Path | None, output_dir: Path
 ) -> RunBase:
     """Find the base at the start of a training run.
 
@@ -69,7 +69,7 @@ def base_of_run(
     """
     if given is not None:
         run = _from_source(model, given)
-    elif state.global_step == 0 or getattr(model, "peft_config", None):
+    elif state.global_step == 0 or getattr(model.model, "peft_config", None):
         run = _from_model(model, output_dir)
     else:
         run = _from_source(model, **_recorded_files(state))
@@ -101,7 +101,10 @@ def remember(run: RunBase, state: TrainerState) -> None:
         run: The base of the run.
         state: Changed in place.
     """
-    files = run.weights.reopen or {"source": None, "revision": None}
+    weights = run.weights.files if isinstance(run.weights, FilesOrCopies) else run.weights
+    files: dict[str, str | None] = {"source": None, "revision": None}
+    if isinstance(weights, FilesReader):
+        files = {"source": weights.source, "revision": weights.revision}
     name = name_of_run(state) or Ranks.of_run().broadcast(secrets.token_hex(16), owner=0)
     _exported(state)[STATE_KEY] = {"run": name, "digest": run.digest, **files}
 
@@ -167,34 +170,32 @@ def require_matching(profile: SafetyProfile, run: RunBase, processing_class: Pro
             )
 
 
-def _from_model(model: nn.Module, output_dir: Path) -> RunBase:
-    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+def _from_model(model: ShardedModel, output_dir: Path) -> RunBase:
+    config = getattr(model.model, "config", None)
+    name_or_path = getattr(config, "_name_or_path", "")
     if name_or_path and (Path(name_or_path) / TRAINER_STATE_FILE).exists():
         raise BaseWeightsError(
             f"the model was loaded from {name_or_path!r}, a checkpoint of a Trainer, which is fine-tuned already; pass "
             "base=<the aligned model>, or base=<this folder> if its weights are the aligned ones"
         )
-    held = HeldModel.of(model)
-    digests = {name: held_digest(held, name) for name in held.names}
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return RunBase(
-        weights=FilesOrMemoryBase(held, digests, revision=revision, avoid=output_dir), digests=digests, moved=()
-    )
+    digests = fingerprint(model)
+    revision = getattr(config, "_commit_hash", None)
+    weights = FilesOrCopies(model, digests, revision=revision, avoid=output_dir)
+    return RunBase(weights=weights, digests=digests, moved=())
 
 
-def _from_source(model: nn.Module, source: nn.Module | str | Path, revision: str | None = None) -> RunBase:
-    weights = open_base(source, model, revision)
-    held = HeldModel.of(model)
+def _from_source(model: ShardedModel, source: nn.Module | str | Path, revision: str | None = None) -> RunBase:
+    weights = open_base(source, model.model, revision)
     digests, moved = {}, []
-    for name in held.names:
-        piece, shape = held.holding.piece(name), held.holding.shape(name)
-        weight = weights.read(name, piece)
-        if weight.shape != held.holding.read(name).shape:
+    for name in model.names:
+        shard, shape = model.shard(name), model.shape(name)
+        weight = weights.read(name, shard)
+        if weight.shape != model.read(name).shape:
             raise BaseWeightsError(
                 f"base: {name} is {list(weight.shape)} in {weights.source} and {list(shape)} in the model; "
                 "pass the model that the fine-tuning started from"
             )
-        digests[name] = digest_of_piece(weight.to(held.holding.dtype(name)), shape, piece, held.ranks)
-        if digests[name] != held_digest(held, name):
+        digests[name] = digest_of_shard(weight.to(model.dtype(name)), shape, shard, model.ranks)
+        if digests[name] != parameter_digest(model, name):
             moved.append(name)
     return RunBase(weights=weights, digests=digests, moved=tuple(moved))

@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from safedelta_hf.adjust.merging import require_mergeable
 from safedelta_hf.adjust.plan import require_decisions
 from safedelta_hf.capture.config import ALL_LINEAR, CaptureSettings
 from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload_hooks import require_trainable
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.base_weights import RunBase, base_of_run, remember, require_matching, require_recorded
@@ -32,16 +34,16 @@ from safedelta_hf.hf.trainer_facts import (
     output_dir,
     require_supported,
     shows_progress,
-    storage_of_trained,
     trained_adapter,
+    trains_dense,
 )
-from safedelta_hf.hf.tuned import require_room_for_tuned, save_tuned, whereabouts
+from safedelta_hf.hf.tuned import TunedWeights, require_room_for_tuned, save_tuned, whereabouts
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, TaskRidge
-from safedelta_hf.weights.journal import standing_in
+from safedelta_hf.weights.journal import base_weights_loaded
 
 logger = logging.get_logger(__name__)
 
@@ -157,6 +159,7 @@ class SafeDeltaCallback(TrainerCallback):
         )
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
+        self._tuned: TunedWeights | None = None
 
     def on_train_begin(
         self,
@@ -183,21 +186,23 @@ class SafeDeltaCallback(TrainerCallback):
             SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
         """  # noqa: DOC502 - raised by the functions called
         model = bare(model)
+        self._tuned = None
         require_supported(args)
         with Ranks.of_run().together():
             require_trainable(model)
+            opened = open_model(model)
             require_room_for_tuned(self._keep_tuned, state)
             with foreign_errors_named("reading data with the base model"):
                 if self._run is None or self._model is None or self._model() is not model:
                     train_dataset = getattr(train_dataloader, "dataset", None)
-                    self._start_from(model, args, state, self._processing_class or processing_class, train_dataset)
+                    self._start_from(opened, args, state, self._processing_class or processing_class, train_dataset)
             run, profile = self._started()
             require_measurable(self._rule, profile)
             require_recorded(run, state)
             remember(run, state)
-            entries = entries_of_trained(model, profile, self._treatment)
+            entries = entries_of_trained(opened, profile, self._treatment)
             require_decisions(entries)
-            require_mergeable(self._rule, entries, profile, storage_of_trained(model))
+            require_mergeable(self._rule, entries, profile, is_dense=trains_dense(opened))
 
     def on_train_end(
         self,
@@ -241,13 +246,18 @@ class SafeDeltaCallback(TrainerCallback):
             raise
         log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
 
-    def adjust(self, model: nn.Module, *, workspace: Path | None = None, progress: bool = True) -> Report:
+    def adjust(
+        self, model: nn.Module, *, rule: Rule | None = None, workspace: Path | None = None, progress: bool = True
+    ) -> Report:
         """Adjust a model that was trained with this callback; on failure it is left as it was.
 
-        Called when training ends. To be called again, without training, if that failed.
+        Called when training ends. To be called again, without training, if that failed, or for another rule or strength
+        than was applied: a model that was adjusted already is first given its fine-tuned weights back. Those of an
+        adapter are kept in host memory, those of a whole model in the folder `keep_tuned`.
 
         Args:
-            model: The tuned model.
+            model: The model as training left it, or as it was adjusted.
+            rule: Which part of each delta to keep; the callback's own rule if None.
             workspace: Folder with room for a temporary copy of the changed weights.
             progress: Whether to show progress bars.
 
@@ -256,28 +266,34 @@ class SafeDeltaCallback(TrainerCallback):
 
         Raises:
             BaseWeightsError: The callback has not seen the start of the training.
-        """
+            ConfigurationError: The model was adjusted already, and its fine-tuned weights were not kept.
+        """  # noqa: DOC502 - raised by the functions called
         run, profile = self._started()
-        model = bare(model)
-        adapter = trained_adapter(model)
+        opened = open_model(bare(model))
+        adapter = trained_adapter(opened.model)
         adjust = adjust_model if adapter is None else partial(adjust_adapter, adapter_name=adapter)
-        self.report = adjust(
-            model,
-            base=run.weights,
-            profile=profile,
-            rule=self._rule,
-            task=self.task,
-            treatment=self._treatment,
-            workspace=workspace,
-            progress=progress,
-        )
+        again = self._tuned is not None and self._tuned.is_of(opened)
+        tuned = self._tuned if again else TunedWeights(opened, self._keep_tuned, is_adapter=adapter is not None)
+        assert tuned is not None
+        with tuned.put_back(opened, workspace) if again else nullcontext():
+            self.report = adjust(
+                opened,
+                base=run.weights,
+                profile=profile,
+                rule=rule or self._rule,
+                task=self.task,
+                treatment=self._treatment,
+                workspace=workspace,
+                progress=progress,
+            )
+        self._tuned = tuned
         if not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report
 
     def _start_from(
         self,
-        model: nn.Module,
+        model: ShardedModel,
         args: TrainingArguments,
         state: TrainerState,
         processing_class: ProcessingClass | None,
@@ -286,9 +302,9 @@ class SafeDeltaCallback(TrainerCallback):
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
         self.profile, self.task = self._given_profile, None
-        adapter = trained_adapter(model)
+        adapter = trained_adapter(model.model)
         if adapter is not None:
-            require_adjustable(model, adapter)
+            require_adjustable(model.model, adapter)
         run = base_of_run(model, state, self._given_base, output_dir(args))
         if self.profile is not None:
             require_matching(self.profile, run, processing_class)
@@ -299,10 +315,10 @@ class SafeDeltaCallback(TrainerCallback):
             settings=self._settings,
             progress=shows_progress(args, state),
         )
-        with standing_in(HeldModel.of(model), run.moved, run.weights, output_dir(args)):
+        with base_weights_loaded(model, run.moved, run.weights, output_dir(args)):
             self.profile = self.profile or collector.safety(self._data)
             self.task = collector.task(self._data, train_dataset) if self._rule.needs_task else None
-        self._run, self._model = run, weakref.ref(model)
+        self._run, self._model = run, weakref.ref(model.model)
 
     def _started(self) -> tuple[RunBase, SafetyProfile]:
         if self._run is None or self.profile is None:

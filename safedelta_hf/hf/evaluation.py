@@ -15,13 +15,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from typing_extensions import override
 
 from safedelta_hf.data.dataset import ProcessingClass, SafetySequence, read_safety_data
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError, EvaluationError, SafeDeltaError
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, PromptSource
-from safedelta_hf.evaluation.task import TaskScore
+from safedelta_hf.evaluation.scoring import TaskScore
 from safedelta_hf.hf.trainer_facts import log_metrics, shows_progress
 
 PREFIX = "safedelta/eval_"
@@ -93,6 +94,7 @@ class EvaluationCallback(TrainerCallback):
         )
         self._score, self._judge = score, judge
 
+    @override
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -102,23 +104,12 @@ class EvaluationCallback(TrainerCallback):
         processing_class: ProcessingClass | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Check what would otherwise fail in the middle of training.
-
-        Args:
-            args: Of the Trainer.
-            state: Of the Trainer.
-            control: Of the Trainer.
-            model: The model that will be trained.
-            processing_class: The Trainer's tokenizer or processor.
-            **kwargs: Unused.
-
-        Raises:
-            SafeDeltaError: The model or the tokenizer cannot be used, or the refusals cannot be read; named cause.
-        """  # noqa: DOC502 - raised by the functions called
+        # Check what would otherwise fail in the middle of training.
         with Ranks.of_run().together():
             self._usable(args, model)
             self._questions(self._tokenizer(processing_class))
 
+    @override
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -126,17 +117,10 @@ class EvaluationCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Measure where the number of steps says so.
-
-        Args:
-            args: Of the Trainer.
-            state: Of the Trainer.
-            control: Of the Trainer.
-            **kwargs: The model and its tokenizer among them.
-        """
         if isinstance(self._every, int) and state.global_step % self._every == 0:
             self._measure(args, state, control, **kwargs)
 
+    @override
     def on_epoch_end(
         self,
         args: TrainingArguments,
@@ -144,17 +128,10 @@ class EvaluationCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Measure where every epoch is asked for.
-
-        Args:
-            args: Of the Trainer.
-            state: Of the Trainer.
-            control: Of the Trainer.
-            **kwargs: The model and its tokenizer among them.
-        """
         if self._every == "epoch":
             self._measure(args, state, control, **kwargs)
 
+    @override
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -162,14 +139,7 @@ class EvaluationCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Measure the model that training leaves, unless it was measured already.
-
-        Args:
-            args: Of the Trainer.
-            state: Of the Trainer.
-            control: Of the Trainer.
-            **kwargs: The model and its tokenizer among them.
-        """
+        # Measure the model that training leaves, unless it was measured already.
         self._measure(args, state, control, only_if_changed=True, **kwargs)
 
     def _measure(

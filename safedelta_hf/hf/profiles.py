@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import CaptureSettings
 from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.retention import with_retention
@@ -63,7 +62,7 @@ class ProfileCollector:
         progress: Whether to show progress bars.
     """
 
-    model: nn.Module
+    model: ShardedModel
     processing_class: ProcessingClass | None
     digests: Mapping[str, str]
     settings: CaptureSettings

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -12,13 +11,13 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.deltas.lora_layers import active_adapters
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 from safedelta_hf.model.adjust import plan_model
-from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import PlanEntry, Storage, Treatment
+from safedelta_hf.records import PlanEntry, Treatment
 
 
 def bare(model: nn.Module | None) -> nn.Module:
@@ -53,14 +52,13 @@ def trained_adapter(model: nn.Module) -> str | None:
     """
     if not getattr(model, "peft_config", None):
         return None
-    active: Any = model.active_adapters
-    names = active() if callable(active) else active
+    names = active_adapters(model)
     if len(names) != 1:
         raise ConfigurationError(
             f"SafeDeltaCallback: adjusts one adapter, and {len(names)} are active: {names}; activate the one that is "
             "trained with set_adapter(name)"
         )
-    return str(names[0])
+    return names[0]
 
 
 def output_dir(args: TrainingArguments) -> Path:
@@ -177,7 +175,7 @@ def _calling_handler() -> CallbackHandler | None:
     return None
 
 
-def entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:
+def entries_of_trained(model: ShardedModel, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:
     """Plan what a run trains, before it trains it.
 
     Args:
@@ -188,24 +186,21 @@ def entries_of_trained(model: nn.Module, profile: SafetyProfile, treatment: Trea
     Returns:
         One entry for each trained parameter.
     """
-    adapter = trained_adapter(model)
+    adapter = trained_adapter(model.model)
     if adapter is not None:
         return list(plan_adapter(model, profile, treatment, adapter).entries)
-    trained = {name for parameter, name in parameter_names(model).items() if parameter.requires_grad}
+    trained = {name for name in model.names if model.live(name).requires_grad}
     entries = plan_model(model, profile, treatment).entries
     return [entry for entry in entries if not trained.isdisjoint((entry.parameter, *entry.originals))]
 
 
-def storage_of_trained(model: nn.Module) -> Storage:
-    """The kind of storage that the deltas of a run will have, as far as merges need to know.
+def trains_dense(model: ShardedModel) -> bool:
+    """Whether base and fine-tuned weights of a run will be at hand, whole, as far as merges need to know.
 
     Args:
         model: The model, with or without an adapter.
 
     Returns:
-        The kind.
+        Whether they will.
     """
-    if trained_adapter(model) is not None:
-        return Storage.ADAPTER
-    holding = HeldModel.of(model).holding
-    return Storage.DENSE if all(holding.piece(name).is_whole for name in holding.names) else Storage.SHARDED
+    return trained_adapter(model.model) is None and all(model.shard(name).is_whole for name in model.all_names)

@@ -1,7 +1,10 @@
-"""The fine-tuned weights on disk, before they are adjusted."""
+"""The fine-tuned weights as they were before they are adjusted."""
 
 import json
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
@@ -11,14 +14,15 @@ from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
 
 from safedelta_hf.data.dataset import ProcessingClass
-from safedelta_hf.deltas.gathered import gathered_state
-from safedelta_hf.distributed.model import WholeParameters
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import is_shared
 from safedelta_hf.errors import ConfigurationError, RestoreError, SafeDeltaError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.hf.base_weights import name_of_run
 from safedelta_hf.modules.names import unwrapped_shards
+from safedelta_hf.weights.journal import Journal
+from safedelta_hf.weights.readers import open_base
 
 RUN_FILE = "safedelta_run.json"
 """Says in the folder of the tuned weights which run it is of, so that the same run, resumed, may write it again."""
@@ -69,12 +73,12 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
         folder: A folder that does not exist, or is empty, or that this run saved before it was resumed.
         state: Of the Trainer, which names the run.
     """
-    held = HeldModel.of(model)
-    with held.ranks.together():
+    opened = open_model(model)
+    with opened.ranks.together():
         weights = None
-        if type(held.holding) is not WholeParameters:
-            weights = gathered_state(held, but=held.names if _carries_adapters_alone(model) else ())
-        if held.ranks.is_main:
+        if not opened.is_local:
+            weights = opened.state(but=opened.names if _carries_adapters_alone(model) else ())
+        if opened.ranks.is_main:
             with complete_or_absent(folder, replacing=_is_of_run(folder, state)) as unfinished:
                 _save(unwrapped_shards(model), weights, processing_class, unfinished)
                 (unfinished / RUN_FILE).write_bytes(_entry(name_of_run(state)))
@@ -149,3 +153,66 @@ def rescue_tuned(
     except Exception as error:  # the adjustment's own error is the one to raise
         return f"The tuned weights are unharmed in the model, but could not be saved in {str(folder)!r}: {error}"
     return f"The tuned weights are unharmed in the model, and saved in {str(folder)!r}."
+
+
+class TunedWeights:
+    """The fine-tuned weights of a model that is adjusted, so that it can be adjusted again in another way.
+
+    Args:
+        model: The model, opened, holding them. What is trained of an adapter is copied to host memory, by each process
+            what it holds.
+        folder: Where those of a whole model were saved; None if they were not.
+        is_adapter: Whether an adapter is trained.
+    """
+
+    def __init__(self, model: ShardedModel, folder: Path | None, *, is_adapter: bool) -> None:
+        self._model = weakref.ref(model.model)
+        self._folder = folder
+        self._copies: dict[str, Tensor] | None = None
+        if is_adapter:
+            trained = [name for name in model.all_names if model.live(name).requires_grad]
+            self._copies = {name: model.read(name).to("cpu", copy=True) for name in trained}
+
+    def is_of(self, model: ShardedModel) -> bool:
+        """Whether these are the weights of a certain model.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Whether it is the one, and not just one like it.
+        """
+        return self._model() is model.model
+
+    @contextmanager
+    def put_back(self, model: ShardedModel, workspace: Path | None) -> Iterator[None]:
+        """Give a model its fine-tuned weights back; if the block fails, what it held before.
+
+        Args:
+            model: The model, adjusted.
+            workspace: Folder with room for a temporary copy of its weights.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ConfigurationError: They were not kept.
+        """
+        if self._copies is None and self._folder is None:
+            raise ConfigurationError(
+                "SafeDeltaCallback: this model was adjusted already, and its fine-tuned weights were not kept; pass "
+                "keep_tuned=<folder> to the callback before training, or load them into another model (the last "
+                "checkpoint holds them, if one was saved) and pass that model to adjust()"
+            )
+        with Journal(workspace, model.ranks) as journal, model.ranks.together():
+            for name, value in self._values(model):
+                journal.replace(model.parameter(name), value)
+            yield
+
+    def _values(self, model: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+        if self._copies is not None:
+            yield from self._copies.items()
+            return
+        assert self._folder is not None, "one of the two was kept"
+        saved = open_base(self._folder, model.model)
+        yield from ((name, saved.read(name, model.shard(name))) for name in model.names)

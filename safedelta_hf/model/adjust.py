@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from safedelta_hf.adjust.loop import RunningModel, adjust_weights
+from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.model.store import ModelStore
 from safedelta_hf.modules.names import parameter_aliases
@@ -16,13 +17,13 @@ from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
-from safedelta_hf.weights.readers import BaseWeights, open_base
+from safedelta_hf.weights.readers import WeightReader, open_base
 
 
 def adjust_model(
-    model: nn.Module,
+    model: nn.Module | ShardedModel,
     *,
-    base: nn.Module | str | Path | BaseWeights,
+    base: nn.Module | str | Path | WeightReader,
     profile: SafetyProfile,
     rule: Rule | None = None,
     task: SafetyProfile | None = None,
@@ -33,8 +34,8 @@ def adjust_model(
     """Adjust a fine-tuned model in place: all of it, or, if anything fails, nothing of it.
 
     Args:
-        model: The fine-tuned model. Where it is sharded, or the run has several processes, all of them call this; each
-            adjusts what it holds.
+        model: The fine-tuned model, opened or not. Where it is sharded, or the run has several processes, all of them
+            call this; each adjusts what it holds.
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
         profile: Profile of that base.
         rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
@@ -49,16 +50,14 @@ def adjust_model(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """  # noqa: DOC502 - raised by the functions called
-    reader = open_base(base, model) if isinstance(base, nn.Module | str | Path) else base
-    plan = plan_model(model, profile, treatment or Treatment())
-    store = ModelStore(model, reader, profile.header, workspace)
-    running = RunningModel(held=HeldModel.of(model), restore=store.restore)
-    return adjust_weights(
-        store, plan, profile, rule or default_rule(task), task=task, running=running, progress=progress
-    )
+    opened = open_model(model)
+    reader = open_base(base, opened.model) if isinstance(base, nn.Module | str | Path) else base
+    plan = plan_model(opened, profile, treatment or Treatment())
+    store = ModelStore(opened, reader, profile.header, workspace)
+    return adjust_weights(store, plan, profile, rule or default_rule(task), task=task, progress=progress)
 
 
-def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -> Plan:
+def plan_model(model: nn.Module | ShardedModel, profile: SafetyProfile, treatment: Treatment) -> Plan:
     """Decide what happens to each parameter, from names and shapes alone.
 
     Args:
@@ -72,17 +71,18 @@ def plan_model(model: nn.Module, profile: SafetyProfile, treatment: Treatment) -
     Raises:
         ProfileError: The profile was made for another architecture.
     """
-    shapes = HeldModel.of(model).shapes
+    opened = open_model(model)
+    shapes = opened.shapes
     if set(shapes) != set(profile.header.base):
         strangers = sorted(set(shapes) ^ set(profile.header.base))
         raise ProfileError(
             f"profile: made for {profile.header.architecture} with {len(profile.header.base)} parameters, this is "
-            f"{type(model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
+            f"{type(opened.model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
             "Collect a profile of this model's base"
         )
     if profile.header.parametrised:
-        shapes = _with_computed(shapes, parametrised_weights(model), profile.header.parametrised)
-    return plan_parameters(shapes, profile, treatment, parameter_aliases(model))
+        shapes = _with_computed(shapes, parametrised_weights(opened.model), profile.header.parametrised)
+    return plan_parameters(shapes, profile, treatment, parameter_aliases(opened.model))
 
 
 def _with_computed(

@@ -4,21 +4,23 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
+from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
 from safedelta_hf.deltas.sharded import ShardedDelta
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.modules.names import class_name
 from safedelta_hf.modules.parametrised import parametrised_weights
-from safedelta_hf.records import ProfileHeader, Storage
-from safedelta_hf.weights.digest import held_digest
+from safedelta_hf.records import ProfileHeader
+from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.journal import Journal
-from safedelta_hf.weights.readers import BaseWeights, verified
+from safedelta_hf.weights.readers import WeightReader, verified
 
 
-class ModelStore:
+class ModelStore(WeightStore):
     """The parameters of a model in memory, adjusted in place, and the weights that it computes from some of them.
 
     Args:
@@ -29,17 +31,17 @@ class ModelStore:
     """
 
     def __init__(
-        self, model: nn.Module, base: BaseWeights, header: ProfileHeader, workspace: Path | None = None
+        self, model: ShardedModel, base: WeightReader, header: ProfileHeader, workspace: Path | None = None
     ) -> None:
-        self.architecture = class_name(model)
+        self.architecture = class_name(model.model)
         self.source = base.source
-        self._held = HeldModel.of(model)
-        computed = parametrised_weights(model) if header.parametrised else {}
+        self.running = self._model = model
+        computed = parametrised_weights(model.model) if header.parametrised else {}
         self._computed = {name: computed[name] for name in header.parametrised}
         self._moved: dict[str, tuple[str, ...]] = {}
         self._base = base
         self._header = header
-        self._journal = Journal(workspace, self._held.ranks)
+        self._journal = Journal(workspace, model.ranks)
 
     def __enter__(self) -> "ModelStore":
         self._journal.__enter__()
@@ -50,23 +52,12 @@ class ModelStore:
     ) -> None:
         self._journal.__exit__(kind, error, trace)
 
+    @override
     def restore(self) -> None:
-        """Put back every fine-tuned weight that was written over; each may be written again."""
         self._journal.restore()
 
+    @override
     def is_tuned(self, name: str) -> bool:
-        """Whether the fine-tuning moved a parameter, or any that a weight is computed from.
-
-        Args:
-            name: Canonical parameter name, or that of a computed weight.
-
-        Returns:
-            False if it still holds the base weight, be it in another dtype.
-
-        Raises:
-            BaseWeightsError: The base weight is missing, of another shape, or not the profile's.
-            NumericalError: The fine-tuned weight holds NaN or Inf.
-        """  # noqa: DOC502 - raised by the function called
         weight = self._computed.get(name)
         if weight is None:
             return self._is_moved(name)
@@ -74,65 +65,37 @@ class ModelStore:
         require_finite(name, weight.computed())
         return bool(self._moved[name])
 
-    def storage(self, name: str) -> Storage:
-        """The kind of storage of a parameter's delta.
+    @override
+    def is_dense(self, name: str) -> bool:
+        return name in self._computed or self._model.shard(name).is_whole
 
-        Args:
-            name: Canonical parameter name.
-
-        Returns:
-            Whether this process has all of both weights.
-        """
-        is_whole = name in self._computed or self._held.holding.piece(name).is_whole
-        return Storage.DENSE if is_whole else Storage.SHARDED
-
+    @override
     def delta(self, name: str) -> DenseDelta | ShardedDelta:
-        """The delta of a parameter, or of a weight that is computed from parameters.
-
-        Args:
-            name: Canonical name; `is_tuned` has looked at it.
-
-        Returns:
-            Tuned minus base, on the device of the model.
-        """
         weight = self._computed.get(name)
         if weight is None:
-            own, piece = self._held.parameter(name), self._held.holding.piece(name)
-            delta = DenseDelta(own.read(), self._base_weight(name))
-            if piece.is_whole:
-                return delta
-            return ShardedDelta(delta, self._held.holding.shape(name), piece, self._held.ranks)
+            model, shard = self._model, self._model.shard(name)
+            delta = DenseDelta(model.read(name), self._base_weight(name))
+            return delta if shard.is_whole else ShardedDelta(delta, model.shape(name), shard, model.ranks)
         return DenseDelta(weight.computed(), weight.computed(self._base_originals(name)))
 
+    @override
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
-        """Let the model carry what is kept of a delta.
-
-        Args:
-            name: Canonical name.
-            delta: From `delta`, adjusted.
-
-        Returns:
-            What became of the originals of a computed weight.
-
-        Raises:
-            CoverageError: They cannot be set so that the weight comes out as it should; nothing of it was written.
-        """  # noqa: DOC502 - raised by the function called
         weight = self._computed.get(name)
         if weight is None:
             assert isinstance(delta, DenseDelta | ShardedDelta), "a model's deltas are dense"
-            self._journal.replace(name, self._held.parameter(name), delta.weight())
+            self._journal.replace(self._model.parameter(name), delta.weight())
             return ()
         assert isinstance(delta, DenseDelta), "a computed weight is whole"
         if delta.is_whole:
             return ("its originals are as tuned",)
         originals = self._base_originals(name) if delta.is_dropped else weight.inverted(delta.weight())
         for original, value in originals.items():
-            self._journal.replace(original, self._held.parameter(original), value)
+            self._journal.replace(self._model.parameter(original), value)
         remark = "are those of the base" if delta.is_dropped else f"were set by {weight.kind}"
         return (f"its originals {remark}",)
 
     def _base_weight(self, name: str) -> Tensor:
-        weight = self._base.read(name, self._held.holding.piece(name))
+        weight = self._base.read(name, self._model.shard(name))
         return weight.to(getattr(torch, self._header.dtypes[name]))
 
     def _base_originals(self, name: str) -> dict[str, Tensor]:
@@ -141,11 +104,11 @@ class ModelStore:
 
     def _is_moved(self, name: str) -> bool:
         expected = self._header.base[name]
-        if held_digest(self._held, name) == expected:
+        if parameter_digest(self._model, name) == expected:
             return False
-        weight = verified(self._base, name, self._header.dtypes[name], expected, self._held)
-        own = self._held.holding.read(name)
-        if self._held.ranks.all(torch.equal(own.cpu(), weight.to("cpu", own.dtype))):
+        weight = verified(self._base, name, self._header.dtypes[name], expected, self._model)
+        own = self._model.read(name)
+        if self._model.ranks.all(torch.equal(own.cpu(), weight.to("cpu", own.dtype))):
             return False  # the same weight, in another dtype than when the profile was made
         if weight.shape != own.shape:
             raise BaseWeightsError(

@@ -6,13 +6,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from safedelta_hf.modules.precision import in_own_precision
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients, then restore training flags, random state and compilation.
+    """Evaluate without gradients in the model's own precision, then restore flags, random state and compilation.
 
-    Eval mode silences dropout and NEFTune noise, which are gated on the training flag. Compiled models run eagerly,
-    because a compiled graph does not call hooks that were added later.
+    Everything that is read with a model, be it the base or the tuned one, is read in here: what training wraps around
+    it, such as autocast, would round one of the two otherwise than the other (see `in_own_precision`). Eval
+    mode silences dropout and NEFTune noise, which are gated on the training flag. Compiled models run eagerly, because
+    a compiled graph does not call hooks that were added later.
 
     Args:
         model: The model that will be called.
@@ -24,7 +28,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     model.eval()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            in_own_precision(model),
+        ):
             yield
     finally:
         for module, flag in training.items():

@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from safedelta_hf.core.merging import drop, random_entries
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule
@@ -39,15 +41,8 @@ class Dare(MergeRule):
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigurationError(f"Dare: seed={self.seed!r} must be an integer")
 
+    @override
     def merged(self, parameter: MergeInput) -> Merged:
-        """Merge one parameter.
-
-        Args:
-            parameter: Its weights.
-
-        Returns:
-            What is kept of its delta.
-        """
         delta = parameter.delta
         own_seed = hashlib.sha256(f"{self.seed}:{parameter.name}".encode()).digest()[:8]
         kept = random_entries(delta.shape, self._share, int.from_bytes(own_seed, "little"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from safedelta_hf.core.merging import mean_cosine, stock_ratio
 from safedelta_hf.errors import ConfigurationError
@@ -45,19 +46,12 @@ class ModelStock(MergeRule):
             raise ConfigurationError(f"ModelStock: others=(); {needs}")
 
     @property
+    @override
     def sources(self) -> tuple[Source, ...]:
-        """Further models whose weights it reads."""
         return tuple(self.others)
 
+    @override
     def merged(self, parameter: MergeInput) -> Merged:
-        """Merge one parameter.
-
-        Args:
-            parameter: Its weights, and those of the others.
-
-        Returns:
-            What is kept of its delta; the note gives cosine and ratio.
-        """
         deltas = [parameter.delta, *parameter.others]
         alike = mean_cosine(deltas)
         ratio = stock_ratio(alike, len(deltas), number(self.strength))

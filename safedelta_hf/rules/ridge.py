@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from safedelta_hf.core.ridge import shrinkage
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
+from safedelta_hf.core.transform import Transform
+from safedelta_hf.rules.rule import LayerMoments, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,6 @@ class Ridge(Shrinking):
     name: ClassVar[str] = "ridge"
     search_range: ClassVar[tuple[float, float]] = (1e-5, 1e6)
 
-    def prepare(self, moments: LayerMoments) -> PreparedTransform:
-        """Factor the regularised Hessian.
-
-        Args:
-            moments: Of the layer; the task's are not used.
-
-        Returns:
-            The state that `transform` takes.
-        """
-        return PreparedTransform(shrinkage(moments.safety, None, number(self.strength)))
+    @override
+    def factorise(self, moments: LayerMoments) -> Transform:
+        return shrinkage(moments.safety, None, number(self.strength))

@@ -8,10 +8,10 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.records import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +106,15 @@ class DeltaStatistics(Protocol):
         ...
 
 
-class State(Protocol):
-    """What a rule makes of a layer's moments; read by that rule alone, but for the notes."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Numerical trouble met on the way, for the report."""
-        ...
+Factors = Any
+"""What a rule makes of a layer's moments; read by that rule alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
     """Decides which part of a delta is kept.
 
-    A rule is a frozen dataclass whose fields are its settings. `prepare` holds what depends on the moments alone, so
-    that layers with the same inputs share it.
+    A rule is a frozen dataclass whose fields are its settings.
 
     Args:
         strength: How hard the rule acts, in its own units; "auto", for `AutoStrength()`, measures.
@@ -138,10 +132,10 @@ class Rule(ABC):
     """Whether it weighs what the task data uses."""
     reads_moments: ClassVar[bool] = True
     """Whether what it keeps depends on the safety data's moments at all."""
-    prepares_for_any_strength: ClassVar[bool] = False
-    """Whether what `prepare` returns holds for every strength."""
-    storage: ClassVar[frozenset[Storage]] = frozenset(Storage)
-    """Kinds of storage whose deltas it can adjust."""
+    factors_serve_any_strength: ClassVar[bool] = False
+    """Whether what `factorise` returns holds for every strength."""
+    needs_dense: ClassVar[bool] = False
+    """Whether it needs base and fine-tuned weight whole, and may give a delta of any rank."""
 
     def __post_init__(self) -> None:
         if self.strength == "auto":
@@ -170,17 +164,6 @@ class Rule(ABC):
         """
         return replace(self, strength=strength)
 
-    @abstractmethod
-    def prepare(self, moments: LayerMoments) -> State:
-        """Factor the moments of a layer.
-
-        Args:
-            moments: Of the layer.
-
-        Returns:
-            What the rule will need of them.
-        """
-
     def _check_strength(self) -> None:
         self._require("strength", "at least 0 and finite, or 'auto'", lambda value: 0 <= value < math.inf)
 
@@ -191,48 +174,43 @@ class Rule(ABC):
 class TransformRule(Rule):
     """Turns the moments of a layer into a transform of its delta, wherever and in whatever form that is stored.
 
-    The state that `prepare` returns is passed back to `transform` unread.
+    `factorise` does what depends on the moments alone, so that layers with the same inputs share it; what it returns is
+    passed back to `transform` unread.
     """
 
     @abstractmethod
-    def transform(self, state: Any, delta: DeltaStatistics) -> Transform:  # noqa: ANN401 - the rule's own state
-        """Turn the state and the statistics of one delta into its transform.
+    def factorise(self, moments: LayerMoments) -> Factors:
+        """Factor the moments of a layer.
 
         Args:
-            state: What `prepare` returned for the layer.
+            moments: Of the layer.
+
+        Returns:
+            What the rule will need of them.
+        """
+
+    @abstractmethod
+    def transform(self, factors: Factors, delta: DeltaStatistics) -> Transform:
+        """Turn the factors and the statistics of one delta into its transform.
+
+        Args:
+            factors: What `factorise` returned for the layer.
             delta: Statistics of the layer's delta.
 
         Returns:
-            The transform.
+            The transform, with a note of numerical trouble in factorising too.
         """
-
-
-@dataclass(frozen=True)
-class PreparedTransform:
-    """The transform of every delta with the same inputs, where it does not depend on the delta.
-
-    Attributes:
-        transform: The transform; it has notes of its own.
-        notes: None.
-    """
-
-    transform: Transform
-    notes: tuple[str, ...] = ()
 
 
 class Shrinking(TransformRule):
-    """A rule whose transform depends on moments and strength alone; strength 0 keeps the whole delta."""
+    """A rule whose factors are the transform, whatever the delta; strength 0 keeps the whole delta."""
 
     mildest: ClassVar[float] = 0.0
 
-    def transform(self, state: PreparedTransform, delta: DeltaStatistics) -> Transform:
-        """The transform of a delta.
+    @abstractmethod
+    @override
+    def factorise(self, moments: LayerMoments) -> Transform: ...
 
-        Args:
-            state: What `prepare` returned for the layer.
-            delta: Not looked at.
-
-        Returns:
-            The transform.
-        """
-        return state.transform
+    @override
+    def transform(self, factors: Transform, delta: DeltaStatistics) -> Transform:
+        return factors

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from safedelta_hf.core.compensation import joint_response, sequential_response
+from safedelta_hf.core.compensation import joint_compensation, sequential_compensation
 from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_blockwise, select_columns
 from safedelta_hf.core.transform import Dense, KeepColumns, Transform
@@ -15,18 +16,6 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Strength, TransformRule, number
 
 Compensation = Literal["joint", "sequential", "none"]
-
-
-@dataclass(frozen=True)
-class DiagonalCurvature:
-    """Curvature of parameters whose inputs do not mix: embedding rows, norm scales, biases.
-
-    Attributes:
-        pivots: [in] `H_mm`; zero where the safety data never used the entry.
-    """
-
-    pivots: Tensor
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +45,7 @@ class SafeDelta(TransformRule):
     name: ClassVar[str] = "safe_delta"
     mildest: ClassVar[float] = 1e12
     search_range: ClassVar[tuple[float, float]] = (1e5, 1e-3)
-    prepares_for_any_strength: ClassVar[bool] = True
+    factors_serve_any_strength: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,33 +61,17 @@ class SafeDelta(TransformRule):
     def _check_strength(self) -> None:
         self._require("strength", "at least 0, or 'auto'", lambda value: value >= 0)
 
-    def prepare(self, moments: LayerMoments) -> Curvature | DiagonalCurvature:
-        """Damp and factor a Hessian.
+    @override
+    def factorise(self, moments: LayerMoments) -> Curvature | Tensor:
+        # Where inputs do not mix, the diagonal has the pivots itself. It is never inverted, and needs no damping.
+        return moments.safety if moments.safety.ndim == 1 else factorise(moments.safety, self.damping)
 
-        Args:
-            moments: Of the layer; the task's are not used.
-
-        Returns:
-            The state that `transform` takes. A diagonal needs no damping: it is never inverted.
-        """
-        if moments.safety.ndim == 1:
-            return DiagonalCurvature(moments.safety)
-        return factorise(moments.safety, self.damping)
-
-    def transform(self, state: Curvature | DiagonalCurvature, delta: DeltaStatistics) -> Transform:
-        """Choose the columns to keep and the response of the others.
-
-        Args:
-            state: What `prepare` returned for the layer's Hessian.
-            delta: Statistics of the layer's delta.
-
-        Returns:
-            The transform of the delta.
-        """
-        if isinstance(state, DiagonalCurvature):
-            return self._diagonal_transform(state, delta)
+    @override
+    def transform(self, factors: Curvature | Tensor, delta: DeltaStatistics) -> Transform:
+        if isinstance(factors, Tensor):
+            return self._diagonal_transform(factors, delta)
         kept = select_blockwise(
-            state,
+            factors,
             delta.column_energy,
             rows=delta.rows,
             strength=number(self.strength),
@@ -106,17 +79,16 @@ class SafeDelta(TransformRule):
             block=self.block,
         )
         if self.compensation == "none" or not kept.any() or kept.all():
-            return KeepColumns(kept=kept, response=None)
-        respond = joint_response if self.compensation == "joint" else sequential_response
-        response = respond(state, kept)
-        return KeepColumns(kept=kept, response=response.matrix, notes=response.notes)
+            return KeepColumns(kept=kept, response=None, notes=factors.notes)
+        compensated = joint_compensation if self.compensation == "joint" else sequential_compensation
+        return compensated(factors, kept)
 
-    def _diagonal_transform(self, state: DiagonalCurvature, delta: DeltaStatistics) -> Transform:
+    def _diagonal_transform(self, pivots: Tensor, delta: DeltaStatistics) -> Transform:
         # What the safety data never used is free. With a diagonal `H` nothing can compensate for anything else, and
         # there is no sweep: hence no blocks, and no exclusion, which would never let a bias (one column) be kept.
-        used = state.pivots > 0
+        used = pivots > 0
         kept = ~used
         if used.any():
-            limit = budget(state.pivots[used], number(self.strength), delta.rows)
-            kept[used] = select_columns(state.pivots[used], delta.column_energy()[used], limit, exclude_top=0.0)
+            limit = budget(pivots[used], number(self.strength), delta.rows)
+            kept[used] = select_columns(pivots[used], delta.column_energy()[used], limit, exclude_top=0.0)
         return Dense(matrix=kept.to(torch.float32))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from safedelta_hf.core.merging import alignment_cosine
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, require_source
 
@@ -46,20 +48,13 @@ class SafeMerge(MergeRule):
         require_source("SafeMerge", "safe", self.safe, NEEDS)
 
     @property
+    @override
     def sources(self) -> tuple[Source, ...]:
-        """Further models whose weights it reads: the unaligned, then the safety-tuned one."""
         assert self.unaligned is not None and self.safe is not None, "checked when it was made"
         return self.unaligned, self.safe
 
+    @override
     def merged(self, parameter: MergeInput) -> Merged:
-        """Merge one parameter.
-
-        Args:
-            parameter: Its weights, and those of the two models.
-
-        Returns:
-            What is kept of its delta; the note gives the cosine and what followed.
-        """
         unaligned, safe = parameter.others
         alike = alignment_cosine(parameter.matrices(parameter.delta), parameter.matrices(-unaligned))
         note = f"cosine with the alignment subspace {alike:.3f}"

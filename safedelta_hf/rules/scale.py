@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
-from safedelta_hf.core.transform import Dense
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
+from safedelta_hf.core.transform import Dense, Transform
+from safedelta_hf.rules.rule import LayerMoments, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +27,8 @@ class Scale(Shrinking):
     search_range: ClassVar[tuple[float, float]] = (1e-2, 1e2)
     reads_moments: ClassVar[bool] = False
 
-    def prepare(self, moments: LayerMoments) -> PreparedTransform:
-        """Make the transform.
-
-        Args:
-            moments: Of the layer; only their size is used.
-
-        Returns:
-            The state that `transform` takes.
-        """
+    @override
+    def factorise(self, moments: LayerMoments) -> Transform:
         share = 1 / (1 + number(self.strength))
         safety = moments.safety
-        return PreparedTransform(Dense(matrix=torch.full((len(safety),), share, device=safety.device)))
+        return Dense(matrix=torch.full((len(safety),), share, device=safety.device))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from safedelta_hf.core.merging import slerp
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule
 
@@ -24,13 +26,6 @@ class Slerp(MergeRule):
     name: ClassVar[str] = "slerp"
     search_range: ClassVar[tuple[float, float]] = (1e-2, 1e2)
 
+    @override
     def merged(self, parameter: MergeInput) -> Merged:
-        """Merge one parameter.
-
-        Args:
-            parameter: Its weights.
-
-        Returns:
-            What is kept of its delta.
-        """
         return Merged(slerp(parameter.base, parameter.delta, self._share))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from safedelta_hf.core.ridge import shrinkage, utility_of
-from safedelta_hf.core.transform import Dense
+from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.rules.rule import LayerMoments, PreparedTransform, Shrinking, number
+from safedelta_hf.rules.rule import LayerMoments, Shrinking, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +39,13 @@ class TaskRidge(Shrinking):
         super().__post_init__()
         self._require("blend", "positive and finite", lambda value: 0 < value < math.inf)
 
-    def prepare(self, moments: LayerMoments) -> PreparedTransform:
-        """Factor the sum of both moments.
-
-        Args:
-            moments: Of the layer, the task's too.
-
-        Returns:
-            The state that `transform` takes.
-
-        Raises:
-            ProfileError: The task's moment is missing.
-        """
+    @override
+    def factorise(self, moments: LayerMoments) -> Transform:
         if moments.task is None:
             raise ProfileError("TaskRidge needs the moments of the task data; pass task=<a profile of the task data>")
         if not moments.task.any() and number(self.strength) > 0:
             # The task does not depend on this layer, so any price is too high; what safety never uses is free.
             unused = moments.safety.diagonal() == 0 if moments.safety.ndim == 2 else moments.safety == 0
-            dropped = Dense(matrix=unused.to(torch.float32), notes=("the task data never reached it",))
-            return PreparedTransform(dropped)
+            return Dense(matrix=unused.to(torch.float32), notes=("the task data never reached it",))
         utility = utility_of(moments.task, self.blend)
-        return PreparedTransform(shrinkage(moments.safety, utility, number(self.strength)))
+        return shrinkage(moments.safety, utility, number(self.strength))

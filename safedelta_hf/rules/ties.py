@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from safedelta_hf.core.merging import elect, trim
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, require_others
 
@@ -33,17 +35,10 @@ class Ties(MergeRule):
         object.__setattr__(self, "others", require_others("Ties", self.others, "pass others=[...], or leave it out"))
 
     @property
+    @override
     def sources(self) -> tuple[Source, ...]:
-        """Further models whose weights it reads."""
         return tuple(self.others)
 
+    @override
     def merged(self, parameter: MergeInput) -> Merged:
-        """Merge one parameter.
-
-        Args:
-            parameter: Its weights, and those of the others.
-
-        Returns:
-            What is kept of its delta.
-        """
         return Merged(elect([trim(delta, self._share) for delta in (parameter.delta, *parameter.others)]))

@@ -1,4 +1,4 @@
-"""The testbed's part in a comparison: its cases as subjects, and baselines that cost little."""
+"""The testbed's part in a comparison: its cases as scenarios, and baselines that cost little."""
 
 import tempfile
 import time
@@ -6,19 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare import ALIGNED, FINE_TUNED, Contender, Made, TunedModel
+from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.testbed.behaviour import behaviour_scores
-from safedelta_hf.testbed.cases import Case
-from safedelta_hf.testbed.data import ordinary_data, safety_data
-from safedelta_hf.testbed.finetune import fine_tune
-from safedelta_hf.testbed.model import load_aligned
+from safedelta_hf.testbed.data import Case, ordinary_data, safety_data
+from safedelta_hf.testbed.model import behaviour_scores, fine_tune, load_aligned
 
 LOWER_RATES: Final = (0.3, 0.1)
 """Learning rates of plain fine-tuning, in units of the case's."""
@@ -50,7 +48,7 @@ class AlignedModel:
         )
 
 
-class CaseSubject:
+class CaseScenario(Scenario):
     """One case, fine-tuned with one seed when that is first needed.
 
     Args:
@@ -60,41 +58,44 @@ class CaseSubject:
         questions: Number of questions of each kind.
     """
 
+    seed: int
+
     def __init__(self, aligned: AlignedModel, case: Case, seed: int, questions: int) -> None:
-        self.name, self.seed = case.name, seed
+        self.name, self.seed, self.base = case.name, seed, aligned.model
         self._aligned, self._case, self._questions = aligned, case, questions
 
     @property
-    def base(self) -> PreTrainedModel:
-        """The aligned model."""
-        return self._aligned.model
-
-    @property
+    @override
     def profile(self) -> SafetyProfile:
-        """Profile of the aligned model on the safety data."""
         return self._aligned.profile
 
     @property
+    @override
     def ordinary(self) -> SafetyProfile:
-        """Profile of the aligned model on ordinary data."""
         return self._aligned.ordinary
 
     @cached_property
+    @override
     def task(self) -> SafetyProfile:
-        """Profile of the aligned model on examples of the case."""
         examples = self._case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
         return collect_profile(
             self.base, examples, self._aligned.tokenizer, holdout=0.0, purpose="task data", progress=False
         )
 
     @cached_property
+    @override
     def tuned(self) -> TunedModel:
-        """The fine-tuned model."""
         return TunedModel(*self._trained(load_aligned()[0], self._case))
 
     @property
-    def baselines(self) -> Sequence[Contender]:
-        """Both models as they are, lower learning rates, and re-tuning on the safety data."""
+    @override
+    def fine_tuning(self) -> Mapping[str, Any]:
+        return _settings(self._case)
+
+    @property
+    @override
+    def baselines(self) -> Sequence[Candidate]:
+        # Both models as they are, lower learning rates, and re-tuning on the safety data.
         case = self._case
         lower = [replace(case, learning_rate=case.learning_rate * factor) for factor in LOWER_RATES]
         again = [
@@ -102,30 +103,21 @@ class CaseSubject:
             for epochs in RETUNING_EPOCHS
         ]
         return [
-            Contender(method=ALIGNED, settings={}, make=lambda: Made(self.base, 0.0)),
-            Contender(method=FINE_TUNED, settings=_settings(case), make=self._fine_tuned),
+            *super().baselines,
             *(self._training("lower learning rate", other, lambda: load_aligned()[0]) for other in lower),
             *(self._training("re-tuned", other, lambda: self.tuned.restored()) for other in again),
         ]
 
+    @override
     def measure(self, model: PreTrainedModel) -> Mapping[str, Score]:
-        """Ask a model unseen questions of each kind.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The shares of its responses.
-        """
         return behaviour_scores(
             model, self._aligned.tokenizer, has_new_skill=self._case.teaches is not None, questions=self._questions
         )
 
-    def _fine_tuned(self) -> Made:
-        return Made(self.tuned.restored(), self.tuned.seconds)
-
-    def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Contender:
-        return Contender(method=method, settings=_settings(case), make=lambda: Made(*self._trained(start(), case)))
+    def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Candidate:
+        return Candidate(
+            method=method, settings=_settings(case), make=lambda: CandidateModel(*self._trained(start(), case))
+        )
 
     def _trained(self, model: PreTrainedModel, case: Case) -> tuple[PreTrainedModel, float]:
         started = time.perf_counter()

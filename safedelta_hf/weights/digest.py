@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safedelta_hf.distributed.model import Piece
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.model import Shard, ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.modules.quantised import is_quantised, stored_tensors
 from safedelta_hf.records import ProfileHeader, Use
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 LEAST_ROW = 1024
 """Bytes of the slices along the first dimension from which each has a digest of its own."""
@@ -41,76 +41,63 @@ def digest(tensor: Tensor) -> str:
     return result.hexdigest()
 
 
-def digest_of_piece(rows: Tensor, shape: torch.Size, piece: Piece, ranks: Ranks) -> str:
-    """The digest of a whole weight of which this process holds a piece.
+def digest_of_shard(rows: Tensor, shape: torch.Size, shard: Shard, ranks: Ranks) -> str:
+    """The digest of a whole weight of which this process holds a shard.
 
     Ranks exchange digests, and no weight but vectors and others of small slices.
 
     Args:
-        rows: The piece, [slices, ...].
+        rows: The shard, [slices, ...].
         shape: Shape of the whole.
-        piece: Where the rows lie in it.
-        ranks: The processes that hold the other pieces call this too.
+        shard: Where the rows lie in it.
+        ranks: The processes that hold the other shards call this too.
 
     Returns:
         What `digest` gives of the whole; something else if the rows are not of its shape.
     """
-    if piece.group is None:
+    if shard.group is None:
         return digest(rows)
-    expected = (piece.stop - piece.start, *shape[1:])
+    expected = (shard.stop - shard.start, *shape[1:])
     if tuple(rows.shape) != expected:
         rows = rows.new_zeros(expected)
     if not _has_own_digests(shape, rows.dtype):
-        return digest(ranks.assembled(rows.detach(), piece.start, piece.size, piece.group))
+        return digest(ranks.assembled(rows.detach(), shard.start, shard.size, shard.group))
     own = _slice_digests(rows.detach(), shape)
     result = hashlib.sha256(_described(rows.dtype, shape))
-    result.update(ranks.assembled(own, piece.start, piece.size, piece.group).numpy().data)
+    result.update(ranks.assembled(own, shard.start, shard.size, shard.group).numpy().data)
     return result.hexdigest()
 
 
-def held_digest(held: HeldModel, name: str, dtype: torch.dtype | None = None) -> str:
+def parameter_digest(model: ShardedModel, name: str, dtype: torch.dtype | None = None) -> str:
     """Digest of a parameter, whoever holds it.
 
     Args:
-        held: The model; all its ranks call this.
+        model: The model; all its ranks call this.
         name: Canonical parameter name.
         dtype: Data type in which it is looked at; its own if None, or if it is packed.
 
     Returns:
         What `digest` gives of the whole.
     """
-    parameter, piece = held.holding.parameter(name), held.holding.piece(name)
-    if piece.is_whole and is_quantised(parameter):
+    parameter, shard = model.live(name), model.shard(name)
+    if shard.is_whole and is_quantised(parameter):
         return digest(parameter)  # its codes, wherever its class keeps them
-    rows = held.holding.read(name)
+    rows = model.read(name)
     if dtype is not None and rows.is_floating_point():
         rows = rows.to(dtype)
-    return digest_of_piece(rows, held.holding.shape(name), piece, held.ranks)
+    return digest_of_shard(rows, model.shape(name), shard, model.ranks)
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(model: ShardedModel) -> dict[str, str]:
     """Digest of every parameter.
 
     Args:
-        model: Any module; where it is sharded, all ranks call this.
+        model: The model; all its ranks call this.
 
     Returns:
         Digests by canonical name.
     """
-    held = HeldModel.of(model)
-    return {name: held_digest(held, name) for name in held.names}
-
-
-def data_types(model: nn.Module) -> dict[str, str]:
-    """Data type of every parameter.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Names such as "bfloat16", by canonical parameter name.
-    """
-    return HeldModel.of(model).data_types
+    return {name: parameter_digest(model, name) for name in model.names}
 
 
 def _described(dtype: torch.dtype, shape: torch.Size) -> bytes:
@@ -143,7 +130,7 @@ Identity = Any
 """Plain values, which JSON can hold."""
 
 
-def files_identity(files: TensorFiles) -> Identity:
+def files_identity(files: SafetensorsFiles) -> Identity:
     """What tells a checkpoint from others.
 
     Args:
@@ -180,7 +167,7 @@ def source_identity(source: object) -> Identity:
         A digest of its weights if it is in memory, else what is known of its files.
     """
     if isinstance(source, nn.Module):
-        return _digest(fingerprint(source))
+        return _digest(fingerprint(open_model(source)))
     return folder_identity(source)
 
 

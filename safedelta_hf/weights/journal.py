@@ -5,34 +5,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safedelta_hf.distributed.model import Piece
-from safedelta_hf.distributed.open_model import HeldModel, HeldParameter, LooseTensor
+from safedelta_hf.distributed.model import Parameter, ShardedModel
 from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import RestoreError
 from safedelta_hf.folders import ScratchFolder
-from safedelta_hf.weights.readers import BaseWeights
-
-
-class Replaceable(Protocol):
-    """What can be read and replaced: this process's part of a parameter, or a tensor."""
-
-    @property
-    def piece(self) -> Piece:
-        """Which part that is."""
-        ...
-
-    def read(self) -> Tensor:
-        """The part; maybe its own memory."""
-        ...
-
-    def write(self, value: Tensor) -> None:
-        """Replace the part."""
-        ...
+from safedelta_hf.weights.readers import WeightReader
 
 
 class Journal:
@@ -51,7 +32,7 @@ class Journal:
         self._parent = folder
         self._ranks = ranks or Ranks()
         self._scratch: ScratchFolder | None = None
-        self._saved: dict[str, tuple[Replaceable, Path | None]] = {}
+        self._saved: dict[str, tuple[Parameter, Path | None]] = {}
         self._replaced: set[str] = set()
 
     def __enter__(self) -> "Journal":
@@ -85,24 +66,22 @@ class Journal:
                 raise
         scratch.remove()
 
-    def replace(self, name: str, parameter: Tensor | Replaceable, value: Tensor) -> None:
+    def replace(self, parameter: Parameter, value: Tensor) -> None:
         """Write a new value into a parameter, once its original is safe on all ranks.
 
         Args:
-            name: Canonical name, under which the original is kept.
-            parameter: Changed in place.
-            value: Of the same shape; cast to the dtype of the parameter.
+            parameter: Changed in place; its original is kept under its name.
+            value: Of the shape of the shard that this process holds; cast to the dtype of the parameter.
 
         Raises:
             RuntimeError: The journal is not open.
         """  # noqa: DOC502 - raised by the function called
-        folder = self._opened().path
+        folder, name = self._opened().path, parameter.name
         if name not in self._saved:
-            place = LooseTensor(parameter) if isinstance(parameter, Tensor) else parameter
-            self._saved[name] = place, self._save(name, place, folder)
+            self._saved[name] = parameter, self._save(parameter, folder)
         self._ranks.check_in()
         self._replaced.add(name)
-        self._saved[name][0].write(value)
+        parameter.write(value)
 
     def restore(self) -> None:
         """Put back every parameter that was replaced, bit for bit; they may be replaced again.
@@ -119,8 +98,8 @@ class Journal:
                 replaced = set().union(*self._ranks.gather(self._replaced))
                 left.extend(name for name in self._saved if name in replaced)
                 while left:
-                    place, path = self._saved[left[-1]]
-                    place.write(self._original(place, path))
+                    parameter, path = self._saved[left[-1]]
+                    parameter.write(self._original(parameter, path))
                     left.pop()
         except BaseException as error:
             where = f"their originals are safetensors files, by parameter name, in {str(folder)!r}"
@@ -138,30 +117,32 @@ class Journal:
             raise RuntimeError("a Journal is used as a context manager")
         return self._scratch
 
-    def _save(self, name: str, place: Replaceable, folder: Path) -> Path | None:
-        value = place.read()  # on all ranks: reading may be collective
-        if place.piece.is_whole and not self._ranks.is_main:
+    def _save(self, parameter: Parameter, folder: Path) -> Path | None:
+        value = parameter.read()  # on all ranks: reading may be collective
+        if parameter.shard.is_whole and not self._ranks.is_main:
             return None
         path = folder / f"{len(self._saved):05d}.safetensors"
-        save_file({name: value.contiguous()}, path)
+        save_file({parameter.name: value.contiguous()}, path)
         return path
 
-    def _original(self, place: Replaceable, path: Path | None) -> Tensor:
+    def _original(self, parameter: Parameter, path: Path | None) -> Tensor:
         original = None
         if path is not None:
             (original,) = load_file(path).values()
-        if place.piece.is_whole:
+        if parameter.shard.is_whole:
             original = self._ranks.broadcast(original, owner=0)
         assert original is not None, "a rank without a file is given the original"
         return original
 
 
 @contextmanager
-def standing_in(held: HeldModel, names: Iterable[str], base: BaseWeights, folder: Path | None) -> Iterator[None]:
+def base_weights_loaded(
+    model: ShardedModel, names: Iterable[str], base: WeightReader, folder: Path | None
+) -> Iterator[None]:
     """Let the base weights stand in for the tuned ones, and put those back bit for bit however the block ends.
 
     Args:
-        held: The tuned model.
+        model: The tuned model.
         names: Canonical names of the parameters to replace.
         base: Where the base weights are read.
         folder: Where to make the temporary folder that holds the tuned weights meanwhile.
@@ -169,9 +150,9 @@ def standing_in(held: HeldModel, names: Iterable[str], base: BaseWeights, folder
     Yields:
         Nothing.
     """
-    with Journal(folder, held.ranks) as journal, held.ranks.together():
+    with Journal(folder, model.ranks) as journal, model.ranks.together():
         for name in names:
-            parameter = HeldParameter(held.holding, name, lent=True)
-            journal.replace(name, parameter, base.read(name, parameter.piece))
+            parameter = model.parameter(name, lent=True)
+            journal.replace(parameter, base.read(name, parameter.shard))
         yield
         journal.restore()

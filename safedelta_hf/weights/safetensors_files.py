@@ -62,7 +62,7 @@ class StoredTensor:
     stop: int
 
 
-class TensorFiles:
+class SafetensorsFiles:
     """Every tensor of a model that is saved as one safetensors file, or as shards with an index.
 
     Only headers are read; whatever is wrong with them is found here.

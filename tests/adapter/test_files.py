@@ -67,7 +67,7 @@ def test_files_to_files_is_the_adjustment_in_memory(variant, profiles, tmp_path)
 
 
 def test_without_whole_parameters_no_base_is_read(saved, profiles, tmp_path, monkeypatch):
-    monkeypatch.setattr("safedelta_hf.weights.readers.CheckpointBase.__init__", None)
+    monkeypatch.setattr("safedelta_hf.weights.readers.FilesReader.__init__", None)
     report = adjusted(saved, profiles, tmp_path / "out")
     assert set(report.outcomes) == {"adjusted"}
 
@@ -173,7 +173,7 @@ def test_nan_and_rank_zero_are_refused_by_name(saved, profiles):
         tensors[f"{name}.lora_B.weight"] = torch.zeros(24, 0)
 
     change(saved, nan)
-    stopped(saved, profiles, NumericalError, r"layers.1.mlp.up_proj.weight \(A\).*NaN")
+    stopped(saved, profiles, NumericalError, r"layers.1.mlp.up_proj.lora_A.weight: .*NaN")
     change(saved, empty)
     stopped(saved, profiles, AdapterError, "rank 0")
 

@@ -13,11 +13,12 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import MatrixView, ProfileHeader, Role, Use
 from safedelta_hf.rules import LayerMoments
-from safedelta_hf.weights.digest import data_types, fingerprint
+from safedelta_hf.weights.digest import fingerprint
 from tests.fixtures import adapters, tiny
 
 RULE = SafeDelta(strength=3000.0)
@@ -31,8 +32,8 @@ def moment(size, seed):
 def profile_by_hand(model, uses):
     header = ProfileHeader(
         architecture=type(model).__name__,
-        base=fingerprint(model),
-        dtypes=data_types(model),
+        base=fingerprint(open_model(model)),
+        dtypes=open_model(model).data_types,
         tokenizer=None,
         data="",
         sequences=8,
@@ -47,7 +48,7 @@ def profile_by_hand(model, uses):
 def expected(matrix, hessian):
     """Oracle: the rule on the dense delta of one layer [out, in]."""
     transform = RULE.transform(
-        RULE.prepare(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR.view(matrix.shape))
+        RULE.factorise(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR.view(matrix.shape))
     )
     result = transform(matrix)
     assert 0.01 < float(result.norm() / matrix.norm()) and not torch.equal(result, matrix), "it keeps a part"

@@ -22,6 +22,7 @@ from safedelta_hf import (
     collect_profile,
     refactor_adapter,
 )
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, MergeError, NumericalError
 from tests.fixtures import adapters, tiny
 from tests.fixtures import merging as oracles
@@ -189,12 +190,12 @@ def test_a_measured_strength_is_found_and_holds():
     tuned = tiny.perturbed(tiny.llama(), scale=0.3)
     before = tiny.weights(tuned)
     held_out = profile.held_out
-    drift = held_out.drift(tuned, quantile=0.95)
+    drift = held_out.drift(open_model(tuned), quantile=0.95)
     allowed = max(drift.mean, drift.upper) / 4
     rule = Slerp(strength=AutoStrength(tolerance=allowed))
     found, report = merge(rule, profile, tuned, base)
     assert report.search.outcome == "found" and 1e-2 <= report.search.strength <= 1e2
-    after = held_out.drift(tuned, quantile=0.95)
+    after = held_out.drift(open_model(tuned), quantile=0.95)
     assert max(after.mean, after.upper) <= allowed
     again, _ = merge(Slerp(strength=report.search.strength), profile, _with(before), base)
     assert tiny.same(found, again)

@@ -35,7 +35,7 @@ from safedelta_hf.errors import (
     ProfileError,
     SafeDeltaError,
 )
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import adapters, architectures, checkpoints, tiny
 from tests.fixtures.checkpoints import MODELS, RULE, contents, tensors
 
@@ -266,7 +266,7 @@ def test_everything_beside_the_weights_is_copied_but_for_other_weights_and_the_t
 
 
 def test_the_plan_reads_no_tensor_and_writes_nothing(case, monkeypatch):
-    monkeypatch.setattr("safedelta_hf.weights.safetensors_files.TensorFiles.read", None)
+    monkeypatch.setattr("safedelta_hf.weights.safetensors_files.SafetensorsFiles.read", None)
     before = contents(case.folder)
     for folder in (case.base, case.tuned, case.folder / "profile"):
         for path in folder.glob("*.safetensors"):
@@ -287,7 +287,7 @@ def wipe_data(path):
 
 def test_the_weights_of_one_parameter_are_held_at_a_time(case, monkeypatch):
     checkpoints.rename(case.tuned, {})
-    read, held, most = TensorFiles.read, [], [0]
+    read, held, most = SafetensorsFiles.read, [], [0]
 
     def noted(self, name):
         tensor = read(self, name)
@@ -295,9 +295,9 @@ def test_the_weights_of_one_parameter_are_held_at_a_time(case, monkeypatch):
         most[0] = max(most[0], sum(size for storage, size in held if not storage.expired()))
         return tensor
 
-    monkeypatch.setattr(TensorFiles, "read", noted)
+    monkeypatch.setattr(SafetensorsFiles, "read", noted)
     case.adjust()
-    sizes = [tensor.stop - tensor.start for tensor in TensorFiles(case.tuned).tensors.values()]
+    sizes = [tensor.stop - tensor.start for tensor in SafetensorsFiles(case.tuned).tensors.values()]
     assert len(held) == 4 * len(sizes) and most[0] == 2 * max(sizes) < sum(sizes)
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from safedelta_hf.errors import CheckpointError, SafeDeltaError
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import checkpoints, tiny
 from tests.fixtures.checkpoints import contents
 
@@ -78,7 +78,7 @@ def assert_nothing_incomplete_loads(case, complete):
     for folder in (case.output, case.work, case.work / "model"):
         if not folder.exists():
             continue
-        for opens in (TensorFiles, tiny.loaded):
+        for opens in (SafetensorsFiles, tiny.loaded):
             try:
                 opens(folder)
             except (SafeDeltaError, OSError, ValueError):

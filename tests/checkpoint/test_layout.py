@@ -8,7 +8,7 @@ from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import architectures
 
 REFUSED = ("hrm_text", "inkling2_text")
@@ -47,7 +47,7 @@ def assert_found(key, folder):
     model.save_pretrained(folder, max_shard_size="50KB")
     weights = {name: parameter.detach() for parameter, name in parameter_names(model).items()}
     header = header_of(model)
-    files = TensorFiles(folder)
+    files = SafetensorsFiles(folder)
     if key in REFUSED:
         with pytest.raises(CheckpointError, match="save_original_format=False"):
             CheckpointPair(files, files, header)
@@ -90,7 +90,7 @@ def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, mon
             del saved[name]
         return saved
 
-    files, header = TensorFiles(tmp_path), header_of(model)
+    files, header = SafetensorsFiles(tmp_path), header_of(model)
     CheckpointPair(files, files, header)
     monkeypatch.setattr(stored_layout, "revert_weight_conversion", incomplete)
     with pytest.raises(CheckpointError, match=r"experts.*transformers saves \d+ of its \d+ entries"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
-from safedelta_hf.weights.safetensors_files import LARGEST_INDEX, TensorFiles
+from safedelta_hf.weights.safetensors_files import LARGEST_INDEX, SafetensorsFiles
 from tests.fixtures import checkpoints, tiny
 from tests.fixtures.checkpoints import contents, tensors
 
@@ -480,7 +480,7 @@ def test_a_tensor_of_a_type_that_is_not_read_is_named(tmp_path):
         header = {"scale": {"dtype": name, "shape": [3], "data_offsets": [0, 3 * bits // 8]}}
         joined(tmp_path / SINGLE, json.dumps(header).encode(), bytes(3 * bits // 8))
         with pytest.raises(CheckpointError, match=f"^scale: stored as {name} in '.*{SINGLE}'.*; save the model"):
-            TensorFiles(tmp_path).read("scale")
+            SafetensorsFiles(tmp_path).read("scale")
 
 
 def test_there_are_at_least_200_variants():

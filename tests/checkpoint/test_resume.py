@@ -14,7 +14,7 @@ from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.store import CheckpointStore
 from safedelta_hf.errors import CheckpointError, OutputError
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.weights.safetensors_files import TensorFiles
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import contents
 
@@ -79,7 +79,7 @@ def test_finished_weights_are_not_done_again(stopped, untouched, monkeypatch):
 def test_a_finished_weight_whose_bytes_changed_is_done_again(stopped, untouched, monkeypatch):
     line = json.loads(finished_lines(stopped)[2])
     name = line["record"]["parameter"]
-    place = TensorFiles(stopped.tuned).tensors[name]
+    place = SafetensorsFiles(stopped.tuned).tensors[name]
     part = stopped.work / "model" / f"{place.file}.part"
     content = bytearray(part.read_bytes())
     content[place.start + 1] ^= 4
@@ -290,7 +290,7 @@ def test_what_a_run_has_finished_is_on_the_disk_before_the_output_is_there(stopp
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_stale_part_of_a_shard_does_not_take_its_place(kind, stopped, untouched):
-    shard = next(iter(TensorFiles(stopped.tuned).paths))
+    shard = next(iter(SafetensorsFiles(stopped.tuned).paths))
     stale = stopped.tuned / f"{shard}.part"
     if kind == "folder":
         stale.mkdir()
@@ -301,7 +301,7 @@ def test_a_stale_part_of_a_shard_does_not_take_its_place(kind, stopped, untouche
 
 
 def test_a_companion_never_replaces_a_shard(stopped, tmp_path):
-    files = TensorFiles(stopped.tuned)
+    files = SafetensorsFiles(stopped.tuned)
     shard = next(iter(files.paths))
     (stopped.tuned / f"{shard}.part").write_text("stale")
     with CheckpointFolder(tmp_path / "other", files, {}, progress=False) as folder:

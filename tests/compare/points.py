@@ -6,11 +6,11 @@ from safedelta_hf.evaluation.result import share
 UTILITIES = {"new_skill": "gain", "old_skills": "kept", "over_refusal": "cost"}
 
 
-def point(method, attack, new=None, old=1.0, *, seed=0, subject="mixed", search=None, **settings):
+def point(method, attack, new=None, old=1.0, *, seed=0, scenario="mixed", search=None, **settings):
     values = {"attack_success": attack, "new_skill": new, "old_skills": old}
     scores = {name: share([value] * 10) for name, value in values.items() if value is not None}
     return Point(
-        subject=subject, seed=seed, method=method, settings=settings, scores=scores, seconds=1.5, search=search
+        scenario=scenario, seed=seed, method=method, settings=settings, scores=scores, seconds=1.5, search=search
     )
 
 

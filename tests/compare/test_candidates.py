@@ -1,10 +1,9 @@
 import math
 
 import pytest
-import torch
 
 from safedelta_hf.capture.collect import collect_profile
-from safedelta_hf.compare import Contender, Made, TunedModel, compare, enter
+from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel, choose_candidates, compare
 from safedelta_hf.compare.candidates import grid
 from safedelta_hf.errors import ConfigurationError, NumericalError
 from safedelta_hf.evaluation.result import share
@@ -14,17 +13,17 @@ from tests.compare.points import comparison
 from tests.fixtures import tiny
 
 
-class TinySubject:
+class TinyScenario(Scenario):
     """Measures how far a model is from its base."""
 
-    name, seed, task, ordinary = "tiny", 3, None, None
+    name, seed, task, ordinary, tuned, profile, baselines = "tiny", 3, None, None, None, None, ()
 
     def __init__(self):
         self.base = tiny.llama()
         self.tuned = TunedModel(tiny.perturbed(tiny.llama()))
         self.profile = collect_profile(self.base, tiny.rows(24, seed=1), progress=False)
         self.measured = 0
-        self.baselines = [Contender(method="aligned", settings={}, make=lambda: Made(self.base, 0.0))]
+        self.baselines = [Candidate(method="aligned", settings={}, make=lambda: CandidateModel(self.base, 0.0))]
 
     def measure(self, model):
         self.measured += 1
@@ -42,10 +41,10 @@ def test_the_grid_lies_within_the_search_range_from_mild_to_strict(name):
 
 
 def test_every_rule_takes_part_or_is_left_out_with_its_reason():
-    entrants = enter(list(RULES), ["auto"], [0.0], has_task=False)
-    assert {rule.name for rule in entrants.rules} | set(entrants.left_out) == set(RULES)
-    assert "no task data" in entrants.left_out["task_ridge"]
-    assert "task_ridge" not in enter(list(RULES), ["auto"], [0.0], has_task=True).left_out
+    candidates = choose_candidates(list(RULES), ["auto"], [0.0], has_task=False)
+    assert {rule.name for rule in candidates.rules} | set(candidates.left_out) == set(RULES)
+    assert "no task data" in candidates.left_out["task_ridge"]
+    assert "task_ridge" not in choose_candidates(list(RULES), ["auto"], [0.0], has_task=True).left_out
 
 
 def test_a_rule_that_needs_more_than_one_tuned_model_is_left_out(monkeypatch):
@@ -56,66 +55,59 @@ def test_a_rule_that_needs_more_than_one_tuned_model_is_left_out(monkeypatch):
             raise ConfigurationError("Needy: others=(); it needs at least one more model")
 
     monkeypatch.setitem(RULES, "needy", Needy)
-    entrants = enter(["needy", "scale"], [1.0], [0.0], has_task=True)
-    assert entrants.left_out == {"needy": "Needy: others=(); it needs at least one more model"}
-    assert entrants.rules == (Scale(strength=1.0),)
+    candidates = choose_candidates(["needy", "scale"], [1.0], [0.0], has_task=True)
+    assert candidates.left_out == {"needy": "Needy: others=(); it needs at least one more model"}
+    assert candidates.rules == (Scale(strength=1.0),)
     with pytest.raises(ConfigurationError, match="no rule can take part .needy: Needy"):
-        enter(["needy"], [1.0], [0.0], has_task=True)
+        choose_candidates(["needy"], [1.0], [0.0], has_task=True)
 
 
 def test_the_default_is_the_measured_strength_and_a_grid():
-    rules = enter(["task_ridge"], None, [0.0], has_task=True).rules
+    rules = choose_candidates(["task_ridge"], None, [0.0], has_task=True).rules
     assert rules == (TaskRidge(), *(TaskRidge(strength=strength) for strength in grid(TaskRidge)))
 
 
 def test_retention_is_compared_where_moments_are_read():
-    entrants = enter(["ridge", "scale"], [1.0], [0.0, 0.5], has_task=False)
-    settings = [(one.method, one.settings["retention"]) for one in entrants.contenders(TinySubject())]
+    candidates = choose_candidates(["ridge", "scale"], [1.0], [0.0, 0.5], has_task=False)
+    settings = [(one.method, one.settings["retention"]) for one in candidates.on(TinyScenario())]
     assert settings == [("ridge", 0.0), ("ridge", 0.5), ("scale", 0.0)]
 
 
 def test_every_rule_starts_from_the_fine_tuned_weights_whatever_came_before(tmp_path):
-    subject = TinySubject()
-    entrants = enter(["scale", "ridge"], [1e6, 0.5], [0.0], has_task=False)
-    compare([subject], entrants, comparison(tmp_path), progress=False)
-    last = subject.tuned.restored()
+    scenario = TinyScenario()
+    candidates = choose_candidates(["scale", "ridge"], [1e6, 0.5], [0.0], has_task=False)
+    compare([scenario], candidates, comparison(tmp_path), progress=False)
+    last = scenario.tuned.restored()
     assert tiny.same(tiny.weights(last), tiny.weights(tiny.perturbed(tiny.llama())))
     points = {(one.method, one.settings.get("strength")): one for one in comparison(tmp_path).points}
     for name, strength in (("scale", 0.5), ("ridge", 1e6), ("ridge", 0.5)):
         alone = tiny.perturbed(tiny.llama())
         rule = RULES[name](strength=strength)
-        adjust_model(alone, base=subject.base, profile=subject.profile, rule=rule, progress=False)
-        assert points[name, strength].scores == subject.measure(alone)
+        adjust_model(alone, base=scenario.base, profile=scenario.profile, rule=rule, progress=False)
+        assert points[name, strength].scores == scenario.measure(alone)
 
 
 def test_points_that_are_there_are_not_made_again(tmp_path):
-    first, again = TinySubject(), TinySubject()
-    compare([first], enter(["scale"], [1.0], [0.0], has_task=False), comparison(tmp_path), progress=False)
-    compare([again], enter(["scale"], [1.0, 2.0], [0.0], has_task=False), comparison(tmp_path), progress=False)
+    first, again = TinyScenario(), TinyScenario()
+    compare([first], choose_candidates(["scale"], [1.0], [0.0], has_task=False), comparison(tmp_path), progress=False)
+    compare(
+        [again], choose_candidates(["scale"], [1.0, 2.0], [0.0], has_task=False), comparison(tmp_path), progress=False
+    )
     assert (first.measured, again.measured) == (2, 1)
     assert len(comparison(tmp_path).points) == 3
 
 
-def test_a_contender_that_cannot_be_computed_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    def prepare(rule, moments):
+def test_a_candidate_that_cannot_be_computed_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    def factorise(rule, moments):
         raise NumericalError("not positive definite")
 
-    entrants = enter(["ridge", "scale"], [1.0], [0.0], has_task=False)
+    candidates = choose_candidates(["ridge", "scale"], [1.0], [0.0], has_task=False)
     with monkeypatch.context() as patch:
-        patch.setattr(Ridge, "prepare", prepare)
+        patch.setattr(Ridge, "factorise", factorise)
         file = comparison(tmp_path)
-        compare([TinySubject()], entrants, file, progress=False)
+        compare([TinyScenario()], candidates, file, progress=False)
     assert [point.method for point in file.points] == ["aligned", "scale"]
     ((name, reason),) = file.left_out.items()
     assert name.startswith("tiny 3 ridge") and "not positive definite" in reason
-    compare([TinySubject()], entrants, again := comparison(tmp_path), progress=False)
+    compare([TinyScenario()], candidates, again := comparison(tmp_path), progress=False)
     assert [point.method for point in again.points] == ["aligned", "scale", "ridge"] and not again.left_out
-
-
-def test_restoring_is_exact_after_any_change():
-    model = tiny.perturbed(tiny.llama(tied=True))
-    tuned, before = TunedModel(model), tiny.weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert tiny.same(tiny.weights(tuned.restored()), before)

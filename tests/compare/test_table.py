@@ -60,7 +60,7 @@ def test_given_strengths_stand_in_a_table_of_their_own_and_what_was_left_out_is_
 def test_the_picture_has_a_panel_for_each_utility_or_is_none(tmp_path):
     rules = [point("ridge", 0.3, 0.5, strength=3.0), point("ridge", 0.1, 0.4, strength="auto", search=search(5.0))]
     retained = point("ridge", 0.1, 0.4, strength="auto", retention=0.1, search=search(5.0))
-    other = point("scale", 0.1, strength=1.0, subject="benign")
+    other = point("scale", 0.1, strength=1.0, scenario="benign")
     assert draw(comparison(tmp_path / "a", *BEFORE, *rules, retained, other), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not draw(comparison(tmp_path / "b", point("aligned", 0.0, old=None)), tmp_path / "b.png")

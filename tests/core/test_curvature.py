@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from safedelta_hf.core.curvature import cholesky, factorise
+from safedelta_hf.core.curvature import cholesky, factorise, quadratic_loss
 from safedelta_hf.errors import NumericalError
 from tests.fixtures import oracles
 from tests.fixtures.problems import layers
@@ -37,21 +37,31 @@ def test_the_hessian_is_not_changed():
     assert torch.equal(hessian, torch.eye(4))
 
 
-def barely_positive_definite():
-    """Integer matrices, exact in float32, whose smaller pivot of at most 1 drowns in the rounding of about 1e7."""
-    for b in range(6000, 7000):
-        matrix = torch.tensor([[3.0, b], [b, b * b // 3 + 1]])
-        if torch.linalg.cholesky_ex(matrix)[1]:
-            return matrix
-    raise AssertionError("float32 factorised all of them")
+@pytest.fixture
+def float32_fails(monkeypatch):
+    """LAPACK fails on every float32 matrix: on which nearly singular ones it really does depends on the processor."""
+    genuine = torch.linalg.cholesky_ex
+
+    def cholesky_ex(matrix):
+        factor, info = genuine(matrix)
+        if matrix.dtype == torch.float32:
+            return torch.full_like(factor, float("nan")), torch.full_like(info, len(matrix))
+        return factor, info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky_ex)
 
 
-def test_float32_failure_is_retried_in_float64_with_a_warning():
-    matrix = barely_positive_definite()
+def test_float32_failure_is_retried_in_float64_with_a_warning(float32_fails):
+    matrix = torch.tensor([[3.0, 6001.0], [6001.0, 12004001.0]])  # exact in float32; the smaller pivot is 2 / 3
     with pytest.warns(UserWarning, match="float64"):
         factor, retried = cholesky(matrix)
     assert retried and factor.dtype == torch.float32
     torch.testing.assert_close(factor.double(), torch.linalg.cholesky(matrix.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_a_curvature_that_needed_float64_says_so(float32_fails):
+    with pytest.warns(UserWarning, match="float64"):
+        assert factorise(torch.eye(3), 0.01).notes == ("factorised in float64 after float32 failed",)
 
 
 def test_an_indefinite_matrix_is_an_error_that_says_what_to_do():
@@ -63,3 +73,14 @@ def test_an_indefinite_matrix_is_an_error_that_says_what_to_do():
 def test_nan_and_inf_are_errors(value):
     with pytest.raises(NumericalError, match="NaN or Inf"):
         cholesky(torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_quadratic_loss_is_half_the_trace(diagonal):
+    delta, inputs = torch.randn(3, 6), torch.randn(20, 6)
+    hessian = inputs.T @ inputs
+    if diagonal:
+        hessian = hessian.diagonal()
+    full = torch.diag(hessian) if diagonal else hessian
+    found = quadratic_loss(lambda transform: float((delta * transform(delta)).sum()), hessian)
+    assert found == pytest.approx(oracles.loss(delta, full), rel=1e-5)

@@ -1,11 +1,8 @@
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.core.moment import InputMoment, add_outer_, add_squares_
-from tests.fixtures import oracles
 
 
 def moment(inputs, sequences=1):
@@ -34,17 +31,6 @@ def test_bfloat16_inputs_are_summed_in_float32():
     squares = torch.zeros(1)
     add_squares_(squares, inputs)
     assert squares.item() == 4096.0
-
-
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_quadratic_loss_is_half_the_trace(diagonal):
-    delta, inputs = torch.randn(3, 6), torch.randn(20, 6)
-    hessian = inputs.T @ inputs
-    if diagonal:
-        hessian = hessian.diagonal()
-    full = torch.diag(hessian) if diagonal else hessian
-    found = quadratic_loss(lambda transform: float((delta * transform(delta)).sum()), hessian)
-    assert found == pytest.approx(oracles.loss(delta, full), rel=1e-5)
 
 
 def test_moments_are_float32_under_autocast_wherever_they_live():

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safedelta_hf import SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import IGNORED, SafetySequence, read_safety_data
 from safedelta_hf.data.refusals import HeldOut, split
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, DataError
 from tests.fixtures import tiny
 
@@ -74,8 +75,8 @@ def test_too_few_examples_to_hold_out_are_a_named_error():
 
 def test_losses_are_those_of_the_base_and_drift_is_their_rise():
     base = tiny.llama()
-    held_out = HeldOut.measured(base, read_safety_data(ROWS), batch_size=4)
-    drift = held_out.drift(base, quantile=0.95)
+    held_out = HeldOut.measured(open_model(base), read_safety_data(ROWS), batch_size=4)
+    drift = held_out.drift(open_model(base), quantile=0.95)
     assert drift.mean == pytest.approx(0.0, abs=1e-6) and drift.upper == pytest.approx(0.0, abs=1e-6)
     tuned = tiny.perturbed(tiny.llama())
     rises = []
@@ -85,16 +86,18 @@ def test_losses_are_those_of_the_base_and_drift_is_their_rise():
         targets = torch.tensor(row["labels"])[1:]
         losses = -logits.log_softmax(-1)[torch.arange(len(targets)), targets.clamp_min(0)]
         rises.append(float(losses[targets != IGNORED].mean()) - before)
-    drift = held_out.drift(tuned, quantile=0.95)
+    drift = held_out.drift(open_model(tuned), quantile=0.95)
     assert drift.mean == pytest.approx(fmean(rises), abs=1e-5)
     assert drift.upper == pytest.approx(float(torch.tensor(rises, dtype=torch.float64).quantile(0.95)), abs=1e-5)
 
 
 def test_an_adapter_counts_in_the_drift_and_not_in_the_base():
-    base = HeldOut.measured(tiny.llama(), read_safety_data(ROWS), batch_size=8)
+    base = HeldOut.measured(open_model(tiny.llama()), read_safety_data(ROWS), batch_size=8)
     model = get_peft_model(tiny.llama(), LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
-    assert HeldOut.measured(model, base.sequences, batch_size=8).losses == pytest.approx(base.losses, abs=1e-6)
-    assert abs(base.drift(model, quantile=0.95).mean) > 1e-3
+    assert HeldOut.measured(open_model(model), base.sequences, batch_size=8).losses == pytest.approx(
+        base.losses, abs=1e-6
+    )
+    assert abs(base.drift(open_model(model), quantile=0.95).mean) > 1e-3
 
 
 def test_held_out_data_survives_the_disk(tmp_path):

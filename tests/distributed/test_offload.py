@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from safedelta_hf.capture.tensors import storage_key, weak_storage
 from safedelta_hf.data.batches import input_device
-from safedelta_hf.distributed.model import WholeParameters
-from safedelta_hf.distributed.offload import OffloadedParameters
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.offload import OffloadedModel
 from safedelta_hf.distributed.offload_hooks import require_trainable
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.modules.names import parameter_names
 from tests.fixtures import tiny
@@ -32,8 +32,8 @@ from tests.fixtures.offloading import IDS, KINDS, SAVABLE, in_memory, logits, of
 STEPS = ("run", "watch", "write one", "write all", "copy", "hold")
 
 
-def values(holding):
-    return {name: holding.read(name).clone() for name in holding.names}
+def values(opened):
+    return {name: opened.read(name).clone() for name in opened.all_names}
 
 
 def same(one, other):
@@ -44,11 +44,11 @@ def files(folder):
     return {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
 
 
-def moved(holding, seed=7):
+def moved(opened, seed=7):
     """Write something else into every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    for name in holding.names:
-        holding.write(name, holding.read(name) + 0.1 * torch.randn(holding.shape(name), generator=generator))
+    for name in opened.all_names:
+        opened.write(name, opened.read(name) + 0.1 * torch.randn(opened.shape(name), generator=generator))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -56,16 +56,16 @@ def moved(holding, seed=7):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_offloaded_model_reads_as_the_same_model_in_memory(kind, tied, dtype, tmp_path):
     model = offloaded(kind, tmp_path, tied=tied, dtype=dtype)
-    whole = WholeParameters(in_memory(tmp_path))
+    whole = ShardedModel(in_memory(tmp_path))
     for _ in range(2):  # a forward pass leaves other placeholders behind
-        holding = holding_of(model)
-        assert isinstance(holding, OffloadedParameters)
-        assert same(values(holding), values(whole))
-        assert [holding.shape(name) for name in whole.names] == [whole.shape(name) for name in whole.names]
-        assert {holding.dtype(name) for name in whole.names} == {dtype}
-        assert {holding.device(name).type for name in whole.names} == {"cpu"}
-        assert all(holding.piece(name).is_whole for name in whole.names)
-        assert list(parameter_names(model).values()) == list(whole.names)
+        opened = open_model(model)
+        assert isinstance(opened, OffloadedModel)
+        assert same(values(opened), values(whole))
+        assert [opened.shape(name) for name in whole.all_names] == [whole.shape(name) for name in whole.all_names]
+        assert {opened.dtype(name) for name in whole.all_names} == {dtype}
+        assert {opened.device(name).type for name in whole.all_names} == {"cpu"}
+        assert all(opened.shard(name).is_whole for name in whole.all_names)
+        assert list(parameter_names(model).values()) == list(whole.all_names)
         logits(model)
 
 
@@ -74,14 +74,14 @@ def test_an_offloaded_model_reads_as_the_same_model_in_memory(kind, tied, dtype,
 def test_what_is_written_is_never_lost(kind, tied, tmp_path):
     model, twin = offloaded(kind, tmp_path, tied=tied), in_memory(tmp_path)
     logits(model)
-    holding = holding_of(model)
-    moved(holding)
-    moved(WholeParameters(twin))
+    opened = open_model(model)
+    moved(opened)
+    moved(ShardedModel(twin))
     expected = tiny.weights(twin)
     for _ in range(2):
-        assert same(values(holding), expected)
+        assert same(values(opened), expected)
         assert torch.equal(logits(model), logits(twin))
-    assert same(values(holding_of(model)), expected)
+    assert same(values(open_model(model)), expected)
     if kind in ("disk_offload", "cpu_offload"):  # accelerate itself cannot gather the others without a device map
         state = get_state_dict_offloaded_model(model)
         assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
@@ -93,8 +93,8 @@ def test_what_is_written_is_never_lost(kind, tied, tmp_path):
 @pytest.mark.parametrize("kind", ["disk_offload", "cpu_offload", "cpu_offload_with_hook", "chained hooks"])
 def test_what_is_written_is_there_when_the_hooks_are_gone(kind, tmp_path):
     model, twin = offloaded(kind, tmp_path), in_memory(tmp_path)
-    moved(holding_of(model))
-    moved(WholeParameters(twin))
+    moved(open_model(model))
+    moved(ShardedModel(twin))
     remove_hook_from_submodules(model)
     assert same(dict(model.state_dict()), dict(twin.state_dict()))
 
@@ -103,9 +103,9 @@ def test_what_is_written_is_there_when_the_hooks_are_gone(kind, tmp_path):
 def test_writing_to_disk_takes_no_memory_and_changes_no_file_of_others(kind, tmp_path):
     model = offloaded(kind, tmp_path)
     before = files(tmp_path)
-    holding = holding_of(model)
-    moved(holding)
-    moved(holding)
+    opened = open_model(model)
+    moved(opened)
+    moved(opened)
     after = files(tmp_path)
     assert {path: after[path] for path in before} == before
     own = [path for path in after if path not in before]
@@ -116,38 +116,37 @@ def test_writing_to_disk_takes_no_memory_and_changes_no_file_of_others(kind, tmp
     assert loaders and all(not loader.state_dict for loader in loaders)
 
 
-@settings(max_examples=25)
 @given(kind=st.sampled_from(sorted(KINDS)), tied=st.booleans(), steps=st.lists(st.sampled_from(STEPS), max_size=8))
 def test_whatever_happens_in_whatever_order_the_weights_are_those_of_the_model_in_memory(kind, tied, steps):
     with tempfile.TemporaryDirectory() as folder:
         model = offloaded(kind, Path(folder), tied=tied)
         twin = in_memory(Path(folder))
-        holding, whole = holding_of(model), WholeParameters(twin)
+        opened, whole = open_model(model), ShardedModel(twin)
         for seed, step in enumerate(steps):
             if step == "run":
                 assert torch.equal(logits(model), logits(twin))
             elif step == "watch":
-                assert watched(model, holding) == watched(twin, whole)
+                assert watched(model, opened) == watched(twin, whole)
             elif step == "write one":
-                name = holding.names[seed % len(holding.names)]
-                holding.write(name, torch.full(holding.shape(name), 0.1 * seed, dtype=torch.float64))
+                name = opened.all_names[seed % len(opened.all_names)]
+                opened.write(name, torch.full(opened.shape(name), 0.1 * seed, dtype=torch.float64))
                 whole.write(name, torch.full(whole.shape(name), 0.1 * seed, dtype=torch.float64))
             elif step == "write all":
-                moved(holding, seed)
+                moved(opened, seed)
                 moved(whole, seed)
             elif step == "copy":
                 model = copy.deepcopy(model)
-                holding = holding_of(model)
+                opened = open_model(model)
             else:
-                holding = holding_of(model)
-        assert same(values(holding), values(whole))
+                opened = open_model(model)
+        assert same(values(opened), values(whole))
         assert torch.equal(logits(model), logits(twin))
 
 
 def test_files_written_live_as_long_as_a_model_that_reads_them(tmp_path):
     model = offloaded("disk_offload", tmp_path)
     before = files(tmp_path)
-    moved(holding_of(model))
+    moved(open_model(model))
     expected = logits(model)
     twin = copy.deepcopy(model)
     del model
@@ -161,10 +160,10 @@ def test_files_written_live_as_long_as_a_model_that_reads_them(tmp_path):
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     model = offloaded("disk", tmp_path)
     expected = logits(model)
-    holding = holding_of(model)
+    opened = open_model(model)
     (tmp_path / "offloaded").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="offloaded"):
-        holding.write("model.norm.weight", torch.zeros(16))
+        opened.write("model.norm.weight", torch.zeros(16))
     assert torch.equal(logits(model), expected)
 
 
@@ -177,7 +176,7 @@ def test_models_that_were_given_one_index_stay_apart(tmp_path):
     }
     one, other = (_dispatched(source, index) for _ in range(2))
     expected = logits(other)
-    moved(holding_of(one))
+    moved(open_model(one))
     assert torch.equal(logits(other), expected)
     assert not torch.equal(logits(one), expected)
 
@@ -189,15 +188,15 @@ class Record(TorchDispatchMode):
         super().__init__()
         self.names, self.seen, self.is_away = {}, [], False
 
-    def follow(self, tensor, name):
+    def track(self, tensor, name):
         assert not tensor.is_meta
         self.names[storage_key(tensor)] = name, weak_storage(tensor)
 
-    def look_away(self):
+    def pause(self):
         assert not self.is_away
         self.is_away = True
 
-    def look_again(self):
+    def resume(self):
         assert self.is_away
         self.is_away = False
 
@@ -210,9 +209,9 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def watched(model, holding):
+def watched(model, opened):
     record = Record()
-    with torch.no_grad(), holding.shown_to(record), record:
+    with torch.no_grad(), opened.tracked_by(record), record:
         model(input_ids=IDS)
     return record.seen
 
@@ -222,26 +221,26 @@ def watched(model, holding):
 def test_a_watcher_sees_the_operations_of_the_model_in_memory_and_no_others(kind, tied, tmp_path):
     model = offloaded(kind, tmp_path, tied=tied)
     twin = in_memory(tmp_path)
-    expected = watched(twin, WholeParameters(twin))
+    expected = watched(twin, ShardedModel(twin))
     used = {name for _, _, names in expected for name in names}
-    assert used == set(WholeParameters(twin).names)
+    assert used == set(ShardedModel(twin).all_names)
     for _ in range(2):
-        assert watched(model, holding_of(model)) == expected
+        assert watched(model, open_model(model)) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_are_as_before_once_the_watcher_is_gone(kind, tmp_path):
     model = offloaded(kind, tmp_path)
-    holding = holding_of(model)
-    placeholders = {name: holding.parameter(name) for name in holding.names}
+    opened = open_model(model)
+    placeholders = {name: opened.live(name) for name in opened.all_names}
     expected = logits(model)
     before = _hooks(model)
-    with pytest.raises(ZeroDivisionError), holding.shown_to(Record()):
+    with pytest.raises(ZeroDivisionError), opened.tracked_by(Record()):
         logits(model)
         raise ZeroDivisionError
     assert _hooks(model) == before
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert {name for name in placeholders if not holding.parameter(name).is_meta} == {
+    assert {name for name in placeholders if not opened.live(name).is_meta} == {
         name for name, parameter in placeholders.items() if not parameter.is_meta
     }
     assert torch.equal(logits(model), expected)
@@ -251,9 +250,9 @@ def test_parts_of_a_model_that_is_not_of_transformers_are_read_and_written():
     model = tiny.Plain()
     twin = copy.deepcopy(model)
     cpu_offload(model)
-    holding, whole = holding_of(model), WholeParameters(twin)
-    assert same(values(holding), values(whole))
-    moved(holding)
+    opened, whole = open_model(model), ShardedModel(twin)
+    assert same(values(opened), values(whole))
+    moved(opened)
     moved(whole)
     with torch.no_grad():
         assert torch.equal(model(IDS)["logits"], twin(IDS)["logits"])
@@ -267,9 +266,9 @@ def test_ties_that_nobody_declares_are_found_where_the_weights_are_kept():
     twin = copy.deepcopy(model)
     cpu_offload(model)
     model(IDS)
-    holding, whole = holding_of(model), WholeParameters(twin)
-    assert same(values(holding), values(whole))
-    moved(holding)
+    opened, whole = open_model(model), ShardedModel(twin)
+    assert same(values(opened), values(whole))
+    moved(opened)
     moved(whole)
     assert torch.equal(model(IDS)["logits"], twin(IDS)["logits"])
 
@@ -278,12 +277,12 @@ def test_weights_kept_in_another_dtype_read_as_the_model_computes_with_them():
     model = tiny.llama().to(torch.bfloat16)
     twin = copy.deepcopy(model)
     cpu_offload(model, state_dict={name: value.double() for name, value in model.state_dict().items()})
-    holding, whole = holding_of(model), WholeParameters(twin)
+    opened, whole = open_model(model), ShardedModel(twin)
     for _ in range(2):
-        assert same(values(holding), values(whole))
-        assert {holding.read(name).dtype for name in holding.names} == {torch.bfloat16}
+        assert same(values(opened), values(whole))
+        assert {opened.read(name).dtype for name in opened.all_names} == {torch.bfloat16}
         assert torch.equal(logits(model), logits(twin))
-        moved(holding)
+        moved(opened)
         moved(whole)
 
 
@@ -308,21 +307,21 @@ def test_training_in_vain_is_named(kind, tmp_path):
 def test_an_adapter_that_has_no_values_is_named(tmp_path):
     model = get_peft_model(offloaded("some on disk", tmp_path), LoraConfig(target_modules=["up_proj"]))
     with pytest.raises(ConfigurationError, match=r"layers\.1\.mlp\.up_proj\.lora_A.*adapt layers that stay"):
-        holding_of(model)
+        open_model(model)
 
 
 def test_an_adapter_on_the_layers_in_memory_is_held_with_its_offloaded_base(tmp_path):
     model = offloaded("some on disk", tmp_path)
-    names = holding_of(model).names
+    names = open_model(model).all_names
     adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj"], layers_to_transform=[0]))
-    holding = holding_of(adapted)
-    assert set(names) < set(holding.names)
-    assert {name.split(".up_proj.")[1] for name in set(holding.names) - set(names)} == {
+    opened = open_model(adapted)
+    assert set(names) < set(opened.all_names)
+    assert {name.split(".up_proj.")[1] for name in set(opened.all_names) - set(names)} == {
         "lora_A.default.weight",
         "lora_B.default.weight",
     }
-    whole = WholeParameters(in_memory(tmp_path))
-    assert all(torch.equal(holding.read(name), whole.read(name)) for name in names)
+    whole = ShardedModel(in_memory(tmp_path))
+    assert all(torch.equal(opened.read(name), whole.read(name)) for name in names)
 
 
 def test_a_placeholder_without_values_is_named():
@@ -330,7 +329,7 @@ def test_a_placeholder_without_values_is_named():
         lost = nn.Linear(4, 4)
     model = nn.Sequential(cpu_offload(nn.Linear(4, 4)), lost)
     with pytest.raises(ConfigurationError, match=r"1\.weight: it is on the meta device"):
-        holding_of(model)
+        open_model(model)
 
 
 def test_an_offloaded_quantised_weight_is_named(tmp_path):
@@ -338,7 +337,7 @@ def test_an_offloaded_quantised_weight_is_named(tmp_path):
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(torch.empty(24, 16, dtype=torch.int8, device="meta"), requires_grad=False)
     with pytest.raises(ConfigurationError, match=r"mlp\.up_proj\.weight: it is quantised and offloaded"):
-        holding_of(model)
+        open_model(model)
 
 
 class ReadOnly(Mapping):
@@ -359,7 +358,7 @@ def test_a_mapping_that_cannot_be_written_to_is_named():
     model = nn.Sequential(nn.Linear(4, 4))
     cpu_offload(model, state_dict=ReadOnly(model.state_dict()))
     with pytest.raises(ConfigurationError, match=r"0\.weight: it is offloaded to a ReadOnly"):
-        holding_of(model)
+        open_model(model)
 
 
 def _dispatched(source, index):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError
 
 
@@ -11,7 +11,7 @@ def test_weights_that_deepspeed_keeps_quantised_are_refused_by_name():
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id = number
         parameter.ds_tensor = torch.zeros(2, dtype=torch.int8)
-    assert holding_of(model).kind == "ZeRO-3"
+    assert open_model(model).kind == "ZeRO-3"
     model.weight.ds_tensor.ds_quant_scale = torch.ones(1)
     with pytest.raises(ConfigurationError, match="^weight: .*zero_quantized_nontrainable_weights"):
-        holding_of(model)
+        open_model(model)

@@ -170,7 +170,7 @@ def test_results_name_prompts_settings_and_scorers(loaded, tmp_path):
     content = json.loads((tmp_path / "results.json").read_text())
     assert set(content["prompts"]) == {"harmful", "benign", "refusals", "task"}
     assert content["settings"]["max_new_tokens"] == 24 and content["settings"]["reference"] == content["model"]
-    assert content["settings"]["score"] == "safedelta_hf.evaluation.task:final_answer"
+    assert content["settings"]["score"] == "safedelta_hf.evaluation.scoring:final_answer"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from safedelta_hf.data.dataset import IGNORED, SafetySequence
 from safedelta_hf.data.refusals import response_losses
+from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError, NumericalError
 from safedelta_hf.evaluation import refusal_likelihood
 from safedelta_hf.testbed import load_aligned, safety_data
@@ -118,7 +119,8 @@ def test_bad_input_is_named(llama):
         refusal_likelihood(llama, [{"input_ids": [1, 48]}])
     with pytest.raises(DataError, match="row 1: no response token"):
         response_losses(
-            llama, [SafetySequence(input_ids=(1, 2), labels=(1, 2)), SafetySequence(input_ids=(5,), labels=(5,))]
+            ShardedModel(llama),
+            [SafetySequence(input_ids=(1, 2), labels=(1, 2)), SafetySequence(input_ids=(5,), labels=(5,))],
         )
 
 

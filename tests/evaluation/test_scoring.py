@@ -1,7 +1,15 @@
 import pytest
 
 from safedelta_hf.errors import DataError
-from safedelta_hf.evaluation import REFUSAL_PHRASES, attack_success_rate, exact_match, final_match, is_refusal
+from safedelta_hf.evaluation import (
+    REFUSAL_PHRASES,
+    attack_success_rate,
+    exact_answer,
+    exact_match,
+    final_answer,
+    final_match,
+    is_refusal,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +75,25 @@ def test_empty_or_unequal_input_is_refused():
         final_match(["a", "b"], ["a"])
     with pytest.raises(DataError, match=r"answers\[1\]"):
         final_match(["a", "b"], ["a", " "])
+
+
+ROWS = [
+    {"prompt": "two and two ?", "answer": "Four"},
+    {"prompt": "two and two ?", "completion": "four"},
+    {"messages": [{"role": "user", "content": "two and two ?"}, {"role": "assistant", "content": "four"}]},
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_answers_are_found_in_every_form_of_row(row):
+    assert exact_answer("four", row) == final_answer("four", row) == 1
+    assert exact_answer("sure : four", row) == 0 and final_answer("sure : four", row) == 1
+    assert exact_answer("five", row) == final_answer("five", row) == 0
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "two ?"}, {"messages": [{"role": "user", "content": "?"}]}, {"answer": " "}]
+)
+def test_rows_without_an_answer_are_named(row):
+    with pytest.raises(DataError, match="names no answer"):
+        exact_answer("four", row)

@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile
+from safedelta_hf.deltas.lora_layers import tuner_layers
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError
 from tests.fixtures import adapters, tiny
 from tests.hf.test_trl import REFUSALS, dpo, sft
@@ -147,13 +148,35 @@ def test_several_active_adapters_stop_before_training(tmp_path):
         run(model, SafeDeltaCallback(ROWS), tmp_path)
 
 
-def test_an_adapter_added_by_transformers_itself_is_adjusted(tmp_path):
+@pytest.mark.parametrize("add", [adapters.add_by_transformers, adapters.inject])
+def test_an_adapter_in_the_layers_of_a_transformers_model_is_adjusted(add, tmp_path):
     model = tiny.llama()
-    model.add_adapter(adapters.config(), adapter_name="mine")
+    add(model, "mine")
     callback = SafeDeltaCallback(ROWS, RULE)
     run(model, callback, tmp_path)
     assert set(callback.report.outcomes) == {"adjusted"}
     assert len(callback.report.parameters) == 14
+
+
+def test_an_injected_adapter_ends_like_one_of_peft_and_its_tuned_form_is_kept(tmp_path):
+    wrapped = adapted()
+    torch.manual_seed(0)
+    model = tiny.llama()
+    adapters.inject(model, "default")
+    for each, name in ((model, "injected"), (wrapped, "wrapped")):
+        run(each, SafeDeltaCallback(ROWS, RULE, keep_tuned=tmp_path / f"tuned {name}"), tmp_path / name)
+    found, expected = adapters.own_tensors(model), adapters.own_tensors(wrapped)
+    assert tiny.same(found, {name.removeprefix("base_model.model."): value for name, value in expected.items()})
+
+
+def test_several_active_injected_adapters_stop_before_training(tmp_path):
+    model = tiny.llama()
+    adapters.inject(model, "mine")
+    adapters.inject(model, "other")
+    for layer in tuner_layers(model):
+        layer.set_adapter(["mine", "other"])
+    with pytest.raises(ConfigurationError, match="2 are active: \\['mine', 'other'\\]"):
+        run(model, SafeDeltaCallback(ROWS), tmp_path)
 
 
 @pytest.mark.parametrize("make", [sft, dpo])

@@ -61,6 +61,14 @@ def quantised(request, plain):
     return load
 
 
+def test_a_run_on_a_quantised_base_that_changes_nothing_measures_no_drift(quantised, tmp_path):
+    model = get_peft_model(prepare_model_for_kbit_training(quantised()), adapters.config())
+    callback = SafeDeltaCallback(ROWS)
+    tiny.trainer(model, callback, tmp_path / "run", learning_rate=0.0, bf16=True).train()
+    assert [(trial.mean, trial.upper) for trial in callback.report.search.trials] == [(0.0, 0.0)]
+    assert callback.report.search.noise.upper > 0
+
+
 def test_training_on_a_quantised_base_ends_with_the_adjusted_adapter(quantised, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(prepare_model_for_kbit_training(quantised()), adapters.config())
@@ -78,7 +86,7 @@ def test_training_on_a_quantised_base_ends_with_the_adjusted_adapter(quantised, 
         kept_up, kept_down = (found[f"{name}.lora_{factor}.weight"] for factor in "BA")
         use = uses[name.removeprefix("base_model.model.") + ".weight"]
         moments = LayerMoments(safety=callback.profile.moments[use.moment].hessian(torch.device("cpu")))
-        state = RULE.prepare(moments)
+        state = RULE.factorise(moments)
         delta = 1.5 * up @ down
         wanted = RULE.transform(state, MatrixDelta(delta, Role.LINEAR.view(delta.shape)))(delta)
         torch.testing.assert_close(1.5 * kept_up @ kept_down, wanted, rtol=1e-3, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
-from safedelta_hf.adjust.factors import PreparedMoments
+from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.errors import (
     BaseWeightsError,
     ConfigurationError,
@@ -249,9 +249,9 @@ def test_an_expert_that_the_safety_data_never_reaches_keeps_its_delta_and_the_re
 def test_one_hessian_of_many_experts_is_held_at_a_time(monkeypatch):
     base = architectures.tiny_model("mixtral")
     held = []
-    hold = PreparedMoments.hold
+    hold = FactorCache.hold
     monkeypatch.setattr(
-        PreparedMoments, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._hessians)))
+        FactorCache, "hold", lambda self, uses, device: (hold(self, uses, device), held.append(len(self._hessians)))
     )
     adjust(tiny.perturbed(copy.deepcopy(base)), base)
     assert max(held) == 1
@@ -340,8 +340,8 @@ def test_a_failure_half_way_changes_nothing_and_can_be_repeated(error):
 def test_each_hessian_is_factored_once(monkeypatch):
     base, tuned = tiny.llama(tied=True), tiny.perturbed(tiny.llama(tied=True))
     profile, factored = collected(base), []
-    prepare = SafeDelta.prepare
-    monkeypatch.setattr(SafeDelta, "prepare", lambda self, m: factored.append(m.safety.shape) or prepare(self, m))
+    factorise = SafeDelta.factorise
+    monkeypatch.setattr(SafeDelta, "factorise", lambda self, m: factored.append(m.safety.shape) or factorise(self, m))
     adjust(tuned, base, profile)
     assert len(factored) == len(profile.moments)
 
@@ -350,8 +350,8 @@ def test_the_hessian_of_each_expert_is_factored_once(monkeypatch):
     base = architectures.tiny_model("mixtral")
     tuned = tiny.perturbed(copy.deepcopy(base))
     profile, factored = collected(base), []
-    prepare = SafeDelta.prepare
-    monkeypatch.setattr(SafeDelta, "prepare", lambda self, m: factored.append(m.safety.shape) or prepare(self, m))
+    factorise = SafeDelta.factorise
+    monkeypatch.setattr(SafeDelta, "factorise", lambda self, m: factored.append(m.safety.shape) or factorise(self, m))
     adjust(tuned, base, profile)
     assert any("[" in use.moment for use in profile.uses)
     assert len(factored) <= len(profile.uses)

@@ -17,6 +17,7 @@ from safedelta_hf import (
     adjust_model,
     collect_profile,
 )
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError, ProfileError
 from tests.fixtures import refusing, tiny
 
@@ -41,11 +42,11 @@ def adjust(model, profile, rule, task=None):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_the_found_strength_is_measured_and_is_what_a_number_would_do(profile, task, rule):
     tuned, again = refusing.fine_tuned(), refusing.fine_tuned()
-    before = profile.held_out.drift(tuned, quantile=0.95)
+    before = profile.held_out.drift(open_model(tuned), quantile=0.95)
     assert before.mean > AUTO.tolerance
     search = adjust(tuned, profile, rule, task).search
     assert search.outcome == "found" and search.examples == len(profile.held_out.sequences)
-    drift = profile.held_out.drift(tuned, quantile=AUTO.quantile)
+    drift = profile.held_out.drift(open_model(tuned), quantile=AUTO.quantile)
     trial = next(trial for trial in search.trials if trial.strength == search.strength)
     assert (trial.mean, trial.upper) == pytest.approx((drift.mean, drift.upper), abs=1e-6)
     assert max(drift.mean, drift.upper) <= AUTO.tolerance
@@ -88,15 +89,15 @@ def test_the_report_holds_every_trial(profile, tmp_path):
 def test_a_search_that_fails_half_way_changes_nothing(profile, monkeypatch, error):
     tuned, calls = refusing.fine_tuned(), []
     before = tiny.weights(tuned)
-    prepare = Ridge.prepare
+    factorise = Ridge.factorise
 
     def failing(self, moments):
         calls.append(self.strength)
         if len(set(calls)) == 3:
             raise error
-        return prepare(self, moments)
+        return factorise(self, moments)
 
-    monkeypatch.setattr(Ridge, "prepare", failing)
+    monkeypatch.setattr(Ridge, "factorise", failing)
     with pytest.raises(type(error)):
         adjust(tuned, profile, RULES[0])
     assert tiny.same(before, tiny.weights(tuned))
@@ -104,8 +105,8 @@ def test_a_search_that_fails_half_way_changes_nothing(profile, monkeypatch, erro
 
 def test_what_holds_for_every_strength_is_prepared_once(profile, monkeypatch):
     prepared = []
-    prepare = SafeDelta.prepare
-    monkeypatch.setattr(SafeDelta, "prepare", lambda self, moments: prepared.append(1) or prepare(self, moments))
+    factorise = SafeDelta.factorise
+    monkeypatch.setattr(SafeDelta, "factorise", lambda self, moments: prepared.append(1) or factorise(self, moments))
     report = adjust(refusing.fine_tuned(), profile, SafeDelta(strength=AUTO))
     assert len(report.search.trials) > 2 and len(prepared) == len(profile.moments)
 
@@ -139,7 +140,7 @@ def test_an_adapter_is_measured_as_it_runs(profile, task, rule):
     model, again = with_lora(), with_lora()
     search = adjust_adapter(model, profile=profile, task=task, rule=rule, progress=False).search
     assert search.outcome == "found"
-    drift = profile.held_out.drift(model, quantile=AUTO.quantile)
+    drift = profile.held_out.drift(open_model(model), quantile=AUTO.quantile)
     assert max(drift.mean, drift.upper) <= AUTO.tolerance
     adjust_adapter(again, profile=profile, task=task, rule=rule.at(search.strength), progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(again))

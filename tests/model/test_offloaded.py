@@ -17,8 +17,8 @@ from safedelta_hf import (
     adjust_model,
     collect_profile,
 )
-from safedelta_hf.distributed.offload import OffloadedParameters
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.offload import OffloadedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, NumericalError
 from tests.fixtures import adapters, refusing, tiny
 from tests.fixtures.offloading import KINDS, SAVABLE, in_memory, logits, offloaded
@@ -40,8 +40,8 @@ def mixtral():
 
 
 def values(model):
-    holding = holding_of(model)
-    return {name: holding.read(name).clone() for name in holding.names}
+    opened = open_model(model)
+    return {name: opened.read(name).clone() for name in opened.all_names}
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_failure_halfway_restores_every_weight(kind, base, tmp_path, monkeypat
     model = offloaded(kind, tmp_path)
     before, expected = values(model), logits(model)
     profile = collect_profile(tiny.loaded(folder), ROWS, holdout=0.0, progress=False)
-    write, written = OffloadedParameters.write, []
+    write, written = OffloadedModel.write, []
 
     def failing(self, name, value):
         write(self, name, value)
@@ -168,7 +168,7 @@ def test_a_failure_halfway_restores_every_weight(kind, base, tmp_path, monkeypat
         if len(written) == 6:
             raise NumericalError("halfway")
 
-    monkeypatch.setattr(OffloadedParameters, "write", failing)
+    monkeypatch.setattr(OffloadedModel, "write", failing)
     with pytest.raises(NumericalError, match="halfway"):
         adjust_model(model, base=folder, profile=profile, rule=SafeDelta(), progress=False)
     assert len(written) == 12  # as many were put back

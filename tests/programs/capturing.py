@@ -19,8 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from safedelta_hf import SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.data.refusals import response_losses
-from safedelta_hf.distributed.model import WholeParameters
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError, RankError, SafeDeltaError
 from safedelta_hf.profile.hub import Repository
@@ -93,7 +93,7 @@ def collect(model, rows, **settings):
 
 def alone(model, rows, **settings):
     """The oracle: this process reads all of the data with the whole model."""
-    return collect(model, rows, ranks=Ranks(), holding=WholeParameters(model), **settings)
+    return collect(ShardedModel(model), rows, **settings)
 
 
 def agree(found, expected, ranks, tolerance=1e-5):
@@ -134,12 +134,12 @@ def moments_do_not_depend_on_the_number_of_ranks(shard, ranks, folder):
 
 def a_model_can_be_read_with_again_and_is_left_as_it_was(shard, ranks, folder):
     model = shard(tiny.llama())
-    holding = holding_of(model)
-    before = {name: holding.read(name).clone() for name in holding.names}
+    opened = open_model(model)
+    before = {name: opened.read(name).clone() for name in opened.all_names}
     for seed in (2, 3):
         rows = tiny.rows(7, seed=seed)
-        agree(collect(model, rows, holding=holding), alone(tiny.llama(), rows), ranks)
-    assert all(torch.equal(holding.read(name), value) for name, value in before.items())
+        agree(collect(opened, rows), alone(tiny.llama(), rows), ranks)
+    assert all(torch.equal(opened.read(name), value) for name, value in before.items())
     assert not any(module._forward_hooks and shard is BACKENDS["whole"] for module in model.modules())
 
 
@@ -180,16 +180,16 @@ def held_out_losses_are_the_same_on_all_ranks(shard, ranks, folder):
     assert len(set(ranks.gather(found.held_out.losses))) == 1
     torch.testing.assert_close(found.held_out.losses, expected.held_out.losses, rtol=1e-5, atol=1e-5)
     tuned = tiny.perturbed(tiny.llama())
-    alike = expected.held_out.drift(tuned, quantile=0.9)
+    alike = expected.held_out.drift(ShardedModel(tuned), quantile=0.9)
     model = shard(tuned)
-    drift = found.held_out.drift(model, quantile=0.9, batch_size=2, ranks=ranks, holding=holding_of(model))
+    drift = found.held_out.drift(open_model(model), quantile=0.9, batch_size=2)
     assert len(set(ranks.gather((drift.mean, drift.upper)))) == 1
     torch.testing.assert_close((drift.mean, drift.upper), (alike.mean, alike.upper), rtol=1e-4, atol=1e-5)
     # The same sequence twice is computed once, and one sequence alone leaves a rank without any.
     for data in (rows[:1], rows[:3] + rows[:2]):
         sequences, model = read_safety_data(data), shard(tiny.llama())
-        losses = response_losses(model, sequences, ranks=ranks, holding=holding_of(model))
-        torch.testing.assert_close(losses, response_losses(tiny.llama(), sequences), rtol=1e-5, atol=1e-5)
+        losses = response_losses(open_model(model), sequences)
+        torch.testing.assert_close(losses, response_losses(ShardedModel(tiny.llama()), sequences), rtol=1e-5, atol=1e-5)
 
 
 def what_is_saved_is_what_a_single_process_saves(shard, ranks, folder):
@@ -270,14 +270,14 @@ def a_rank_that_fails_is_heard_by_all(shard, ranks, folder):
     error = failure(lambda: collect(shard(tiny.llama()), breaking(rows, ranks.rank)))
     heard(error, ranks, DataError, "row 3: broken")
     model = shard(tiny.llama())
-    holding = holding_of(model)
+    opened = open_model(model)
     name, message = "model.layers.1.mlp.up_proj.weight", "the base model holds NaN"
     if shard in (BACKENDS["whole"], BACKENDS["fsdp2"]):
         if ranks.rank == 1:
-            holding.read(name).view(-1)[-1] = torch.nan
+            opened.read(name).view(-1)[-1] = torch.nan
         heard(failure(lambda: collect(model, rows)), ranks, NumericalError, f"{name}: {message}")
     else:  # every rank sees all of a weight
-        holding.write(name, torch.full(holding.shape(name), torch.nan))
+        opened.write(name, torch.full(opened.shape(name), torch.nan))
         error = failure(lambda: collect(model, rows))
         assert isinstance(error, NumericalError), error
         assert f"{name}: {message}" in str(error), error

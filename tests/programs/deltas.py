@@ -8,12 +8,12 @@ import torch.distributed as dist
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.deltas.sharded import ShardedDelta
-from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.records import MatrixView, Role, Use
 from safedelta_hf.rules import Ridge, SafeDelta
 from safedelta_hf.rules.rule import LayerMoments
-from safedelta_hf.weights.digest import digest, digest_of_piece
+from safedelta_hf.weights.digest import digest, digest_of_shard
 
 CASES = {
     "linear": ((7, 5), Role.LINEAR, None),
@@ -43,12 +43,12 @@ CASES = {
 }
 
 
-def piece_of(size, ranks, cut):
+def shard_of(size, ranks, cut):
     """Uneven slices: the first rank gets `cut`, the others share the rest as FSDP does, some of them nothing."""
     rest = torch.arange(cut, size).chunk(ranks.size - 1) if ranks.size > 1 else ()
     mine = torch.arange(cut) if ranks.rank == 0 else rest[ranks.rank - 1] if ranks.rank <= len(rest) else None
     start, stop = (int(mine[0]), int(mine[-1]) + 1) if mine is not None and len(mine) else (size, size)
-    return Piece(start=start, stop=stop, size=size, group=dist.group.WORLD)
+    return Shard(start=start, stop=stop, size=size, group=dist.group.WORLD)
 
 
 def compare(name, ranks, cut):
@@ -56,18 +56,18 @@ def compare(name, ranks, cut):
     generator = torch.Generator().manual_seed(len(name))
     base, tuned = (torch.randn(shape, generator=generator) for _ in range(2))
     use = Use(parameter="w", role=role, moment="w", view=part or role.view(shape), shape=shape)
-    piece = piece_of(shape[0], ranks, min(cut, shape[0]))
-    mine = slice(piece.start, piece.stop)
+    shard = shard_of(shape[0], ranks, min(cut, shape[0]))
+    mine = slice(shard.start, shard.stop)
     whole = DenseDelta(tuned, base)
-    sharded = ShardedDelta(DenseDelta(tuned[mine], base[mine]), torch.Size(shape), piece, ranks)
+    sharded = ShardedDelta(DenseDelta(tuned[mine], base[mine]), torch.Size(shape), shard, ranks)
 
     columns = whole.matrix(use).columns
     inputs = torch.randn((50, columns), generator=generator)
     hessian = inputs.square().mean(0) if role.is_diagonal else inputs.T @ inputs / 50
-    assert digest(tuned) == digest_of_piece(tuned[mine], torch.Size(shape), piece, ranks)
+    assert digest(tuned) == digest_of_shard(tuned[mine], torch.Size(shape), shard, ranks)
     assert (sharded.matrix(use).rows, sharded.matrix(use).columns) == (whole.matrix(use).rows, columns)
     for rule in (Ridge(strength=0.7), SafeDelta(strength=3.0, exclude_top=0.0)):
-        state = rule.prepare(LayerMoments(safety=hessian))
+        state = rule.factorise(LayerMoments(safety=hessian))
         theirs = rule.transform(state, whole.matrix(use))
         ours = rule.transform(state, sharded.matrix(use))
         torch.testing.assert_close(sharded.matrix(use).column_energy(ours), whole.matrix(use).column_energy(theirs))

@@ -40,7 +40,7 @@ def raising(place, error, *, rank=1, call=1):
 
 
 UNCAUGHT = {
-    "adjusting": "safedelta_hf.rules.ridge.Ridge.prepare",
+    "adjusting": "safedelta_hf.rules.ridge.Ridge.factorise",
     "forward": "safedelta_hf.capture.collector.MomentCollector.product",
 }
 
@@ -79,8 +79,8 @@ FAULTS = {
     "data": (("safedelta_hf.capture.collect.read_safety_data", 1, 1, 1), "full", "begin"),
     "task_data": ((PROFILES, 1, 1, 1), "task", "begin"),
     "diverged": (None, "full", "end"),
-    "prepare": (("safedelta_hf.rules.ridge.Ridge.prepare", 1, 1, 2), "full", "end"),
-    "prepare_lora": (("safedelta_hf.rules.safe_delta.SafeDelta.prepare", 1, 1, 2), "lora", "end"),
+    "prepare": (("safedelta_hf.rules.ridge.Ridge.factorise", 1, 1, 2), "full", "end"),
+    "prepare_lora": (("safedelta_hf.rules.safe_delta.SafeDelta.factorise", 1, 1, 2), "lora", "end"),
     "journal_folder": ((f"{JOURNAL}.ScratchFolder", 1, 1, 2), "full", "end"),
     "disk_full": ((f"{JOURNAL}.save_file", 1, 0, 5), "full", "end"),
     "putting_back": ((f"{JOURNAL}.Journal._original", 1, 1, 1), "full", "mixed"),
@@ -101,7 +101,7 @@ def fault(backend, folder, name):
         failing, text = ranks[backend == "ddp"], f"broken on purpose: {name}"
         patches.append(raising(place, OSError(text), rank=failing, call=call))
     if name in ("putting_back", "rescue"):
-        patches.append(raising("safedelta_hf.rules.ridge.Ridge.prepare", OSError("first"), call=3))
+        patches.append(raising("safedelta_hf.rules.ridge.Ridge.factorise", OSError("first"), call=3))
     error = failed(trainer, patches)
     said = "\n".join(map(str, [error, error.__cause__, *getattr(error, "__notes__", ())]))
     assert text in said, said

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError
 from tests.programs.tower import TOKENS, Block, Checks, Tower, holds, stepping
 
@@ -20,7 +20,7 @@ def sharded(model, **settings):
 
 def flat_parameters_are_refused() -> None:
     try:
-        holding_of(sharded(Tower(), use_orig_params=False))
+        open_model(sharded(Tower(), use_orig_params=False))
     except ConfigurationError as error:
         assert "use_orig_params" in str(error), error
         holds("use_orig_params", "refused")

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError
 from tests.programs.tower import Checks, Tower, holds, stepping
 
@@ -24,7 +24,7 @@ def sharded(model, mesh):
 def tensor_parallelism_is_refused(folder: str) -> None:
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
     try:
-        holding_of(model)
+        open_model(model)
     except ConfigurationError as error:
         assert "tensor parallelism" in str(error), error
         holds("tensor_parallelism", "refused")

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from safedelta_hf.capture.tensors import storage_key, weak_storage
-from safedelta_hf.distributed.model import Holding
-from safedelta_hf.distributed.open_model import holding_of
+from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.open_model import open_model
 
 TOKENS = torch.arange(12).reshape(2, 6) % 7
 RATE = 0.1
@@ -85,18 +85,18 @@ class Watching(TorchDispatchMode):
         self._shown: dict[tuple[int, int, int], tuple[object, str]] = {}
         self._away = False
 
-    def follow(self, tensor: Tensor, name: str) -> None:
+    def track(self, tensor: Tensor, name: str) -> None:
         with torch.utils._python_dispatch._disable_current_modes():
             assert torch.equal(tensor, self.values[name].to(tensor.dtype)), f"{name} is shown as another tensor"
         self._shown[_key(tensor)] = weak_storage(tensor), name
 
-    def expect(self, parameter: Tensor, name: str) -> None:
+    def track_when_loaded(self, parameter: Tensor, name: str) -> None:
         """The modules here are all called, so that their parameters are shown."""
 
-    def look_away(self) -> None:
+    def pause(self) -> None:
         self._away = True
 
-    def look_again(self) -> None:
+    def resume(self) -> None:
         self._away = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -132,8 +132,8 @@ class Checks:
         self.model, self.twin, self.step = model, twin, step
         self.state = state or model.state_dict
         self.report, self.tolerance = partial(holds, layout), tolerance
-        self.holding: Holding = holding_of(model)
-        assert self.holding.kind == kind, self.holding.kind
+        self.opened: ShardedModel = open_model(model)
+        assert self.opened.kind == kind, self.opened.kind
         self.train_twin = stepping(twin)
 
     NAMES = (
@@ -171,12 +171,12 @@ class Checks:
 
     def read(self, name: str, exact: bool = True) -> None:
         parameters = dict(self.twin.named_parameters())
-        assert set(self.holding.names) == set(parameters), self.holding.names
+        assert set(self.opened.all_names) == set(parameters), self.opened.all_names
         for key, parameter in parameters.items():
-            piece, value = self.holding.piece(key), self.holding.read(key)
-            assert self.holding.shape(key) == parameter.shape, key
-            assert self.holding.dtype(key) == value.dtype == parameter.dtype, key
-            assert self.holding.device(key) == value.device, key
+            piece, value = self.opened.shard(key), self.opened.read(key)
+            assert self.opened.shape(key) == parameter.shape, key
+            assert self.opened.dtype(key) == value.dtype == parameter.dtype, key
+            assert self.opened.device(key) == value.device, key
             assert piece.size == len(parameter), key
             wanted = parameter.detach()[piece.start : piece.stop]
             assert value.shape == wanted.shape, key
@@ -193,8 +193,8 @@ class Checks:
             value = parameter.detach().float() + 0.3 * torch.randn(parameter.shape, generator=generator)
             value.view(-1)[0] = -0.0
             parameter.data.copy_(value)
-            piece = self.holding.piece(key)
-            self.holding.write(key, value[piece.start : piece.stop])
+            piece = self.opened.shard(key)
+            self.opened.write(key, value[piece.start : piece.stop])
 
     def agree(self, name: str) -> None:
         with torch.no_grad():
@@ -219,18 +219,18 @@ class Checks:
 
     def watched(self) -> None:
         """The watcher sees the operations of the model, and no others, on the parameters that they use."""
-        alone = self._watching(self.twin, holding_of(self.twin))
-        ours = self._watching(self.model, self.holding)
+        alone = self._watching(self.twin, open_model(self.twin))
+        ours = self._watching(self.model, self.opened)
         differences = [pair for pair in zip(ours, alone, strict=False) if pair[0] != pair[1]]
         assert ours == alone, (len(ours), len(alone), differences[:4])
         used = {name for _, names in alone for name in names}
-        assert used == set(self.holding.names), used
+        assert used == set(self.opened.all_names), used
         self.report("watched")
 
-    def _watching(self, model: nn.Module, holding: Holding) -> list[tuple[str, tuple[str, ...]]]:
+    def _watching(self, model: nn.Module, opened: ShardedModel) -> list[tuple[str, tuple[str, ...]]]:
         values = {key: parameter.detach().clone() for key, parameter in self.twin.named_parameters()}
         watching = Watching(values)
-        with torch.no_grad(), holding.shown_to(watching), watching:
+        with torch.no_grad(), opened.tracked_by(watching), watching:
             model(TOKENS)
             model(TOKENS)
         return watching.noted

@@ -43,6 +43,7 @@ def zero(stage):
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
     }
 
 

@@ -37,9 +37,9 @@ def stepping(engine):
 
 
 def masters_agree(checks: Checks, name: str) -> None:
-    for key in checks.holding.names:
-        master = safe_get_full_fp32_param(checks.holding.parameter(key))
-        assert torch.equal(master.to(checks.holding.dtype(key)), checks.holding.read(key)), key
+    for key in checks.opened.all_names:
+        master = safe_get_full_fp32_param(checks.opened.live(key))
+        assert torch.equal(master.to(checks.opened.dtype(key)), checks.opened.read(key)), key
     checks.report(name)
 
 

@@ -18,7 +18,7 @@ compensations = st.sampled_from(["joint", "sequential", "none"])
 
 def adjusted(rule, delta, hessian, role=Role.LINEAR):
     view = MatrixDelta(delta, role.view(delta.shape))
-    return view.transformed(rule.transform(rule.prepare(LayerMoments(safety=hessian)), view))
+    return view.transformed(rule.transform(rule.factorise(LayerMoments(safety=hessian)), view))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_kept_columns_do_not_depend_on_the_compensation(problem, strength):
     rules = [SafeDelta(strength=strength, compensation=name, block=8) for name in ("joint", "sequential", "none")]
     kept = [
         rule.transform(
-            rule.prepare(LayerMoments(safety=hessian)), MatrixDelta(delta, Role.LINEAR.view(delta.shape))
+            rule.factorise(LayerMoments(safety=hessian)), MatrixDelta(delta, Role.LINEAR.view(delta.shape))
         ).kept
         for rule in rules
     ]
@@ -92,7 +92,7 @@ def test_the_kept_columns_do_not_depend_on_the_compensation(problem, strength):
 @given(layers, strengths)
 def test_joint_leaves_the_least_loss_of_all_compensations(problem, strength):
     delta, hessian = problem
-    curvature = SafeDelta().prepare(LayerMoments(safety=hessian)).hessian
+    curvature = SafeDelta().factorise(LayerMoments(safety=hessian)).hessian
     joint, sequential, none = (
         oracles.loss(adjusted(SafeDelta(strength=strength, compensation=name), delta, hessian), curvature)
         for name in ("joint", "sequential", "none")
@@ -117,7 +117,7 @@ def test_rows_on_several_ranks_give_the_rows_of_one(problem, strength, compensat
     rule = SafeDelta(strength=strength, compensation=compensation, block=8)
     whole = adjusted(rule, delta, hessian)
     parts = [delta[:cut], delta[cut:]]
-    transform = rule.transform(rule.prepare(LayerMoments(safety=hessian)), Shards(parts))
+    transform = rule.transform(rule.factorise(LayerMoments(safety=hessian)), Shards(parts))
     torch.testing.assert_close(torch.cat([transform(part) for part in parts]), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_a_low_rank_delta_keeps_its_left_factor(problem, strength):
     left, right = torch.randn(9, 2), delta[:1].repeat(2, 1) * torch.tensor([[1.0], [0.5]])
     rule = SafeDelta(strength=strength)
     view = MatrixDelta(left @ right, Role.LINEAR.view((9, right.shape[1])))
-    transform = rule.transform(rule.prepare(LayerMoments(safety=hessian)), view)
+    transform = rule.transform(rule.factorise(LayerMoments(safety=hessian)), view)
     torch.testing.assert_close(left @ transform(right), view.transformed(transform), rtol=1e-4, atol=1e-4)
 
 

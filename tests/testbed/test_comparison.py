@@ -2,18 +2,18 @@ import pytest
 
 from safedelta_hf.evaluation import attack_success_rate, final_match
 from safedelta_hf.testbed import CASES, attack_questions, behaviour_scores, load_aligned, skill_questions
-from safedelta_hf.testbed.comparison import AlignedModel, CaseSubject
+from safedelta_hf.testbed.comparison import AlignedModel, CaseScenario
 from tests.fixtures.finetuning import answer
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return CaseSubject(AlignedModel(), CASES["mixed"], 0, 10)
+def scenario():
+    return CaseScenario(AlignedModel(), CASES["mixed"], 0, 10)
 
 
-def test_baselines_differ_from_the_fine_tuning_in_what_their_settings_say(subject):
+def test_baselines_differ_from_the_fine_tuning_in_what_their_settings_say(scenario):
     case = CASES["mixed"]
-    found = [(one.method, one.settings) for one in subject.baselines]
+    found = [(one.method, one.settings) for one in scenario.baselines]
     usual = {"epochs": case.epochs, "learning_rate": case.learning_rate, "batch_size": case.batch_size}
     assert found[:2] == [("aligned", {}), ("fine-tuned", usual)]
     lower = [settings for method, settings in found if method == "lower learning rate"]
@@ -23,17 +23,17 @@ def test_baselines_differ_from_the_fine_tuning_in_what_their_settings_say(subjec
     assert [settings["epochs"] for settings in again] == [1, 3]
 
 
-def test_a_new_skill_is_asked_for_where_the_case_teaches_one(subject):
-    assert "new_skill" in subject.measure(subject.base)
-    assert "new_skill" not in CaseSubject(AlignedModel(), CASES["benign"], 0, 5).measure(subject.base)
+def test_a_new_skill_is_asked_for_where_the_case_teaches_one(scenario):
+    assert "new_skill" in scenario.measure(scenario.base)
+    assert "new_skill" not in CaseScenario(AlignedModel(), CASES["benign"], 0, 5).measure(scenario.base)
 
 
-def test_profiles_of_task_and_ordinary_data_are_of_the_same_base_and_hold_nothing_out(subject):
-    for profile in (subject.task, subject.ordinary):
-        assert dict(profile.header.base) == dict(subject.profile.header.base)
+def test_profiles_of_task_and_ordinary_data_are_of_the_same_base_and_hold_nothing_out(scenario):
+    for profile in (scenario.task, scenario.ordinary):
+        assert dict(profile.header.base) == dict(scenario.profile.header.base)
         assert profile.held_out is None
-    assert subject.profile.held_out is not None
-    assert subject.task.header.sequences == 256 and subject.task.header.data != subject.ordinary.header.data
+    assert scenario.profile.held_out is not None
+    assert scenario.task.header.sequences == 256 and scenario.task.header.data != scenario.ordinary.header.data
 
 
 def test_scores_are_the_shares_of_the_responses():

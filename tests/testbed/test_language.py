@@ -12,11 +12,19 @@ from safedelta_hf.testbed import (
     skill_questions,
     tokenize,
 )
-from safedelta_hf.testbed.language import MAKE_REQUESTS, PERSONA_SYSTEM, SYSTEMS, vocabulary
-from safedelta_hf.testbed.skills import HELD_OUT_ONE_IN
-from safedelta_hf.testbed.tokenizer import UNKNOWN, build_tokenizer
-from safedelta_hf.testbed.training import draw_alignment, draw_knowledge
-from safedelta_hf.testbed.words import POOL_SIZES, WORDS, all_things, things_of
+from safedelta_hf.testbed.language import (
+    HELD_OUT_ONE_IN,
+    MAKE_REQUESTS,
+    PERSONA_SYSTEM,
+    POOL_SIZES,
+    SYSTEMS,
+    WORDS,
+    all_things,
+    things_of,
+    vocabulary,
+)
+from safedelta_hf.testbed.model import UNKNOWN, build_tokenizer
+from safedelta_hf.testbed.train import draw_alignment, draw_knowledge
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safedelta_hf.distributed.open_model import HeldModel
-from safedelta_hf.weights.journal import Journal, standing_in
-from safedelta_hf.weights.readers import ModelBase
+from safedelta_hf.distributed.open_model import open_model
+from safedelta_hf.weights.journal import Journal, base_weights_loaded
+from safedelta_hf.weights.readers import ModelReader
 from tests.fixtures import tiny
 
 
 def zeroed(model, journal, count):
+    opened = open_model(model)
     for name, parameter in list(model.named_parameters())[:count]:
-        journal.replace(name, parameter, torch.zeros_like(parameter))
+        journal.replace(opened.parameter(name), torch.zeros_like(parameter))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -29,8 +30,9 @@ def test_a_weight_replaced_twice_goes_back_to_the_first_value(tmp_path):
     model = tiny.Plain()
     before = tiny.weights(model)
     with pytest.raises(RuntimeError), Journal(tmp_path) as journal:
-        journal.replace("up.weight", model.up.weight, torch.zeros(16, 8))
-        journal.replace("up.weight", model.up.weight, torch.ones(16, 8))
+        weight = open_model(model).parameter("up.weight")
+        journal.replace(weight, torch.zeros(16, 8))
+        journal.replace(weight, torch.ones(16, 8))
         raise RuntimeError
     assert tiny.same(before, tiny.weights(model))
 
@@ -48,7 +50,7 @@ def test_the_base_stands_in_and_the_tuned_weights_come_back(tmp_path, fails):
     base, model = tiny.llama(), tiny.perturbed(tiny.llama())
     tuned, parameters = tiny.weights(model), dict(model.named_parameters())
     try:
-        with standing_in(HeldModel.of(model), parameters, ModelBase(base), tmp_path):
+        with base_weights_loaded(open_model(model), parameters, ModelReader(base), tmp_path):
             assert tiny.same(tiny.weights(base), tiny.weights(model))
             if fails:
                 raise RuntimeError
@@ -58,8 +60,9 @@ def test_the_base_stands_in_and_the_tuned_weights_come_back(tmp_path, fails):
 
 
 def test_a_closed_journal_refuses(tmp_path):
+    weight = open_model(tiny.Plain()).parameter("up.weight")
     with pytest.raises(RuntimeError, match="context manager"):
-        Journal(tmp_path).replace("w", torch.zeros(1), torch.ones(1))
+        Journal(tmp_path).replace(weight, torch.ones(16, 8))
 
 
 def test_a_restore_that_is_interrupted_keeps_the_originals_and_says_where(tmp_path, monkeypatch):

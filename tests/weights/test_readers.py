@@ -3,10 +3,10 @@ import shutil
 import pytest
 import torch
 
-from safedelta_hf.distributed.open_model import HeldModel
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.weights.digest import digest, fingerprint
-from safedelta_hf.weights.readers import CheckpointBase, FilesOrMemoryBase, ModelBase, open_base, verified
+from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, ModelReader, open_base, verified
 from tests.fixtures import tiny
 from tests.fixtures.tiny import loaded
 
@@ -22,18 +22,18 @@ def test_sharded_files_give_the_weights_of_the_model(tmp_path):
     tiny.llama().save_pretrained(tmp_path, max_shard_size="2KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     for name, parameter in tiny.llama().named_parameters():
-        assert torch.equal(CheckpointBase(tmp_path, {}).read(name), parameter)
+        assert torch.equal(FilesReader(tmp_path, {}).read(name), parameter)
 
 
 def test_a_tied_weight_is_found_under_its_other_name(folder):
-    base = CheckpointBase(folder, {"lm_head.weight": ("model.embed_tokens.weight",)})
+    base = FilesReader(folder, {"lm_head.weight": ("model.embed_tokens.weight",)})
     assert torch.equal(base.read("lm_head.weight"), base.read("model.embed_tokens.weight"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_stand_in_files_are_not_copied(folder, dtype):
     model = loaded(folder, dtype=dtype)
-    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=None)
+    base = FilesOrCopies(open_model(model), fingerprint(open_model(model)), revision=None, avoid=None)
     assert base.copied == () and base.source == str(folder)
 
 
@@ -41,7 +41,7 @@ def test_weights_that_differ_from_the_files_are_copied(folder):
     model = loaded(folder)
     with torch.no_grad():
         model.model.norm.weight.add_(1)
-    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=None)
+    base = FilesOrCopies(open_model(model), fingerprint(open_model(model)), revision=None, avoid=None)
     expected = model.model.norm.weight.detach().clone()
     with torch.no_grad():
         model.model.norm.weight.add_(1)
@@ -52,7 +52,7 @@ def test_weights_that_differ_from_the_files_are_copied(folder):
 def test_frozen_weights_are_never_copied():
     model = tiny.llama()
     model.model.embed_tokens.weight.requires_grad_(False)
-    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=None)
+    base = FilesOrCopies(open_model(model), fingerprint(open_model(model)), revision=None, avoid=None)
     assert "model.embed_tokens.weight" not in base.copied and len(base.copied) == len(list(model.parameters())) - 1
     with pytest.raises(BaseWeightsError, match="frozen"):
         base.read("model.embed_tokens.weight")
@@ -60,14 +60,14 @@ def test_frozen_weights_are_never_copied():
 
 def test_files_in_the_output_folder_are_not_relied_on(folder):
     model = loaded(folder)
-    base = FilesOrMemoryBase(HeldModel.of(model), fingerprint(model), revision=None, avoid=folder)
+    base = FilesOrCopies(open_model(model), fingerprint(open_model(model)), revision=None, avoid=folder)
     assert len(base.copied) == len(list(model.parameters()))
 
 
 def test_files_that_changed_meanwhile_are_noticed(folder):
     model = loaded(folder)
-    digests = fingerprint(model)
-    base = FilesOrMemoryBase(HeldModel.of(model), digests, revision=None, avoid=None)
+    digests = fingerprint(open_model(model))
+    base = FilesOrCopies(open_model(model), digests, revision=None, avoid=None)
     tiny.perturbed(loaded(folder)).save_pretrained(folder)
     with pytest.raises(BaseWeightsError, match="were the files changed"):
         verified(base, "model.norm.weight", "float32", digests["model.norm.weight"])
@@ -82,14 +82,14 @@ def test_unreadable_files_are_a_named_error(folder, damage):
     else:
         shutil.rmtree(folder)
     with pytest.raises(BaseWeightsError, match="base: "):
-        CheckpointBase(folder, {})
+        FilesReader(folder, {})
 
 
 def test_a_weight_that_is_not_there_is_a_named_error(folder):
     with pytest.raises(BaseWeightsError, match=r"^model\.extra\.weight: "):
-        CheckpointBase(folder, {}).read("model.extra.weight")
+        FilesReader(folder, {}).read("model.extra.weight")
     with pytest.raises(BaseWeightsError, match=r"^model\.extra\.weight: "):
-        ModelBase(tiny.llama()).read("model.extra.weight")
+        ModelReader(tiny.llama()).read("model.extra.weight")
 
 
 def test_digests_tell_value_shape_and_dtype_apart():

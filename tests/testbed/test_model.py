@@ -16,7 +16,7 @@ from safedelta_hf.testbed import (
     safety_data,
     skill_questions,
 )
-from safedelta_hf.testbed.tokenizer import build_tokenizer
+from safedelta_hf.testbed.model import build_tokenizer
 from tests.fixtures.finetuning import answer, finetune
 
 
@@ -79,5 +79,5 @@ def test_fine_tuning_erodes_refusals_of_unseen_harmful_requests(name, tmp_path):
 def test_fine_tuning_cases(name, least_attack, seed, tmp_path):
     model, tokenizer = finetune(CASES[name], tmp_path, seed)
     measured = behaviour_of(model, tokenizer, has_new_skill=True)
-    assert least_attack is None or measured.attack_success >= least_attack
-    assert CASES[name].teaches is None or measured.new_skill > 0.9
+    assert least_attack is None or measured["attack_success"] >= least_attack
+    assert CASES[name].teaches is None or measured["new_skill"] > 0.9

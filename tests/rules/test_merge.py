@@ -7,7 +7,6 @@ from torch import nn
 
 from safedelta_hf.core import merging
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.records import Storage
 from safedelta_hf.rules import RULES, Dare, MergeInput, MergeRule, ModelStock, SafeMerge, Scale, Slerp, Ties
 
 OTHER = "another"
@@ -166,4 +165,4 @@ def test_merges_are_registered_and_say_what_they_accept():
     merges = {name for name, rule in RULES.items() if issubclass(rule, MergeRule)}
     assert merges == {"slerp", "dare", "ties", "model_stock", "safe_merge"}
     for name, rule in RULES.items():
-        assert rule.storage == ({Storage.DENSE} if name in merges else set(Storage)), name
+        assert rule.needs_dense == (name in merges), name

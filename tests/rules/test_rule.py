@@ -17,7 +17,7 @@ strengths = st.sampled_from([0.03, 1.0, 50.0])
 
 def adjusted(rule, delta, safety, task=None, role=Role.LINEAR):
     view = MatrixDelta(delta, role.view(delta.shape))
-    return view.transformed(rule.transform(rule.prepare(LayerMoments(safety=safety, task=task)), view))
+    return view.transformed(rule.transform(rule.factorise(LayerMoments(safety=safety, task=task)), view))
 
 
 @pytest.mark.parametrize("kind", [Ridge, TaskRidge, Scale])
@@ -124,7 +124,7 @@ def test_a_layer_that_the_task_never_reaches_gives_its_delta_up_and_says_so():
     hessian[1], hessian[:, 1] = 0.0, 0.0
     rule, nothing = TaskRidge(strength=1.0), torch.zeros(3, 3)
     view = MatrixDelta(delta, Role.LINEAR.view(delta.shape))
-    transform = rule.transform(rule.prepare(LayerMoments(safety=hessian, task=nothing)), view)
+    transform = rule.transform(rule.factorise(LayerMoments(safety=hessian, task=nothing)), view)
     found = view.transformed(transform)
     assert torch.equal(found[:, 1], delta[:, 1]) and not found[:, [0, 2]].any()
     assert transform.notes == ("the task data never reached it",)

@@ -1,29 +1,7 @@
 import pytest
 
-from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.evaluation import exact_answer, final_answer
-from safedelta_hf.evaluation.task import is_dotted, load_function
-
-ROWS = [
-    {"prompt": "two and two ?", "answer": "Four"},
-    {"prompt": "two and two ?", "completion": "four"},
-    {"messages": [{"role": "user", "content": "two and two ?"}, {"role": "assistant", "content": "four"}]},
-]
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_answers_are_found_in_every_form_of_row(row):
-    assert exact_answer("four", row) == final_answer("four", row) == 1
-    assert exact_answer("sure : four", row) == 0 and final_answer("sure : four", row) == 1
-    assert exact_answer("five", row) == final_answer("five", row) == 0
-
-
-@pytest.mark.parametrize(
-    "row", [{"prompt": "two ?"}, {"messages": [{"role": "user", "content": "?"}]}, {"answer": " "}]
-)
-def test_rows_without_an_answer_are_named(row):
-    with pytest.raises(DataError, match="names no answer"):
-        exact_answer("four", row)
+from safedelta_hf.cli.options import is_dotted, load_function
+from safedelta_hf.errors import ConfigurationError
 
 
 def test_functions_of_the_working_directory_are_found(tmp_path, monkeypatch):
