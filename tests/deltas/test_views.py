@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from safedelta_hf.deltas.dense import as_strided
 from safedelta_hf.deltas.sharded import _share
-from safedelta_hf.distributed.model import Piece
+from safedelta_hf.distributed.model import Shard
 from safedelta_hf.records import MatrixView, Role, Use, moment_key
 
 SIZES = st.integers(1, 6)
@@ -107,7 +107,7 @@ def test_what_the_processes_have_of_a_matrix_is_the_matrix(role, data):
     use = Use(parameter="w", role=role, moment="w", view=view, shape=tuple(shape))
     shares = []
     for start, stop in itertools.pairwise(cuts):
-        share = _share(use, shape, Piece(start=start, stop=stop, size=shape[0]))
+        share = _share(use, shape, Shard(start=start, stop=stop, size=shape[0]))
         shares.append(share)
         if share is not None:
             own = as_strided(values[start:stop].contiguous(), share.view)
