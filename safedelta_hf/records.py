@@ -1,7 +1,7 @@
 """The data that flows between rooms: plain, frozen, without tensors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
@@ -214,6 +214,18 @@ class Use:
     moment: str
     view: MatrixView
     shape: tuple[int, ...]
+
+
+def inputs_first(uses: Iterable[Use]) -> set[str]:
+    """Which linear weights are stored with their inputs first.
+
+    Args:
+        uses: How parameters are used.
+
+    Returns:
+        Their names.
+    """
+    return {use.parameter for use in uses if use.view.has_inputs_first and not use.role.is_diagonal}
 
 
 def moment_key(parameter: str, role: Role, view: MatrixView, shape: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from safedelta_hf.deltas.lora_folder import AdapterFolder, initialised_from_base
 from safedelta_hf.deltas.lora_tensors import LoraTensors
 from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import ProfileHeader, Treatment
+from safedelta_hf.records import ProfileHeader, Treatment, inputs_first
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, SafeDelta
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, verified
@@ -74,7 +74,7 @@ def adjust_adapter_files(
         )
     reader = _Base(base, folder, profile.header)
     store = AdapterInFiles(
-        list(LoraTensors(folder, profile.header, profile.inputs_first, reader.read)),
+        list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read)),
         partial(folder.write, Path(output)),
         architecture=profile.header.architecture,
         source=reader.source,

@@ -10,7 +10,7 @@ from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.further_models import FurtherModel, open_further_model, seen_from_base
 from safedelta_hf.errors import AdapterError, NumericalError, SafeDeltaError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, MatrixView, PlanEntry, Use
+from safedelta_hf.records import Action, MatrixView, PlanEntry, Use, inputs_first
 from safedelta_hf.rules import MergeInput, MergeRule, Rule, source_name
 
 
@@ -28,7 +28,7 @@ class Merging:
 
     def __init__(self, rule: MergeRule, entries: Iterable[PlanEntry], profile: SafetyProfile) -> None:
         aliases = {entry.parameter: entry.aliases for entry in entries}
-        transposed = profile.inputs_first
+        transposed = inputs_first(profile.uses)
         self._others: list[tuple[str, FurtherModel]] = [
             (
                 source_name(source),

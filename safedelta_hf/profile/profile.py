@@ -41,11 +41,6 @@ class SafetyProfile:
     held_out: HeldOut | None = None
     storage: MomentStorage | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def inputs_first(self) -> set[str]:
-        """Names of the linear weights that are stored with their inputs first."""
-        return {use.parameter for use in self.uses if use.view.has_inputs_first and not use.role.is_diagonal}
-
     def key_of(self, use: Use) -> str | None:
         """Key of the moment of a use, be it of another profile of the same base.
 
