@@ -1,6 +1,7 @@
 """The data that flows between rooms: plain, frozen, without tensors."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
@@ -8,8 +9,94 @@ from typing import Any, Literal
 from safedelta_hf.errors import ConfigurationError
 
 
+@dataclass(frozen=True, kw_only=True)
+class MatrixView:
+    """A matrix [rows, columns] inside a flattened parameter: one row for each output, one column for each input.
+
+    A single row or column has the strides of a contiguous matrix, so equal matrices are equal views.
+
+    Attributes:
+        start: Index of its first entry.
+        rows: Number of outputs.
+        columns: Number of inputs.
+        row_stride: Steps from one row to the next.
+        column_stride: Steps from one column to the next.
+    """
+
+    start: int = 0
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
+
+    def __post_init__(self) -> None:
+        if self.columns == 1:
+            object.__setattr__(self, "column_stride", 1)
+        if self.rows == 1:
+            object.__setattr__(self, "row_stride", self.columns)
+
+    @classmethod
+    def contiguous(cls, rows: int, columns: int, start: int = 0) -> "MatrixView":
+        """A matrix whose rows follow one another.
+
+        Args:
+            rows: Number of outputs.
+            columns: Number of inputs.
+            start: Index of its first entry.
+
+        Returns:
+            The view.
+        """
+        return cls(start=start, rows=rows, columns=columns, row_stride=columns, column_stride=1)
+
+    @property
+    def transposed(self) -> "MatrixView":
+        """The same entries with rows and columns exchanged."""
+        return MatrixView(
+            start=self.start,
+            rows=self.columns,
+            columns=self.rows,
+            row_stride=self.column_stride,
+            column_stride=self.row_stride,
+        )
+
+    @property
+    def entries(self) -> int:
+        """Number of its entries."""
+        return self.rows * self.columns
+
+    @property
+    def has_inputs_first(self) -> bool:
+        """Whether it is stored [columns, rows]."""
+        return self.row_stride < self.column_stride
+
+    def fits(self, entries: int) -> bool:
+        """Whether it lies inside a parameter.
+
+        Args:
+            entries: Number of entries of the parameter.
+
+        Returns:
+            Whether it does.
+        """
+        last = self.start + (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride
+        return last < entries and self.entries <= entries
+
+    def covers(self, entries: int) -> bool:
+        """Whether it is all of a parameter.
+
+        Args:
+            entries: Number of entries of the parameter.
+
+        Returns:
+            Whether it is.
+        """
+        whole = MatrixView.contiguous(self.rows, self.columns)
+        return self.entries == entries and self in (whole, MatrixView.contiguous(self.columns, self.rows).transposed)
+
+
 class Role(StrEnum):
-    """How a parameter meets its inputs: decides its curvature, and its delta's layout as [rows, columns]."""
+    """How a parameter meets its inputs: decides its curvature."""
 
     LINEAR = "linear"
     """`y = W x`, stored [out, in]; full curvature."""
@@ -27,6 +114,28 @@ class Role(StrEnum):
     """A table added entry by entry, of any shape, such as a bias for each position; diagonal curvature."""
     CONVOLUTION = "convolution"
     """A linear map of patches, stored [out, in, positions...]; full curvature over the patch."""
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether its inputs do not mix."""
+        return self in (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
+
+    def view(self, shape: Sequence[int]) -> MatrixView:
+        """The matrix that a parameter is in this role, where all of it is used.
+
+        Args:
+            shape: Shape of the parameter.
+
+        Returns:
+            The view.
+        """
+        entries = math.prod(shape)
+        if self in (Role.SCALE, Role.OFFSET):
+            return MatrixView.contiguous(1, entries)
+        if self is Role.BIAS:
+            return MatrixView.contiguous(entries, 1)
+        stored = MatrixView.contiguous(math.prod(shape[:1]), math.prod(shape[1:]))
+        return stored.transposed if self in (Role.CONV1D, Role.EMBEDDING) else stored
 
 
 class Action(StrEnum):
@@ -89,25 +198,6 @@ class Treatment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A matrix [rows, columns] inside a flattened parameter, such as one expert of many.
-
-    Attributes:
-        start: Index of its first entry.
-        rows: Number of outputs.
-        columns: Number of inputs.
-        row_stride: Steps from one row to the next.
-        column_stride: Steps from one column to the next.
-    """
-
-    start: int
-    rows: int
-    columns: int
-    row_stride: int
-    column_stride: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Use:
     """One way in which a parameter is used in the forward pass.
 
@@ -115,13 +205,56 @@ class Use:
         parameter: Canonical name; for a tied weight that of its first appearance.
         role: How it meets its inputs.
         moment: Key of its moment; parameters that read the same tensor have the same key.
-        part: The matrix that is used, or None if it is the whole parameter.
+        view: The matrix that is used: all of the parameter, or a part of it, such as one expert of many.
+        shape: Shape of the parameter; of a packed one [out, in].
     """
 
     parameter: str
     role: Role
     moment: str
-    part: Part | None = None
+    view: MatrixView
+    shape: tuple[int, ...]
+
+
+def inputs_first(uses: Iterable[Use]) -> set[str]:
+    """Which linear weights are stored with their inputs first.
+
+    Args:
+        uses: How parameters are used.
+
+    Returns:
+        Their names.
+    """
+    return {use.parameter for use in uses if use.view.has_inputs_first and not use.role.is_diagonal}
+
+
+def moment_key(parameter: str, role: Role, view: MatrixView, shape: Sequence[int]) -> str:
+    """The key that the moment of a use has if no other serves it; no other use of the model has it.
+
+    Args:
+        parameter: Canonical name.
+        role: How it meets its inputs.
+        view: The matrix that is used.
+        shape: Shape of the parameter.
+
+    Returns:
+        The name, the view in brackets where it is not all of the parameter as the role lays it out, and the role. A
+        view is the number of a slice along the first dimension ("[3]", or "[3.T]" where the slice holds the transpose),
+        or the place and size of some other matrix, with its steps unless its rows follow one another.
+    """
+    return f"{parameter}{'' if view == role.view(shape) else f'[{_text_of(view, shape)}]'}:{role}"
+
+
+def _text_of(view: MatrixView, shape: Sequence[int]) -> str:
+    if len(shape) == 3:
+        size = shape[1] * shape[2]
+        number = view.start // size
+        stored = MatrixView.contiguous(shape[1], shape[2], number * size)
+        if view in (stored, stored.transposed):
+            return str(number) if view == stored else f"{number}.T"
+    text = f"{view.start}+{view.rows}x{view.columns}"
+    is_contiguous = view == MatrixView.contiguous(view.rows, view.columns, view.start)
+    return text if is_contiguous else f"{text}@{view.row_stride},{view.column_stride}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +302,7 @@ class ProfileHeader:
     skipped: Mapping[str, str]
     retention: Retention | None = None
     parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    format_version: int = 3
+    format_version: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +489,3 @@ class StrengthSearch:
             f", of which up to {noise.mean:.2g} ({noise.upper:.2g} at the quantile) is noise of reading in "
             f"{noise.precision}"
         )
-
-
-DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
-"""Roles whose inputs do not mix."""

@@ -8,7 +8,6 @@ import torch
 
 from safedelta_hf import SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.capture.observer import every_product_visible
-from safedelta_hf.records import Role
 from tests.fixtures import architectures, tiny
 
 REPRESENTATIVE = {
@@ -44,7 +43,7 @@ def adjusted(base, profile, rule):
 
 def may_keep_entries(uses, shape):
     """Whether the safety data leaves some entries of a parameter alone: rows, entries or parts that it never used."""
-    return not any(use.role in (Role.LINEAR, Role.HEAD, Role.CONV1D, Role.CONVOLUTION) and not use.part for use in uses)
+    return not any(not use.role.is_diagonal and use.view.covers(math.prod(shape)) for use in uses)
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_adapter_files
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.profile.moments import HeldMoments, Moments, MomentsByKey
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import ProfileHeader, Role, Use
 
 MOMENTS = {
@@ -101,7 +101,7 @@ def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile
     hidden, inner = options.hidden, options.inner
     layer = {"attention": hidden, "output": hidden, "mlp": hidden, "down": inner}
     parameters = {
-        f"model.layers.{number}.{name}.weight": f"{number}.{moment}"
+        f"model.layers.{number}.{name}.weight": (f"{number}.{moment}", shapes(options)[name])
         for number in range(options.layers)
         for name, moment in MOMENTS.items()
     }
@@ -115,14 +115,17 @@ def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile
         tokens=20000,
         skipped={},
     )
-    uses = tuple(Use(parameter=name, role=Role.LINEAR, moment=key) for name, key in parameters.items())
-    moments = HeldMoments({name: random_moment(columns) for name, columns in layer.items()})
+    uses = tuple(
+        Use(parameter=name, role=Role.LINEAR, moment=key, view=Role.LINEAR.view(shape), shape=shape)
+        for name, (key, shape) in parameters.items()
+    )
+    moments = Moments({name: random_moment(columns) for name, columns in layer.items()})
     SafetyProfile(header=header, uses=(), moments=moments).save(folder, options.storage)
     del moments
     return SafetyProfile(header=header, uses=uses, moments=Repeated(SafetyProfile.load(folder).moments, options.layers))
 
 
-class Repeated(MomentsByKey):
+class Repeated(Moments):
     """The moments of one layer under the keys of many."""
 
     def __init__(self, moments: Moments, layers: int) -> None:

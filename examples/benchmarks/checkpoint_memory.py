@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_checkpoint
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.profile.moments import MomentsByKey
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import ProfileHeader, Role, Use
 from safedelta_hf.weights.digest import digest
 
@@ -37,7 +37,7 @@ READS = {
 SEQUENCES = 128
 
 
-class RandomMoments(MomentsByKey):
+class RandomMoments(Moments):
     """Moments that are made when they are asked for: one for each width and kind, whatever the key."""
 
     def __init__(self, widths: dict[str, tuple[int, bool]]) -> None:
@@ -106,7 +106,10 @@ def write_inputs(folder: Path, options: argparse.Namespace, layers: int) -> int:
             tokens=SEQUENCES * 16,
             skipped={},
         ),
-        uses=tuple(Use(parameter=name, role=role, moment=moment) for name, (_, role, moment, _) in told.items()),
+        uses=tuple(
+            Use(parameter=name, role=role, moment=moment, view=role.view(shape), shape=shape)
+            for name, (shape, role, moment, _) in told.items()
+        ),
         moments=RandomMoments(moments),
     )
     profile.save(folder / "profile")

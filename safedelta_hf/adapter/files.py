@@ -13,7 +13,7 @@ from safedelta_hf.deltas.lora_folder import AdapterFolder, initialised_from_base
 from safedelta_hf.deltas.lora_tensors import LoraTensors
 from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import ProfileHeader, Role, Treatment
+from safedelta_hf.records import ProfileHeader, Treatment, inputs_first
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, verified
@@ -77,9 +77,8 @@ def adjust_adapter_files(
             "wrote it right after get_peft_model> (--initial-adapter on the command line)"
         )
     reader = _Base(base, folder, profile.header)
-    transposed = {use.parameter for use in profile.uses if use.role is Role.CONV1D}
     store = AdapterInFiles(
-        list(LoraTensors(folder, profile.header, transposed, reader.read)),
+        list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read)),
         partial(folder.write, Path(output)),
         architecture=profile.header.architecture,
         source=reader.source,

@@ -11,7 +11,6 @@ from safedelta_hf.deltas.dense import DeltaMatrix
 from safedelta_hf.deltas.sharded import ShardedMatrix
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.profile.moments import OwnedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use
 from safedelta_hf.rules.rule import Factors, LayerMoments, Rule, TransformRule
@@ -161,7 +160,8 @@ class FactorCache:
         if key[1] is None:
             shape = self._profile.moments[key[0]].total.shape if self._ranks.rank == owner else ()
             return torch.zeros(shape, device=device)  # never reached by the task data
-        has_it = self._task.moments.owner(key[1]) if isinstance(self._task.moments, OwnedMoments) else owner
+        has_it = self._task.moments.owner(key[1])
+        has_it = owner if has_it is None else has_it
         found = self._task.moments[key[1]].hessian(device) if self._ranks.rank == has_it else None
         return found if has_it == owner else self._ranks.broadcast(found, has_it, device)
 
@@ -172,10 +172,9 @@ class FactorCache:
         return use.moment, None if self._task is None else self._task.key_of(use)
 
     def _owner(self, key: Key) -> int:
-        moments = self._profile.moments
-        if isinstance(moments, OwnedMoments):
-            return moments.owner(key[0])
-        return self._positions.get(key, 0) % self._ranks.size  # each rank can read all of them
+        owner = self._profile.moments.owner(key[0])
+        # Where each rank can read all of them, they take turns.
+        return self._positions.get(key, 0) % self._ranks.size if owner is None else owner
 
 
 @dataclass(frozen=True)

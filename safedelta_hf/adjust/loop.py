@@ -1,5 +1,6 @@
 """The only loop over parameters: check all, then adjust all of them or none."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -251,7 +252,7 @@ class _Adjuster:
 
     def _hold(self, entry: PlanEntry, use: Use, delta: Delta) -> None:
         # Of a parameter with many parts, such as experts, one Hessian at a time.
-        self._prepared.hold(entry.uses if use.part is None else (use,), delta.device)
+        self._prepared.hold(entry.uses if use.view.covers(math.prod(entry.shape)) else (use,), delta.device)
 
 
 def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401

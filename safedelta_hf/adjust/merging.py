@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from safedelta_hf.deltas.dense import TRANSPOSED_ROLES, Delta, DenseDelta
+from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.further_models import FurtherModel, open_further_model, seen_from_base
 from safedelta_hf.errors import AdapterError, NumericalError, SafeDeltaError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, PlanEntry, Role, Use
+from safedelta_hf.records import Action, MatrixView, PlanEntry, Use, inputs_first
 from safedelta_hf.rules import MergeInput, MergeRule, Rule, source_name
 
 
@@ -28,7 +28,7 @@ class Merging:
 
     def __init__(self, rule: MergeRule, entries: Iterable[PlanEntry], profile: SafetyProfile) -> None:
         aliases = {entry.parameter: entry.aliases for entry in entries}
-        transposed = {use.parameter for use in profile.uses if use.role is Role.CONV1D}
+        transposed = inputs_first(profile.uses)
         self._others: list[tuple[str, FurtherModel]] = [
             (
                 source_name(source),
@@ -79,8 +79,8 @@ class Merging:
                 base=base,
                 delta=delta.values,
                 others=self._deltas(entry.parameter, base),
-                is_transposed=_has_inputs_first(entry.uses[0]),
-                is_stack=entry.uses[0].part is not None and len(entry.shape) == 3,
+                is_transposed=entry.uses[0].view.has_inputs_first,
+                is_stack=_is_one_of_many(entry.uses[0], entry.shape),
             )
         )
         return delta.adjusted_to(values.contiguous(), entry.uses), notes
@@ -129,7 +129,6 @@ def require_mergeable(rule: Rule, entries: Iterable[PlanEntry], profile: SafetyP
             merging.check(entry)
 
 
-def _has_inputs_first(use: Use) -> bool:
-    if use.part is None:
-        return use.role in TRANSPOSED_ROLES
-    return use.part.row_stride < use.part.column_stride
+def _is_one_of_many(use: Use, shape: tuple[int, ...]) -> bool:
+    matrix = MatrixView.contiguous(*shape[1:], use.view.start) if len(shape) == 3 else None
+    return matrix is not None and use.view in (matrix, matrix.transposed)

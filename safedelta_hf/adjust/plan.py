@@ -4,13 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
-from safedelta_hf.deltas.dense import MatrixDelta
 from safedelta_hf.errors import CoverageError, ProfileError
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import DIAGONAL, Action, Plan, PlanEntry, Treatment, Use
+from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
 
 
 def plan_parameters(
@@ -31,7 +28,7 @@ def plan_parameters(
         One entry for each parameter; those that read the same moment stand together.
 
     Raises:
-        ProfileError: The profile knows nothing of one of them, or uses it as its shape does not allow.
+        ProfileError: The profile knows nothing of one of them.
     """
     unknown = sorted(set(shapes) - set(profile.header.base) - set(profile.header.parametrised))
     if unknown:
@@ -63,8 +60,6 @@ def _plan_entry(
     profile: SafetyProfile,
     treatment: Treatment,
 ) -> PlanEntry:
-    for use in uses:
-        _require_fit(use, shape)
     if not uses:
         action = None if treatment.uncovered == "error" else Action(treatment.uncovered)
         reason = profile.header.skipped.get(name, "no supported layer uses it")
@@ -79,21 +74,6 @@ def _plan_entry(
     return PlanEntry(parameter=name, shape=shape, action=action, reason=reason, uses=adjusted)
 
 
-def _require_fit(use: Use, shape: tuple[int, ...]) -> None:
-    if use.part is None:
-        fits = use.role in DIAGONAL or len(shape) >= 2
-    else:
-        part = use.part
-        last = part.start + (part.rows - 1) * part.row_stride + (part.columns - 1) * part.column_stride
-        fits = max(last + 1, part.rows * part.columns) <= math.prod(shape)
-    if not fits:
-        where = "whole" if use.part is None else f"in {use.part}"
-        raise ProfileError(
-            f"{use.parameter}: has the shape {list(shape)}, the profile uses it as {use.role}, {where}, which does not "
-            "fit; the profile is malformed or was made for another model: collect it again"
-        )
-
-
 def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
     """What no use of a parameter covers.
 
@@ -104,15 +84,15 @@ def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
     Returns:
         A sentence for the report; empty if all of it is covered.
     """
-    entries = torch.Size(shape).numel()
-    parts = {use.part for use in uses if use.part is not None}
-    covered = sum(part.rows * part.columns for part in parts)
-    if any(use.part is None for use in uses) or covered >= entries:
+    entries = math.prod(shape)
+    views = {use.view for use in uses}
+    covered = sum(view.entries for view in views)
+    if covered >= entries:
         return ""
-    size = max(part.rows * part.columns for part in parts)
-    if entries % size == 0 and covered == size * len(parts):
+    size = max(view.entries for view in views)
+    if entries % size == 0 and covered == size * len(views):
         total = entries // size
-        return f"the safety data never reached {total - len(parts)} of its {total} parts, which keep their delta"
+        return f"the safety data never reached {total - len(views)} of its {total} parts, which keep their delta"
     return f"the safety data never reached {entries - covered} of its {entries} entries, which keep their delta"
 
 
@@ -136,19 +116,23 @@ def require_decisions(entries: Sequence[PlanEntry]) -> None:
 
 
 def check_moments(entry: PlanEntry, moments: Moments) -> None:
-    """Make sure that the moments of a parameter have its number of inputs.
+    """Make sure that a profile was made of a parameter of this shape, and that its moments are of its inputs.
 
     Args:
         entry: Plan of the parameter.
         moments: Moments of the profile.
 
     Raises:
-        ProfileError: One of them has another shape.
+        ProfileError: The parameter or one of the moments has another shape.
     """
     for use in entry.uses:
-        columns = MatrixDelta(torch.empty(entry.shape, device="meta"), use.role, use.part).columns
-        found = moments.shape(use.moment)
-        if found[-1:] != (columns,):
+        if use.shape != entry.shape:
+            raise ProfileError(
+                f"{entry.parameter}: has the shape {list(entry.shape)}, and {list(use.shape)} in the model that the "
+                "profile was made for; collect a profile of this model's base"
+            )
+        columns, found = use.view.columns, moments.shape(use.moment)
+        if found != ((columns,) if use.role.is_diagonal else (columns, columns)):
             raise ProfileError(
                 f"{entry.parameter}: has {columns} inputs, its moment in the profile has the shape {list(found)}; "
                 "the profile was made for another model"

@@ -1,18 +1,19 @@
 """Sums the moments of all weights while a model runs."""
 
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from safedelta_hf.capture.sharing import SharedInputs
-from safedelta_hf.capture.uses import Findings, UseOf, free_key
-from safedelta_hf.capture.views import Origin
+from safedelta_hf.capture.uses import ObservedUses
+from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.core.moment import add_outer_
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.records import Part, Role
+from safedelta_hf.records import MatrixView, Role, Use, moment_key
 
 
 class MomentCollector:
@@ -40,11 +41,11 @@ class MomentCollector:
         self._parameters = parameters
         self._head = head
         self._chosen = chosen
-        self._left: set[str] = set()
+        self._not_targeted: set[str] = set()
         self._storage = storage
         self._totals: dict[str, Tensor] = {}
         self._tokens: Counter[str] = Counter()
-        self._uses: dict[UseOf, str] = {}
+        self._uses: dict[str, Use] = {}
         self._batch, self._length = 1, 0
         self.shared = SharedInputs() if share else None
 
@@ -59,7 +60,7 @@ class MomentCollector:
             self.shared.start_batch()
         self._batch, self._length = size, length
 
-    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
+    def product(self, weight: ParameterView, inputs: Tensor, role: Role | None = None) -> None:
         """Add the inputs of a linear map.
 
         Args:
@@ -68,16 +69,12 @@ class MomentCollector:
             role: What to call it; linear, or the head, if None.
         """
         if weight.parameter not in self._chosen:
-            self._left.add(weight.parameter)
+            self._not_targeted.add(weight.parameter)
             return
         if not len(inputs):
             return
-        part: Part | None = _part(weight)
-        is_transposed = part is not None and self._is_transposed(weight.parameter, part)
-        if part is not None and (is_transposed or self._is_whole(weight.parameter, part, role)):
-            part = None
-        linear = Role.HEAD if weight.parameter == self._head else Role.LINEAR
-        key = self._key(weight.parameter, role or (Role.CONV1D if is_transposed else linear), part)
+        view = weight.matrix
+        key = self._key(weight.parameter, role or self._role(weight.parameter, view), view)
         if weight.factor not in (1.0, -1.0):
             inputs = inputs * weight.factor
         self._add_inputs(key, inputs, may_follow=role is None)
@@ -86,21 +83,20 @@ class MomentCollector:
         """Add the inputs of a linear layer whose weight is packed.
 
         Args:
-            weight: Name of the weight, of [out, in] entries however they are stored.
+            weight: Name of the weight, which goes by its shape [out, in] however it is stored.
             bias: Name of the bias, if it has one.
             inputs: [tokens, in].
         """
         if weight not in self._chosen:
-            self._left.add(weight)
+            self._not_targeted.add(weight)
         else:
-            role = Role.HEAD if weight == self._head else Role.LINEAR
-            self._add_inputs(self._key(weight, role, None), inputs, may_follow=True)
+            self._add_inputs(self._key(weight, self._role(weight)), inputs, may_follow=True)
         if bias is not None:
-            key = self._key(bias, Role.BIAS, None)
+            key = self._key(bias, Role.BIAS)
             self._total(key, (1,), inputs.device).add_(len(inputs))
             self._tokens[key] += len(inputs)
 
-    def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
+    def scale(self, weight: ParameterView, squares: Tensor, repetitions: int) -> None:
         """Add what a weight is multiplied with elementwise.
 
         Args:
@@ -108,11 +104,11 @@ class MomentCollector:
             squares: For each of them, the sum of the squares.
             repetitions: How often each was used.
         """
-        key = self._key(weight.parameter, Role.SCALE, None)
+        key = self._key(weight.parameter, Role.SCALE)
         self._add_entries(key, weight, squares)
         self._tokens[key] += repetitions
 
-    def offset(self, weight: Origin, repetitions: int) -> None:
+    def offset(self, weight: ParameterView, repetitions: int) -> None:
         """Count how often a weight was added to something.
 
         Args:
@@ -125,27 +121,26 @@ class MomentCollector:
         count = repetitions * weight.factor**2
         device = self._parameters[weight.parameter].device
         if len(own) > 1:
-            key = self._key(weight.parameter, Role.OFFSET, None)
+            key = self._key(weight.parameter, Role.OFFSET)
             ones = torch.ones([weight.shape[n] for n in own], device=device)
             self._add_entries(key, weight, ones * repetitions)
         else:
             rows, stride = (weight.shape[own[0]], weight.strides[own[0]]) if own else (1, 1)
-            is_whole = rows == self._parameters[weight.parameter].numel()
             if weight.slopes is not None:
                 count *= float(weight.entries(weight.slopes).square().mean())
-            part = Part(start=weight.start, rows=rows, columns=1, row_stride=stride, column_stride=1)
-            key = self._key(weight.parameter, Role.BIAS, None if is_whole else part)
+            view = MatrixView(start=weight.start, rows=rows, columns=1, row_stride=stride, column_stride=1)
+            key = self._key(weight.parameter, Role.BIAS, view)
             self._total(key, (1,), device).add_(count)
         self._tokens[key] += repetitions
 
-    def lookup(self, weight: Origin, rows: Tensor) -> None:
+    def lookup(self, weight: ParameterView, rows: Tensor) -> None:
         """Count how often each row of a table is looked up.
 
         Args:
             weight: The table [rows, features].
             rows: Their numbers, any shape.
         """
-        key = self._key(weight.parameter, Role.EMBEDDING, None)
+        key = self._key(weight.parameter, Role.EMBEDDING)
         # Positions are looked up once for a whole batch, and stand for each of its sequences.
         copies = self._batch if rows.numel() == self._length else 1
         counts = torch.bincount(rows.flatten(), minlength=weight.shape[0]).to(torch.float32) * copies
@@ -153,7 +148,7 @@ class MomentCollector:
         total.add_(counts.to(total.device))
         self._tokens[key] += rows.numel() * copies
 
-    def is_table(self, weight: Origin) -> bool:
+    def is_table(self, weight: ParameterView) -> bool:
         """Whether a weight is a whole parameter of rows.
 
         Args:
@@ -165,11 +160,11 @@ class MomentCollector:
         shape = tuple(self._parameters[weight.parameter].shape)
         return len(shape) == 2 and weight.shape == shape and weight.start == 0 and weight.strides[-1] in (0, 1)
 
-    def findings(self, unread: Mapping[str, str]) -> Findings:
+    def observed(self, unsupported: Mapping[str, str]) -> ObservedUses:
         """What was found, but for the sums.
 
         Args:
-            unread: Why parameters that were used were not read, by name.
+            unsupported: Why parameters that were used were not read, by name.
 
         Returns:
             Plain data.
@@ -185,46 +180,47 @@ class MomentCollector:
                 )
         shared = self.shared
         leaders = {} if shared is None else dict(shared.leaders)
-        of_parts = {leaders.get(key, key) for (_, _, part), key in self._uses.items() if part is not None}
-        return Findings(
-            keys=dict(self._uses),
+        return ObservedUses(
+            uses=dict(self._uses),
             leaders=leaders,
             read={} if shared is None else dict(shared.sizes),
             tokens=dict(self._tokens),
             shapes={key: tuple(total.shape) for key, total in self._totals.items()},
-            blank=frozenset(key for key in of_parts & self._totals.keys() if not self._totals[key].any()),
-            left=frozenset(self._left),
-            unread=dict(unread),
+            all_zero=frozenset(self._all_zero(leaders)),
+            not_targeted=frozenset(self._not_targeted),
+            unsupported=dict(unsupported),
             unshared=None if shared is None else shared.obstacle,
         )
 
-    def take(self) -> dict[UseOf, Tensor]:
+    def take(self) -> dict[str, Tensor]:
         """Hand over the sums.
 
         Returns:
-            The moment of each use that has one of its own; the collector keeps none.
+            The moment of each use that has one of its own, by key; the collector keeps none.
         """
         totals, self._totals = self._totals, {}
-        return {use: totals[key] for use, key in self._uses.items() if key in totals}
+        return totals
 
-    def _is_whole(self, name: str, part: Part, role: Role | None) -> bool:
+    def _all_zero(self, leaders: Mapping[str, str]) -> Iterator[str]:
+        empty = {key for key, total in self._totals.items() if not total.any()}
+        for key, use in self._uses.items():
+            is_part = not use.view.covers(math.prod(use.shape))
+            if is_part and leaders.get(key, key) in empty:
+                yield key
+
+    def _role(self, name: str, view: MatrixView | None = None) -> Role:
         shape = self._parameters[name].shape
-        if role is Role.CONVOLUTION:
-            return part.rows * part.columns == shape.numel()
-        return tuple(shape) == (part.rows, part.columns) and part.column_stride == 1
+        if len(shape) == 2 and min(shape) > 1 and view == Role.CONV1D.view(shape):
+            return Role.CONV1D
+        return Role.HEAD if name == self._head else Role.LINEAR
 
-    def _is_transposed(self, name: str, part: Part) -> bool:
+    def _key(self, name: str, role: Role, view: MatrixView | None = None) -> str:
         shape = tuple(self._parameters[name].shape)
-        return shape == (part.columns, part.rows) and part.row_stride == 1 and part.columns > 1 and part.rows > 1
-
-    def _key(self, name: str, role: Role, part: Part | None) -> str:
-        use = (name, role, part)
-        if use not in self._uses:
-            key = name if part is None else f"{name}[{_number(part, self._parameters[name].numel())}]"
-            if role not in (Role.LINEAR, Role.CONV1D, Role.HEAD, Role.CONVOLUTION):
-                key = f"{key}:{role}"
-            self._uses[use] = free_key(key, role, set(self._uses.values()))
-        return self._uses[use]
+        view = role.view(shape) if view is None else view
+        key = moment_key(name, role, view, shape)
+        if key not in self._uses:
+            self._uses[key] = Use(parameter=name, role=role, moment=key, view=view, shape=shape)
+        return key
 
     def _add_inputs(self, key: str, inputs: Tensor, *, may_follow: bool) -> None:
         if not (may_follow and self.shared is not None and self.shared.follows(key, inputs)):
@@ -232,7 +228,7 @@ class MomentCollector:
             add_outer_(self._total(key, (columns, columns), inputs.device), inputs)
         self._tokens[key] += len(inputs)
 
-    def _add_entries(self, key: str, weight: Origin, squares: Tensor) -> None:
+    def _add_entries(self, key: str, weight: ParameterView, squares: Tensor) -> None:
         total = self._total(key, (self._parameters[weight.parameter].numel(),), squares.device)
         entries = weight.entries(total)
         values = squares.to(torch.float32).reshape(entries.shape) * weight.factor**2
@@ -244,22 +240,3 @@ class MomentCollector:
         if key not in self._totals:
             self._totals[key] = self._storage.allocate(shape, device)
         return self._totals[key]
-
-
-def _part(weight: Origin) -> Part:
-    rows, columns = weight.shape
-    row_stride, column_stride = weight.strides
-    return Part(
-        start=weight.start,
-        rows=rows,
-        columns=columns,
-        row_stride=row_stride if rows > 1 else columns,
-        column_stride=column_stride if columns > 1 else 1,
-    )
-
-
-def _number(part: Part, entries: int) -> str:
-    size = part.rows * part.columns
-    if entries % size == 0 and part.start % size == 0:
-        return str(part.start // size)
-    return f"{part.start}+{part.rows}x{part.columns}"

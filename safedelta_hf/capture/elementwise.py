@@ -5,52 +5,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safedelta_hf.capture.reader import Arguments, Handler, Readings
-from safedelta_hf.capture.views import Origin
+from safedelta_hf.capture.reader import Arguments, Handler, OperationReader
+from safedelta_hf.capture.views import ParameterView
 
 aten = torch.ops.aten
 
 
-def _embedding(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    weight = see.origin(given["weight"])
+def _embedding(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    weight = see.view(given["weight"])
     if weight is not None:
         see.lookup(weight, given["indices"])
     return weight is not None
 
 
-def _index_select(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    weight = see.origin(given["self"])
+def _index_select(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    weight = see.view(given["self"])
     if weight is None or given["dim"] != 0 or len(weight.shape) != 2:
         return False
     see.lookup(weight, given["index"])
     return True
 
 
-def _index(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    weight, indices = see.origin(given["self"]), given["indices"]
+def _index(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    weight, indices = see.view(given["self"]), given["indices"]
     if weight is None or len(weight.shape) != 2 or len(indices) != 1 or indices[0].dtype is not torch.int64:
         return False
     see.lookup(weight, indices[0])
     return True
 
 
-def _layer_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
-    inputs, weight = given["input"], see.origin(given["weight"])
+def _layer_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
+    inputs, weight = given["input"], see.view(given["weight"])
     if weight is not None:
         normalised = (inputs.float() - result[1].float()) * result[2].float()
         _scaled(see, weight, normalised)
     return given["bias"] is None or added(see, given["bias"], result[0])
 
 
-def _rms_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor]) -> bool:
-    weight = see.origin(given["weight"])
+def _rms_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor]) -> bool:
+    weight = see.view(given["weight"])
     if weight is not None:
         _scaled(see, weight, given["input"].float() * result[1].float())
     return weight is not None
 
 
-def _group_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
-    inputs, weight = given["input"], see.origin(given["weight"])
+def _group_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
+    inputs, weight = given["input"], see.view(given["weight"])
     if weight is not None:
         grouped = inputs.float().reshape(given["N"], given["group"], -1)
         normalised = ((grouped - result[1].float()[..., None]) * result[2].float()[..., None]).reshape(inputs.shape)
@@ -58,9 +58,9 @@ def _group_norm(see: Readings, given: Arguments, result: tuple[Tensor, Tensor, T
     return given["bias"] is None or added(see, given["bias"], result[0], dimension=1)
 
 
-def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _mul(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     for own, other in (("self", "other"), ("other", "self")):
-        weight, factor = see.origin(given[own]), given[other]
+        weight, factor = see.view(given[own]), given[other]
         if weight is None:
             continue
         if other == "self":
@@ -78,8 +78,8 @@ def _mul(see: Readings, given: Arguments, result: Tensor) -> bool:
     return True
 
 
-def _div(see: Readings, given: Arguments, result: Tensor) -> bool:
-    weight, divisor = see.origin(given["self"]), given["other"]
+def _div(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    weight, divisor = see.view(given["self"]), given["other"]
     if weight is None:
         return False
     if not isinstance(divisor, Tensor):
@@ -91,23 +91,23 @@ def _div(see: Readings, given: Arguments, result: Tensor) -> bool:
     return True
 
 
-def _add(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _add(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _sum(see, given, result, (1.0, 1.0))
 
 
-def _sub(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _sub(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _sum(see, given, result, (1.0, -1.0))
 
 
-def _rsub(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _rsub(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _sum(see, given, result, (-1.0, 1.0))
 
 
-def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, float]) -> bool:
+def _sum(see: OperationReader, given: Arguments, result: Tensor, signs: tuple[float, float]) -> bool:
     if given.get("alpha", 1) != 1:
         return False
     for own, other, sign in (("self", "other", signs[0]), ("other", "self", signs[1])):
-        weight, constant = see.origin(given[own]), given[other]
+        weight, constant = see.view(given[own]), given[other]
         if weight is None:
             continue
         if not isinstance(constant, Tensor) or see.is_constant(constant):
@@ -117,26 +117,26 @@ def _sum(see: Readings, given: Arguments, result: Tensor, signs: tuple[float, fl
     return True
 
 
-def _neg(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _neg(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     return _copy(see, given, result, -1.0)
 
 
-def _copy(see: Readings, given: Arguments, result: Tensor, factor: float = 1.0) -> bool:
-    weight = see.origin(given["self"])
+def _copy(see: OperationReader, given: Arguments, result: Tensor, factor: float = 1.0) -> bool:
+    weight = see.view(given["self"])
     if weight is not None:
         see.derive(result, weight, factor)
     return weight is not None
 
 
-def _lerp(see: Readings, given: Arguments, result: Tensor) -> bool:
-    weight = see.origin(given["weight"])
-    if weight is None or see.origin(given["self"]) is not None or see.origin(given["end"]) is not None:
+def _lerp(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    weight = see.view(given["weight"])
+    if weight is None or see.view(given["self"]) is not None or see.view(given["end"]) is not None:
         return False
     _scaled(see, weight.broadcast(result.shape), (given["end"] - given["self"]).broadcast_to(result.shape))
     return True
 
 
-def _cat(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _cat(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     if not any(see.is_data(tensor) for tensor in given["tensors"]):
         return False
     for tensor in given["tensors"]:
@@ -144,7 +144,7 @@ def _cat(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return True
 
 
-def added(see: Readings, value: object, result: Tensor, dimension: int | None = None) -> bool:
+def added(see: OperationReader, value: object, result: Tensor, dimension: int | None = None) -> bool:
     """Tell of a sum, if what is added is a weight.
 
     Args:
@@ -156,7 +156,7 @@ def added(see: Readings, value: object, result: Tensor, dimension: int | None = 
     Returns:
         True: any weight may be added.
     """
-    weight = see.origin(value)
+    weight = see.view(value)
     if weight is not None:
         if dimension is None:
             weight = weight.broadcast(result.shape)
@@ -164,7 +164,7 @@ def added(see: Readings, value: object, result: Tensor, dimension: int | None = 
     return True
 
 
-def _scaled(see: Readings, weight: Origin, factor: Tensor) -> None:
+def _scaled(see: OperationReader, weight: ParameterView, factor: Tensor) -> None:
     """Tell of an elementwise product, with the factor's squares summed over all that one entry of the weight meets."""
     weight = weight.broadcast(factor.shape)
     _, repeated = weight.split()

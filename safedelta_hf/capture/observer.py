@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.operations import HANDLERS, slopes_of
-from safedelta_hf.capture.reader import Reader
+from safedelta_hf.capture.reader import OperationReader
 from safedelta_hf.modules.names import unwrapped
 
 aten = torch.ops.aten
@@ -69,13 +69,13 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._collector = collector
         self._names = frozenset(names)
-        self._reader = Reader(collector)
+        self._reader = OperationReader(collector)
         self._paused = False
 
     @property
-    def unread(self) -> dict[str, str]:
+    def unsupported(self) -> dict[str, str]:
         """Why parameters that were used were not read, by name."""
-        scattered = sorted(self._reader.origins.scattered)
+        scattered = sorted(self._reader.tracker.scattered)
         return dict.fromkeys(scattered, "its entries are taken in an order of their own") | self._reader.refused
 
     def start_batch(self, size: int, length: int, given: Sequence[Tensor]) -> None:
@@ -113,7 +113,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not tensors:
             see.data.add(results)  # what is made of no tensor, such as positions, is made for this call
         elif weights or any(tensor in see.mixtures for tensor in tensors):
-            see.mixtures.add(leaf for leaf in results if see.origins.name_of(leaf) is None)
+            see.mixtures.add(leaf for leaf in results if see.tracker.name_of(leaf) is None)
         return result
 
     def _tell(self, func: Any, given: Mapping[str, Any], result: Any, weights: Sequence[str]) -> None:  # noqa: ANN401
@@ -121,17 +121,17 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         see = self._reader
         overwritten = given.get("self") if "before" in given else None
-        if overwritten is not None and (name := see.origins.name_of(overwritten)) is not None:
-            if see.origins.forget(overwritten):
+        if overwritten is not None and (name := see.tracker.name_of(overwritten)) is not None:
+            if see.tracker.forget(overwritten):
                 see.refuse(name, f"a copy of it is overwritten, by {func}")
             return
         handler: Callable[..., bool] | None = HANDLERS.get(func)
         if handler is not None and handler(see, given, result):
             return
-        origins = [origin for value in given.values() if (origin := see.origins.of(value)) is not None]
-        slopes = slopes_of(func, given) if len(origins) == 1 else None
+        views = [view for value in given.values() if (view := see.view(value)) is not None]
+        slopes = slopes_of(func, given) if len(views) == 1 else None
         if slopes is not None:
-            see.origins.derive(result, origins[0], slopes)
+            see.derive(result, views[0], slopes)
             return
         for name in weights:
             see.refuse(name, f"an operation that is not read, {func}, uses it")

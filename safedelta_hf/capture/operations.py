@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.capture.elementwise import ELEMENTWISE, added
-from safedelta_hf.capture.reader import Arguments, Handler, Readings
-from safedelta_hf.capture.views import Origin
+from safedelta_hf.capture.reader import Arguments, Handler, OperationReader
+from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.records import Role
 
 
@@ -54,48 +54,48 @@ def patches(
 aten = torch.ops.aten
 
 
-def _matrix_product(see: Readings, left: Any, right: Any) -> bool:  # noqa: ANN401
+def _matrix_product(see: OperationReader, left: Any, right: Any) -> bool:  # noqa: ANN401
     # Either may be the weight: [tokens, in] @ [in, out], or [out, in] @ [in, tokens].
     if see.is_data(left):
         return _product(see, right.T, left)
     return see.is_data(right) and _product(see, left, right.T)
 
 
-def _product(see: Readings, matrix: Tensor, inputs: Tensor) -> bool:
-    weight = see.origin(matrix)
+def _product(see: OperationReader, matrix: Tensor, inputs: Tensor) -> bool:
+    weight = see.view(matrix)
     if weight is not None:
         see.product(weight, inputs)
         return True
-    found = see.sorted_origin(matrix)
+    found = see.sorted_view(matrix)
     if found is not None:
         see.product(found[0], inputs[:, found[1][1]])
     return True
 
 
-def _transposed(weight: Origin) -> Origin:
+def _transposed(weight: ParameterView) -> ParameterView:
     return replace(weight, shape=weight.shape[::-1], strides=weight.strides[::-1])
 
 
-def _mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _mm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return _matrix_product(see, given["self"], given["mat2"])
 
 
-def _addmm(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _addmm(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     if (given["alpha"], given["beta"]) != (1, 1):
         return False
     return added(see, given["self"], result) and _matrix_product(see, given["mat1"], given["mat2"])
 
 
-def _linear(see: Readings, given: Arguments, result: Tensor) -> bool:
-    inputs, weight = given["input"], see.origin(given["weight"])
+def _linear(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    inputs, weight = given["input"], see.view(given["weight"])
     if weight is None or not see.is_data(inputs):
         return False
     see.product(weight, inputs.reshape(-1, inputs.shape[-1]))
     return given.get("bias") is None or added(see, given["bias"], result)
 
 
-def _mv(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    matrix, vector = see.origin(given["self"]), see.origin(given["vec"])
+def _mv(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    matrix, vector = see.view(given["self"]), see.view(given["vec"])
     if matrix is not None and see.is_data(given["vec"]):
         see.product(matrix, given["vec"][None])
         return True
@@ -106,23 +106,23 @@ def _mv(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return False
 
 
-def _bmm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _bmm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return _batched(see, given["self"], given["mat2"])
 
 
-def _baddbmm(see: Readings, given: Arguments, result: Tensor) -> bool:
+def _baddbmm(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     if (given["alpha"], given["beta"]) != (1, 1):
         return False
     return added(see, given["self"], result) and _batched(see, given["batch1"], given["batch2"])
 
 
-def _batched(see: Readings, left: Tensor, right: Tensor) -> bool:
+def _batched(see: OperationReader, left: Tensor, right: Tensor) -> bool:
     return all([_matrix_product(see, *pair) for pair in zip(left, right, strict=True)])
 
 
-def _grouped_mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+def _grouped_mm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     inputs, ends = given["self"], given.get("offs")
-    weight = see.origin(given["mat2"])
+    weight = see.view(given["mat2"])
     if weight is None or ends is None or not see.is_data(inputs) or inputs.ndim != 2 or len(weight.shape) != 3:
         return False
     starts = [0, *ends.tolist()]
@@ -131,8 +131,8 @@ def _grouped_mm(see: Readings, given: Arguments, _: Any) -> bool:  # noqa: ANN40
     return True
 
 
-def _convolution(see: Readings, given: Arguments, result: Tensor) -> bool:
-    weight, groups = see.origin(given["weight"]), given["groups"]
+def _convolution(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    weight, groups = see.view(given["weight"]), given["groups"]
     covered = given["bias"] is None or added(see, given["bias"], result, dimension=1)
     if weight is None or not see.is_data(given["input"]):
         return weight is None and covered
@@ -187,7 +187,7 @@ def slopes_of(func: Any, given: Arguments) -> Tensor | None:  # noqa: ANN401
     return slopes
 
 
-def _nothing(see: Readings, given: Arguments, result: object) -> bool:
+def _nothing(see: OperationReader, given: Arguments, result: object) -> bool:
     return True
 
 

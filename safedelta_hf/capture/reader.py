@@ -2,33 +2,33 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from safedelta_hf.capture.collector import MomentCollector
-from safedelta_hf.capture.tensors import Descendants
-from safedelta_hf.capture.views import Origin, Origins
+from safedelta_hf.capture.tensors import DependentTensors
+from safedelta_hf.capture.views import ParameterView, TensorTracker
 from safedelta_hf.records import Role
 
 
-class Reader:
+class OperationReader:
     """What is known about the tensors of a running model, and who is told of what happens to its weights.
 
     Args:
         collector: Who is told.
 
     Attributes:
-        origins: Which tensors are weights.
+        tracker: Which tensors are weights.
         data: Which depend on what the model was given.
         mixtures: Which depend on parameters alone and are none.
         refused: Why parameters that were used were not read, by name.
     """
 
     def __init__(self, collector: MomentCollector) -> None:
-        self.origins = Origins()
-        self.data = Descendants()
-        self.mixtures = Descendants()
+        self.tracker = TensorTracker()
+        self.data = DependentTensors()
+        self.mixtures = DependentTensors()
         self.refused: dict[str, str] = {}
         self._parameters: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._collector = collector
@@ -39,7 +39,7 @@ class Reader:
         Args:
             given: What the model is given.
         """
-        self.origins.forget_the_dead()
+        self.tracker.forget_the_dead()
         self._parameters = {key: known for key, known in self._parameters.items() if known[0]() is not None}
         self.data.start(given)
         self.mixtures.start([])
@@ -52,7 +52,7 @@ class Reader:
             name: Canonical name.
             is_computed: Whether it is computed.
         """
-        self.origins.track(tensor, name, is_computed=is_computed)
+        self.tracker.track(tensor, name, is_computed=is_computed)
         # Memory that was made for it looked like anything that is made during the call.
         self.data.discard(tensor)
         self.mixtures.discard(tensor)
@@ -75,7 +75,7 @@ class Reader:
         Returns:
             Its canonical name, or None.
         """
-        name = self.origins.name_of(tensor)
+        name = self.tracker.name_of(tensor)
         if name is None:
             reference, known = self._parameters.get(id(tensor), (None, None))
             if known is not None and reference is not None and reference() is tensor:
@@ -92,27 +92,27 @@ class Reader:
         """
         self.refused.setdefault(name, reason)
 
-    def origin(self, value: object) -> Origin | None:
+    def view(self, value: object) -> ParameterView | None:
         """Which weight a value is.
 
         Args:
             value: Any argument of an operation.
 
         Returns:
-            Its origin, or None.
+            Its view, or None.
         """
-        return self.origins.of(value)
+        return self.tracker.of(value)
 
-    def sorted_origin(self, value: Tensor) -> tuple[Origin, list[list[int]]] | None:
+    def sorted_view(self, value: Tensor) -> tuple[ParameterView, list[list[int]]] | None:
         """Which weight a value is once its indices are sorted.
 
         Args:
             value: A tensor.
 
         Returns:
-            Its origin, and the indices that sort each dimension; or None.
+            Its view, and the indices that sort each dimension; or None.
         """
-        return self.origins.sorted_of(value)
+        return self.tracker.sorted_of(value)
 
     def is_data(self, value: object) -> bool:
         """Whether a value depends on what the model was given.
@@ -135,9 +135,9 @@ class Reader:
             Whether it is, as a buffer is.
         """
         is_made = value in self.data or value in self.mixtures
-        return isinstance(value, Tensor) and not is_made and self.origins.name_of(value) is None
+        return isinstance(value, Tensor) and not is_made and self.tracker.name_of(value) is None
 
-    def derive(self, result: Tensor, source: Origin, slope: float | Tensor) -> None:
+    def derive(self, result: Tensor, source: ParameterView, slope: float | Tensor) -> None:
         """Follow a weight through an elementwise map.
 
         Args:
@@ -145,9 +145,9 @@ class Reader:
             source: The weight.
             slope: Derivative of the map.
         """
-        self.origins.derive(result, source, slope)
+        self.tracker.derive(result, source, slope)
 
-    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
+    def product(self, weight: ParameterView, inputs: Tensor, role: Role | None = None) -> None:
         """Tell of a linear map.
 
         Args:
@@ -163,7 +163,7 @@ class Reader:
         else:
             self._collector.product(weight, inputs, role)
 
-    def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
+    def scale(self, weight: ParameterView, squares: Tensor, repetitions: int) -> None:
         """Tell of an elementwise product.
 
         Args:
@@ -173,7 +173,7 @@ class Reader:
         """
         self._collector.scale(weight, squares, repetitions)
 
-    def offset(self, weight: Origin, repetitions: int) -> None:
+    def offset(self, weight: ParameterView, repetitions: int) -> None:
         """Tell of a sum.
 
         Args:
@@ -182,7 +182,7 @@ class Reader:
         """
         self._collector.offset(weight, repetitions)
 
-    def lookup(self, weight: Origin, rows: Tensor) -> None:
+    def lookup(self, weight: ParameterView, rows: Tensor) -> None:
         """Tell of a lookup.
 
         Args:
@@ -196,47 +196,7 @@ class Reader:
 
 
 Arguments = Mapping[str, Any]
+"""Of an operation, by name."""
 
-
-class Readings(Protocol):
-    """What can be told about one operation."""
-
-    def origin(self, value: object) -> Origin | None:
-        """Which weight a value is, or None."""
-        ...
-
-    def sorted_origin(self, value: Tensor) -> tuple[Origin, list[list[int]]] | None:
-        """Which weight a value is once its indices are sorted, and the indices that sort it, or None."""
-        ...
-
-    def is_data(self, value: object) -> bool:
-        """Whether a value depends on what the model was given."""
-        ...
-
-    def is_constant(self, value: object) -> bool:
-        """Whether a value is a tensor that depends neither on what the model was given nor on a parameter."""
-        ...
-
-    def derive(self, result: Tensor, source: Origin, slope: float | Tensor) -> None:
-        """The result is made of a weight alone, entry by entry."""
-        ...
-
-    def product(self, weight: Origin, inputs: Tensor, role: Role | None = None) -> None:
-        """Inputs [tokens, columns] times the transpose of a weight [rows, columns]."""
-        ...
-
-    def scale(self, weight: Origin, squares: Tensor, repetitions: int) -> None:
-        """Entries of a weight times something whose squares, summed over repetitions, are given; any shape."""
-        ...
-
-    def offset(self, weight: Origin, repetitions: int) -> None:
-        """Entries of a weight, each added so many times."""
-        ...
-
-    def lookup(self, weight: Origin, rows: Tensor) -> None:
-        """Rows of a weight [rows, features], by number."""
-        ...
-
-
-Handler = Callable[[Readings, Arguments, Any], bool]
+Handler = Callable[[OperationReader, Arguments, Any], bool]
 """Tells what an operation does with its weights; False if it does something else with them."""

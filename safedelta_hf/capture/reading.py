@@ -1,19 +1,21 @@
 """One pass of the base model over the safety data."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer, every_product_visible
-from safedelta_hf.capture.reduction import Reduction, findings_of_all
-from safedelta_hf.capture.uses import Findings, UseOf
+from safedelta_hf.capture.uses import ObservedUses, merged
 from safedelta_hf.capture.watched_model import WatchedModel, computed_weights, packed_products
+from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import Share, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.refusals import HeldOut
@@ -21,10 +23,10 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError
 from safedelta_hf.modules.evaluating import undisturbed, without_adapters
 from safedelta_hf.modules.names import class_name
-from safedelta_hf.profile.moments import Moments
+from safedelta_hf.profile.moments import Moments, ShardedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.records import DIAGONAL, ProfileHeader, Use
+from safedelta_hf.records import ProfileHeader, Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,28 +110,26 @@ def capture_moments(
         require_fit(watched.module, [sequence.input_ids for sequence in sequences], purpose)
         share = share_of(sequences, batch_size, model)
         reading = _Reading(watched, share, f"Reading {purpose}" if progress and ranks.is_main else None)
-        read = reading.read(storage, share_moments=share_moments)
-        if read.findings.unshared and ranks.size > 1:
+        observed, sums = reading.read(storage, share_moments=share_moments)
+        if observed.unshared and ranks.size > 1:
             # Whether products always read the same tensor cannot be told from a part of the data.
-            read.sums.clear()
+            sums.clear()
             storage = storage.anew()
-            read = reading.read(storage, share_moments=False)
-        return _put_together(read, watched, len(sequences))
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What was read.
-
-    Attributes:
-        findings: What all ranks found.
-        sums: Moments of this rank's share.
-        storage: What holds them.
-    """
-
-    findings: Findings
-    sums: dict[UseOf, Tensor]
-    storage: MomentStorage
+            observed, sums = reading.read(storage, share_moments=False)
+        if observed.unshared:
+            raise CaptureError(f"{observed.unshared}; pass share_moments=False")
+        uses = observed.covered(tuple(watched.matrices), watched.chosen)
+        untargeted = observed.untargeted(watched.chosen)
+        _require_products(watched.module, uses, untargeted, watched.targets)
+        unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({watched.targets.names!r})")
+        used = {use.parameter for use in uses}
+        return Capture(
+            uses=tuple(uses),
+            moments=reading.moments(observed, frozenset(use.moment for use in uses), sums, storage, len(sequences)),
+            skipped=watched.reasons(used, {**observed.unsupported, **unchosen}),
+            parametrised={name: own.originals for name, own in watched.weights.followed.items() if name in used},
+            storage=storage,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,16 @@ class _Reading:
     share: Share
     title: str | None
 
-    def read(self, storage: MomentStorage, *, share_moments: bool) -> _Read:
+    def read(self, storage: MomentStorage, *, share_moments: bool) -> tuple[ObservedUses, dict[str, Tensor]]:
+        """Let the model read.
+
+        Args:
+            storage: Where this rank holds its moments.
+            share_moments: Whether layers that read the same tensor share one.
+
+        Returns:
+            What all ranks observed, and the moments of this rank's share by key.
+        """
         watched = self.watched
         collector = MomentCollector(
             watched.matrices,
@@ -166,8 +175,7 @@ class _Reading:
             computed_weights(computed, observer),
         ):
             self._run(observer, collector)
-        findings = findings_of_all(collector.findings(observer.unread), watched.model.ranks)
-        return _Read(findings, collector.take(), storage)
+        return merged(watched.model.ranks.gather(collector.observed(observer.unsupported))), collector.take()
 
     def _run(self, observer: Observer, collector: MomentCollector) -> None:
         module, model = self.watched.module, self.watched.model
@@ -182,35 +190,67 @@ class _Reading:
             if collector.shared is not None and collector.shared.is_void and not model.collective:
                 return
 
+    def moments(
+        self,
+        observed: ObservedUses,
+        wanted: frozenset[str],
+        sums: dict[str, Tensor],
+        storage: MomentStorage,
+        sequences: int,
+    ) -> Moments:
+        """Add up the moments of all ranks, each on its owner.
 
-def _put_together(read: _Read, watched: WatchedModel, sequences: int) -> Capture:
-    findings = read.findings
-    if findings.unshared:
-        raise CaptureError(f"{findings.unshared}; pass share_moments=False")
-    uses = findings.uses(tuple(watched.matrices), watched.chosen)
-    untargeted = findings.untargeted(watched.chosen)
-    _require_products(watched.module, uses, untargeted, watched.targets)
-    device = input_device(watched.module)
-    reduction = Reduction(ranks=watched.model.ranks, storage=read.storage, device=device, sequences=sequences)
-    unchosen = dict.fromkeys(untargeted, f"it is not among the targets ({watched.targets.names!r})")
-    used = {use.parameter for use in uses}
-    return Capture(
-        uses=tuple(uses),
-        moments=reduction.moments(read.sums, findings, frozenset(use.moment for use in uses)),
-        skipped=watched.reasons(used, {**findings.unread, **unchosen}),
-        parametrised={name: own.originals for name, own in watched.weights.followed.items() if name in used},
-        storage=read.storage,
-    )
+        Args:
+            observed: What all ranks observed.
+            wanted: Keys of the moments that are needed.
+            sums: The moments of this rank by key; each is taken out when it is exchanged.
+            storage: Where this rank holds its moments.
+            sequences: Number of sequences that were read, over all ranks.
+
+        Returns:
+            The moments in host memory, mapped or not; of a single process all of them.
+        """
+        ranks, owners = self.watched.model.ranks, dict[str, int]()
+        held: dict[str, InputMoment] = {}
+        loads = [0] * ranks.size
+        for key in observed.uses:
+            own = sums.pop(key, None)
+            if key not in wanted:
+                continue
+            owner = loads.index(min(loads))
+            loads[owner] += math.prod(observed.shapes[key])
+            owners[key] = owner
+            total = self._summed(own, observed.shapes[key], owner, storage)
+            if total is not None:
+                held[key] = InputMoment(total=total, sequences=sequences, tokens=observed.tokens[key])
+        shapes = {key: observed.shapes[key] for key in owners}
+        return Moments(held) if ranks.size == 1 else ShardedMoments(shapes, owners, held, ranks)
+
+    def _summed(self, own: Tensor | None, shape: tuple[int, ...], owner: int, storage: MomentStorage) -> Tensor | None:
+        ranks, device = self.watched.model.ranks, input_device(self.watched.module)  # of the same type on all ranks
+        is_owner = owner == ranks.rank
+        if own is None and is_owner:
+            own = storage.allocate(shape, device)
+        # Another rank may have it in host memory, where this one has it on its device.
+        moved = torch.zeros(shape, device=device) if own is None else own
+        if ranks.size > 1:
+            moved = moved.to(device)
+            ranks.sum_to_(moved, owner)
+        if own is None or not is_owner:
+            return None
+        if moved is not own:
+            own.copy_(moved)
+        return own.cpu()
 
 
 def _require_products(model: nn.Module, uses: Sequence[Use], untargeted: Collection[str], targets: Targets) -> None:
     kind = class_name(model)
     if not uses:
         raise CaptureError(f"{kind}: the safety data reached no weight; is forward() the right entry?")
-    if untargeted and all(use.role in DIAGONAL for use in uses):
+    if untargeted and all(use.role.is_diagonal for use in uses):
         raise ConfigurationError(
             f"targets={targets.names!r}, layers_to_transform={targets.layers_to_transform!r} choose none of the "
             f"{len(untargeted)} linear weights of {kind}, such as {min(untargeted)}"
         )
-    if all(use.role in DIAGONAL for use in uses):
+    if all(use.role.is_diagonal for use in uses):
         raise CaptureError(f"{kind} has no linear layer that the safety data reaches, so nothing to adjust")

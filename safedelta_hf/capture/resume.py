@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from tqdm.auto import tqdm
 
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.reading import Capture
+from safedelta_hf.capture.uses import in_order
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import SafetySequence, digest_of
 from safedelta_hf.errors import CaptureError, ConfigurationError, ProfileError
-from safedelta_hf.profile.moments import MomentsByKey
+from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.records import Use
 
 Read = Callable[[Sequence[SafetySequence]], Capture]
 
@@ -113,9 +114,7 @@ def _as_profile(capture: Capture, part: Sequence[SafetySequence], made_of: Mappi
 def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
     _require_same_sharing(one, other)
     new = [use for use in other.uses if one.key_of(use) is None]
-    order = {name: number for number, name in enumerate(one.header.base)}
-    last = len(order)
-    uses = sorted((*one.uses, *new), key=lambda use: (order.get(use.parameter, last), _start(use)))
+    uses = in_order((*one.uses, *new), tuple(one.header.base))
     header = replace(
         one.header,
         data=other.header.data,
@@ -124,11 +123,14 @@ def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
         skipped={name: why for name, why in one.header.skipped.items() if name in other.header.skipped},
         parametrised={**one.header.parametrised, **other.header.parametrised},
     )
-    return SafetyProfile(header=header, uses=tuple(uses), moments=_Sum(one, other))
+    twins = dict(zip(other.moments, other.moments, strict=True))
+    moments = SummedMoments(one.moments, other.moments, twins, partial(_joined, header.sequences))
+    return SafetyProfile(header=header, uses=tuple(uses), moments=moments)
 
 
-def _start(use: Use) -> int:
-    return -1 if use.part is None else use.part.start
+def _joined(sequences: int, one: InputMoment | None, other: InputMoment | None) -> InputMoment:
+    found = [moment for moment in (one, other) if moment is not None]
+    return replace(found[0] if len(found) == 1 else found[0].merge(found[1]), sequences=sequences)
 
 
 def _require_same_sharing(one: SafetyProfile, other: SafetyProfile) -> None:
@@ -141,28 +143,3 @@ def _require_same_sharing(one: SafetyProfile, other: SafetyProfile) -> None:
                     f"{use.parameter}: it shares its inputs with other layers in some parts of the data and not in "
                     "others; pass share_moments=False"
                 )
-
-
-class _Sum(MomentsByKey):
-    """Moments of disjoint data, added when they are read."""
-
-    def __init__(self, one: SafetyProfile, other: SafetyProfile) -> None:
-        super().__init__(dict.fromkeys((*one.moments, *other.moments)))
-        self._pair = one.moments, other.moments
-        self._sequences = one.header.sequences + other.header.sequences
-
-    def __getitem__(self, key: str) -> InputMoment:
-        found = [moments[key] for moments in self._pair if key in moments]
-        total = found[0] if len(found) == 1 else found[0].merge(found[1])
-        return replace(total, sequences=self._sequences)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a moment.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            `(in, in)` or `(in,)`.
-        """
-        return next(moments for moments in self._pair if key in moments).shape(key)

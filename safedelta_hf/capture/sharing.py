@@ -2,20 +2,11 @@
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safedelta_hf.capture.tensors import storage_key, weak_storage
-
-
-@dataclass
-class _Reading:
-    """Inputs that products are reading, and how often each has read them."""
-
-    leader: str
-    calls: Counter[str] = field(default_factory=Counter)
 
 
 class SharedInputs:
@@ -33,13 +24,13 @@ class SharedInputs:
         self.leaders: dict[str, str] = {}
         self.sizes: Counter[str] = Counter()
         self._obstacle: str | None = None
-        self._readings: dict[Hashable, _Reading] = {}
+        self._calls: dict[Hashable, Counter[str]] = {}  # how often each product has read some inputs, the leader first
         self._copies: dict[int, tuple[int, Hashable]] = {}
         self._held: dict[int, StorageWeakRef] = {}
 
     def start_batch(self) -> None:
         """Forget which inputs were read: identities hold within one forward pass only."""
-        self._readings.clear()
+        self._calls.clear()
         self._copies.clear()
         self._held.clear()
 
@@ -67,10 +58,10 @@ class SharedInputs:
         """
         if self._obstacle is not None:
             return True
-        reading = self._readings.setdefault(self._identity(inputs), _Reading(leader=key))
-        reading.calls[key] += 1
-        leader, size = reading.leader, len(inputs)
-        is_follower = self.leaders.get(key) == leader and reading.calls[key] <= reading.calls[leader]
+        calls = self._calls.setdefault(self._identity(inputs), Counter())
+        calls[key] += 1
+        leader, size = next(iter(calls)), len(inputs)
+        is_follower = self.leaders.get(key) == leader and calls[key] <= calls[leader]
         is_new = leader != key and key not in self.sizes and self.sizes[leader] == size
         if key in self.leaders and not is_follower:
             if inputs.any():  # zeros, as stand in for a token before the first, add nothing to any moment

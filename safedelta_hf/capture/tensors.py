@@ -31,7 +31,7 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
-class Descendants:
+class DependentTensors:
     """Tensors that hold anything computed from the data, or made during the call, such as positions.
 
     Anything else that a weight is combined with, such as a buffer, makes another weight of it.

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safedelta_hf.capture.tensors import storage_key, weak_storage
+from safedelta_hf.records import MatrixView
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class ParameterView:
     """The entries of one parameter that a tensor shows, as strides over the flattened parameter.
 
     Attributes:
@@ -38,12 +39,20 @@ class Origin:
         return all(size == 1 or stride == step for size, stride, step in wanted)
 
     @property
+    def matrix(self) -> MatrixView:
+        """The matrix of its entries, of a view of two dimensions."""
+        (rows, columns), (row_stride, column_stride) = self.shape, self.strides
+        return MatrixView(
+            start=self.start, rows=rows, columns=columns, row_stride=row_stride, column_stride=column_stride
+        )
+
+    @property
     def count(self) -> int:
         """Number of different entries, at least 1."""
         own, _ = self.split()
         return max(1, torch.Size(self.shape[n] for n in own).numel())
 
-    def select(self, dimension: int, index: int) -> "Origin":
+    def select(self, dimension: int, index: int) -> "ParameterView":
         """One slice along a dimension, as `torch.select`.
 
         Args:
@@ -51,7 +60,7 @@ class Origin:
             index: Position along it.
 
         Returns:
-            The origin of the slice.
+            The view of the slice.
         """
         rest = [number for number in range(len(self.shape)) if number != dimension % len(self.shape)]
         return replace(
@@ -73,14 +82,14 @@ class Origin:
         own, _ = self.split()
         return values.as_strided([self.shape[n] for n in own], [self.strides[n] for n in own], self.start)
 
-    def broadcast(self, shape: Sequence[int]) -> "Origin":
+    def broadcast(self, shape: Sequence[int]) -> "ParameterView":
         """The same entries repeated to a larger shape, as `torch.broadcast_to`.
 
         Args:
             shape: A shape that this one broadcasts to.
 
         Returns:
-            The origin of the broadcast tensor.
+            The view of the broadcast tensor.
         """
         missing = len(shape) - len(self.shape)
         own = zip(self.shape, self.strides, shape[missing:], strict=True)
@@ -105,23 +114,23 @@ class Layout:
         storage: The memory.
         memory_start: Where in it the tensor begins.
         memory_strides: Steps in it along each dimension of the tensor.
-        origin: The entries.
+        view: The entries.
         tensor: The tensor itself, if it is no copy.
     """
 
     storage: StorageWeakRef
     memory_start: int
     memory_strides: tuple[int, ...]
-    origin: Origin
+    view: ParameterView
     tensor: "weakref.ref[Tensor] | None" = None
 
     @classmethod
-    def of(cls, tensor: Tensor, origin: Origin, *, is_copy: bool) -> "Layout":
+    def of(cls, tensor: Tensor, view: ParameterView, *, is_copy: bool) -> "Layout":
         """The layout of a tensor as it is now.
 
         Args:
             tensor: The tensor.
-            origin: What it shows.
+            view: What it shows.
             is_copy: Whether it is a copy of a parameter.
 
         Returns:
@@ -131,7 +140,7 @@ class Layout:
             storage=weak_storage(tensor),
             memory_start=int(tensor.storage_offset()),
             memory_strides=tensor.stride(),
-            origin=origin,
+            view=view,
             tensor=None if is_copy else weakref.ref(tensor),
         )
 
@@ -149,7 +158,7 @@ class Layout:
     @property
     def memory_stop(self) -> int:
         """One past the last place in memory."""
-        steps = ((n - 1) * step for n, step in zip(self.origin.shape, self.memory_strides, strict=True))
+        steps = ((n - 1) * step for n, step in zip(self.view.shape, self.memory_strides, strict=True))
         return self.memory_start + sum(steps) + 1
 
     def holds(self, memory: int) -> bool:
@@ -183,8 +192,8 @@ class Layout:
         Returns:
             Its index in the flattened parameter.
         """
-        rest, entry = memory - self.memory_start, self.origin.start
-        dimensions = zip(self.memory_strides, self.origin.shape, self.origin.strides, strict=True)
+        rest, entry = memory - self.memory_start, self.view.start
+        dimensions = zip(self.memory_strides, self.view.shape, self.view.strides, strict=True)
         for step, size, stride in sorted(dimensions, reverse=True):
             if size > 1 and step:
                 position, rest = divmod(rest, step)
@@ -204,7 +213,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
 
 
-def seen_through(layout: Layout, tensor: Tensor) -> Origin | None:
+def seen_through(layout: Layout, tensor: Tensor) -> ParameterView | None:
     """What a view shows of a parameter.
 
     Args:
@@ -212,7 +221,7 @@ def seen_through(layout: Layout, tensor: Tensor) -> Origin | None:
         tensor: The view.
 
     Returns:
-        Its origin, or None if its entries are not evenly spaced.
+        Its view, or None if its entries are not evenly spaced.
     """
     memory = int(tensor.storage_offset())
     start = layout.entry(memory)
@@ -226,10 +235,10 @@ def seen_through(layout: Layout, tensor: Tensor) -> Origin | None:
         (size - 1) * step for size, step in zip(tensor.shape, steps, strict=True)
     ):
         return None
-    return replace(layout.origin, start=start, shape=tuple(tensor.shape), strides=tuple(steps))
+    return replace(layout.view, start=start, shape=tuple(tensor.shape), strides=tuple(steps))
 
 
-class Origins:
+class TensorTracker:
     """Follows parameters through views, casts, copies and elementwise maps.
 
     Views are recognised by the memory they share; copies are remembered as long as they live.
@@ -256,32 +265,32 @@ class Origins:
             is_computed: Whether it is computed, so that the model may change it without changing a parameter.
         """
         shape, key = tuple(tensor.shape), storage_key(tensor)
-        origin = Origin(parameter=name, start=0, shape=shape, strides=contiguous(shape))
-        layout = Layout.of(tensor, origin, is_copy=False)
+        view = ParameterView(parameter=name, start=0, shape=shape, strides=contiguous(shape))
+        layout = Layout.of(tensor, view, is_copy=False)
         met = self._layouts.get(key, ())
-        if any(known.overlaps(layout) and known.is_valid and known.origin.parameter != name for known in met):
+        if any(known.overlaps(layout) and known.is_valid and known.view.parameter != name for known in met):
             return
         self._sizes[name] = tensor.numel()
         if not is_computed:
             self._own.add(key)
         self._layouts[key] = [known for known in met if not known.overlaps(layout)] + [layout]
 
-    def of(self, tensor: object) -> Origin | None:
+    def of(self, tensor: object) -> ParameterView | None:
         """Where a tensor comes from.
 
         Args:
             tensor: Any argument of an operation.
 
         Returns:
-            Its origin, or None if it is no view or copy of a parameter, or one whose entries are not evenly spaced.
+            Its view, or None if it is no view or copy of a parameter, or one whose entries are not evenly spaced.
         """
         if not isinstance(tensor, Tensor):
             return None
         layout = self._layout(tensor)
-        origin = None if layout is None else seen_through(layout, tensor)
-        if layout is not None and origin is None:
-            self.scattered.add(layout.origin.parameter)
-        return origin
+        view = None if layout is None else seen_through(layout, tensor)
+        if layout is not None and view is None:
+            self.scattered.add(layout.view.parameter)
+        return view
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The parameter that a tensor is a view or copy of, evenly spaced or not.
@@ -293,9 +302,9 @@ class Origins:
             Its canonical name, or None.
         """
         layout = self._layout(tensor)
-        return None if layout is None else layout.origin.parameter
+        return None if layout is None else layout.view.parameter
 
-    def sorted_of(self, tensor: Tensor) -> tuple[Origin, list[list[int]]] | None:
+    def sorted_of(self, tensor: Tensor) -> tuple[ParameterView, list[list[int]]] | None:
         """Where a tensor comes from once the indices along each dimension are put into the parameter's order.
 
         Summing over several dimensions at once, as einsum does, takes them in any order.
@@ -304,7 +313,7 @@ class Origins:
             tensor: Any tensor.
 
         Returns:
-            Its origin when sorted, and the indices that sort it; None if that does not make it evenly spaced.
+            Its view when sorted, and the indices that sort it; None if that does not make it evenly spaced.
         """
         layout = self._layout(tensor)
         if layout is None or not tensor.numel():
@@ -325,20 +334,20 @@ class Origins:
         if not is_even or layout.entry(last) != start + sum(own[-1] for own in places):
             return None
         first = start + sum(own[0] for own in ordered)
-        origin = replace(layout.origin, start=first, shape=tuple(tensor.shape), strides=tuple(steps))
-        return origin, orders
+        view = replace(layout.view, start=first, shape=tuple(tensor.shape), strides=tuple(steps))
+        return view, orders
 
     def _layout(self, tensor: Tensor) -> "Layout | None":
         start = int(tensor.storage_offset())
         layouts = self._layouts.get(storage_key(tensor), ())
         return next((layout for layout in layouts if layout.holds(start)), None)
 
-    def derive(self, result: Tensor, source: Origin, slope: float | Tensor = 1.0) -> None:
+    def derive(self, result: Tensor, source: ParameterView, slope: float | Tensor = 1.0) -> None:
         """Remember that a new tensor was made of a weight, entry by entry.
 
         Args:
             result: A tensor with memory of its own.
-            source: Origin of what it was made of, of the same shape.
+            source: View of what it was made of, of the same shape.
             slope: Derivative of the map, for all entries or for each.
         """
         if isinstance(slope, float):
@@ -374,5 +383,5 @@ class Origins:
         }
         self._own &= self._layouts.keys()
 
-    def _remember(self, tensor: Tensor, origin: Origin) -> None:
-        self._layouts.setdefault(storage_key(tensor), []).append(Layout.of(tensor, origin, is_copy=True))
+    def _remember(self, tensor: Tensor, view: ParameterView) -> None:
+        self._layouts.setdefault(storage_key(tensor), []).append(Layout.of(tensor, view, is_copy=True))

@@ -32,13 +32,18 @@ def packed_products(model: nn.Module, observer: Observer) -> Iterator[None]:
     """
     names = parameter_names(model)
     with ExitStack() as hooks:
-        for name, module in base_modules(model):
-            if isinstance(module, nn.Linear) and is_quantised(module.weight):
-                weight, bias = (module.get_parameter("weight"), module.bias)
-                hook = _Packed(name, names[weight], None if bias is None else names[bias], observer)
-                hooks.callback(module.register_forward_pre_hook(hook.before).remove)
-                hooks.callback(module.register_forward_hook(hook.after, with_kwargs=True).remove)
+        for name, module in _packed_layers(model):
+            weight, bias = (module.get_parameter("weight"), module.bias)
+            hook = _Packed(name, names[weight], None if bias is None else names[bias], observer)
+            hooks.callback(module.register_forward_pre_hook(hook.before).remove)
+            hooks.callback(module.register_forward_hook(hook.after, with_kwargs=True).remove)
         yield
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in base_modules(model):
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            yield name, module
 
 
 class _Packed:
@@ -160,8 +165,13 @@ class WatchedModel:
             )
         with undisturbed(module):
             weights = ParametrisedWeights.of(module)
+        names = parameter_names(module)
+        packed = {
+            names[layer.get_parameter("weight")]: (layer.out_features, layer.in_features)
+            for _, layer in _packed_layers(module)
+        }
         matrices = {
-            name: torch.empty((), device=model.device(name)).expand(model.shape(name))
+            name: torch.empty((), device=model.device(name)).expand(packed.get(name) or model.shape(name))
             for name in model.names
             if name not in weights.originals
         }
@@ -178,12 +188,12 @@ class WatchedModel:
         """Name of the output projection's weight, if the model has one."""
         return _head(self.module, self.weights.followed.values())
 
-    def reasons(self, used: Collection[str], unread: Mapping[str, str]) -> dict[str, str]:
+    def reasons(self, used: Collection[str], unsupported: Mapping[str, str]) -> dict[str, str]:
         """Why parameters are not covered.
 
         Args:
             used: Names of the weights that are.
-            unread: Why weights that were used were not read, by name.
+            unsupported: Why weights that were used were not read, by name.
 
         Returns:
             Reasons by name.
@@ -196,7 +206,7 @@ class WatchedModel:
             if weight not in used:
                 kind = type(owners[parameter]).__name__
                 unreached = f"the safety data never reached it, unless inside a fused kernel, in {kind}"
-                reasons[name] = self.weights.reasons.get(name) or unread.get(weight, unreached)
+                reasons[name] = self.weights.reasons.get(name) or unsupported.get(weight, unreached)
         return reasons
 
 

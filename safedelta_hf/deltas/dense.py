@@ -8,10 +8,7 @@ from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.records import Part, Role, Use
-
-TRANSPOSED_ROLES = (Role.CONV1D, Role.EMBEDDING)
-"""Roles whose parameter is stored with its inputs first."""
+from safedelta_hf.records import MatrixView, Use
 
 
 class DeltaMatrix(Protocol):
@@ -73,14 +70,14 @@ class DenseDelta:
     Args:
         tuned: Fine-tuned weight, in the dtype of the model.
         base: Base weight of the same shape, on any device.
-        adjusted: What is kept of the delta, float32; None for all of it.
+        adjusted: What is kept of the delta, float32, contiguous; None for all of it.
     """
 
     def __init__(self, tuned: Tensor, base: Tensor, adjusted: Tensor | None = None) -> None:
         self._tuned = tuned.detach()
         self._base = base.detach().to(tuned)
         self._is_tuned = adjusted is None
-        self._adjusted = self._delta() if adjusted is None else adjusted
+        self._adjusted = self._delta().contiguous() if adjusted is None else adjusted
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +86,7 @@ class DenseDelta:
 
     @property
     def values(self) -> Tensor:
-        """What is kept of the delta, float32, in the shape of its parameter."""
+        """What is kept of the delta, float32, in the shape of its parameter, contiguous."""
         return self._adjusted
 
     @property
@@ -126,7 +123,7 @@ class DenseDelta:
         Returns:
             A view.
         """
-        return MatrixDelta(self._adjusted, use.role, use.part)
+        return MatrixDelta(self._adjusted, use.view)
 
     def transformed(self, use: Use, transform: Transform) -> "DenseDelta":
         """The delta with a transform applied to its rows.
@@ -138,7 +135,7 @@ class DenseDelta:
         Returns:
             A delta of the same weights; this one if it is adjusted already and only a part of it changes.
         """
-        if use.part is None:
+        if use.view.covers(self._adjusted.numel()):
             return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
         result = DenseDelta(self._tuned, self._base, self._adjusted.clone()) if self._is_tuned else self
         result.matrix(use).replace(transform)
@@ -173,11 +170,11 @@ class DenseDelta:
         Returns:
             A new delta of the same weights.
         """
-        if any(use.part is None for use in uses):
+        if any(use.view.covers(values.numel()) for use in uses):
             return DenseDelta(self._tuned, self._base, values)
         kept = self._adjusted.clone()
         for use in uses:
-            _as_matrix(kept, use.role, use.part).copy_(_as_matrix(values, use.role, use.part))
+            as_strided(kept, use.view).copy_(as_strided(values, use.view))
         return DenseDelta(self._tuned, self._base, kept)
 
     def weight(self) -> Tensor:
@@ -197,14 +194,12 @@ class MatrixDelta:
 
     Args:
         delta: Delta in the shape of its parameter, float32, contiguous.
-        role: How the parameter meets its inputs.
-        part: The matrix that is used, if it is not the whole parameter.
+        view: The matrix in it that is used.
     """
 
-    def __init__(self, delta: Tensor, role: Role, part: Part | None = None) -> None:
-        self._delta = delta
-        self._role, self._part = role, part
-        self._matrix = _as_matrix(delta, role, part)
+    def __init__(self, delta: Tensor, view: MatrixView) -> None:
+        self._delta, self._view = delta, view
+        self._matrix = as_strided(delta, view)
 
     @property
     def rows(self) -> int:
@@ -246,17 +241,18 @@ class MatrixDelta:
             transform: Applied to the rows.
 
         Returns:
-            A new float32 tensor.
+            A new float32 tensor, contiguous.
         """
-        if self._part is None:
-            result = transform(self._matrix)
-            return (result.T if self._role in TRANSPOSED_ROLES else result).reshape(self._delta.shape)
-        copy = self._delta.clone()
-        MatrixDelta(copy, self._role, self._part).replace(transform)
-        return copy
+        result = transform(self._matrix)
+        if self._view.covers(self._delta.numel()):
+            stored = result.T if self._view.has_inputs_first else result
+            return stored.contiguous().view(self._delta.shape)
+        changed = self._delta.clone()
+        as_strided(changed, self._view).copy_(result)
+        return changed
 
     def replace(self, transform: Transform) -> None:
-        """Transform the delta in place, and no more of it than its part.
+        """Transform the delta in place, and no more of it than the view shows.
 
         Args:
             transform: Applied to the rows.
@@ -264,15 +260,18 @@ class MatrixDelta:
         self._matrix.copy_(transform(self._matrix))
 
 
-def _as_matrix(delta: Tensor, role: Role, part: Part | None) -> Tensor:
-    if part is not None:
-        strides = (part.row_stride, part.column_stride)
-        return delta.view(-1).as_strided((part.rows, part.columns), strides, delta.storage_offset() + part.start)
-    if role in (Role.SCALE, Role.OFFSET):
-        return delta.view(1, -1)
-    if role is Role.BIAS:
-        return delta.view(-1, 1)
-    return delta.T if role in TRANSPOSED_ROLES else delta.flatten(1)
+def as_strided(values: Tensor, view: MatrixView) -> Tensor:
+    """The matrix that a use reads.
+
+    Args:
+        values: One for each entry of the parameter, contiguous, any shape.
+        view: Which of them.
+
+    Returns:
+        [rows, columns], in the same memory.
+    """
+    strides = (view.row_stride, view.column_stride)
+    return values.view(-1).as_strided((view.rows, view.columns), strides, values.storage_offset() + view.start)
 
 
 def recombine(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
-from safedelta_hf.deltas.dense import TRANSPOSED_ROLES
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.records import Use
+from safedelta_hf.records import MatrixView, Use
 
 Factors = tuple[Tensor, Tensor]
 """`L` [first, rank] and `R` [rank, second]."""
@@ -118,7 +117,7 @@ class FactoredDelta:
             Its factors.
         """
         left, right = self._adjusted
-        if self._is_transposed(use):
+        if self._is_transposed(use.view):
             left, right = right.T, left.T
         return FactoredMatrix(left=left, right=right, scaling=self._scaling)
 
@@ -134,7 +133,7 @@ class FactoredDelta:
         """
         seen = self.matrix(use)
         seen = replace(seen, right=transform(seen.right))
-        kept = (seen.right.T, seen.left.T) if self._is_transposed(use) else (seen.left, seen.right)
+        kept = (seen.right.T, seen.left.T) if self._is_transposed(use.view) else (seen.left, seen.right)
         return FactoredDelta(*self._tuned, self._scaling, kept)
 
     def dropped(self) -> "FactoredDelta":
@@ -146,18 +145,14 @@ class FactoredDelta:
         left, right = self._adjusted
         return FactoredDelta(*self._tuned, self._scaling, (left, torch.zeros_like(right)))
 
-    def _is_transposed(self, use: Use) -> bool:
-        if use.part is None:
-            return use.role in TRANSPOSED_ROLES
-        shape = len(self._tuned[0]), self._tuned[1].shape[1]
-        seen = (use.part.rows, use.part.columns, use.part.row_stride, use.part.column_stride)
-        if seen == (*shape, shape[1], 1):
-            return False
-        if seen == (*shape[::-1], 1, shape[1]):
-            return True
+    def _is_transposed(self, view: MatrixView) -> bool:
+        first, second = len(self._tuned[0]), self._tuned[1].shape[1]
+        product = MatrixView.contiguous(first, second, view.start)
+        if view in (product, product.transposed):
+            return view != product
         raise AdapterError(
-            f"its model uses a part [{use.part.rows}, {use.part.columns}] of the [{shape[0]}, {shape[1]}] that the "
-            "adapter tunes as one product; merge the adapter and use adjust_model"
+            f"its model uses a part [{view.rows}, {view.columns}] of the [{first}, {second}] that the adapter tunes as "
+            "one product; merge the adapter and use adjust_model"
         )
 
 
@@ -222,9 +217,9 @@ class StackedDelta:
         return StackedDelta([part.dropped() for part in self.parts], self._size)
 
     def _number(self, use: Use) -> int:
-        if use.part is None or use.part.start % self._size:
+        if use.view.entries > self._size or use.view.start % self._size:
             raise AdapterError("its model does not use it matrix by matrix; merge the adapter and use adjust_model")
-        return use.part.start // self._size
+        return use.view.start // self._size
 
 
 def energy(left: Tensor, right: Tensor, scaling: float) -> float:

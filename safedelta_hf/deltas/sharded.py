@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
-from safedelta_hf.deltas.dense import DeltaMatrix, DenseDelta, MatrixDelta
+from safedelta_hf.deltas.dense import DeltaMatrix, DenseDelta, MatrixDelta, as_strided
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.records import Part, Role, Use
+from safedelta_hf.records import MatrixView, Use
 
 
 class ShardedDelta:
@@ -56,8 +56,8 @@ class ShardedDelta:
         """
         share = _share(use, self._shape, self._shard)
         if share is None:
-            return MatrixDelta(self._assembled(), use.role, use.part)
-        return ShardedMatrix(share.of(self._own.values), share, self._sum)
+            return MatrixDelta(self._assembled(), use.view)
+        return ShardedMatrix(as_strided(self._own.values, share.view), share, self._sum)
 
     def transformed(self, use: Use, transform: Transform) -> "ShardedDelta":
         """The delta with a transform applied to its rows.
@@ -71,10 +71,10 @@ class ShardedDelta:
         """
         share = _share(use, self._shape, self._shard)
         if share is None:
-            whole = MatrixDelta(self._assembled(), use.role, use.part).transformed(transform)
+            whole = MatrixDelta(self._assembled(), use.view).transformed(transform)
             return self._with(whole[self._shard.start : self._shard.stop].clone())
         values = self._own.values.clone(memory_format=torch.contiguous_format)
-        matrix = share.of(values)
+        matrix = as_strided(values, share.view)
         matrix.copy_(share.through(transform, matrix))
         return self._with(values)
 
@@ -164,13 +164,13 @@ class _Share:
         rows: Of the whole.
         columns: Of the whole.
         own_columns: Which of them this process has.
-        of: The share as a view of this process's slices of the parameter, [own rows, own columns].
+        view: The share as a view of this process's slices of the parameter, [own rows, own columns].
     """
 
     rows: int
     columns: int
     own_columns: slice
-    of: Callable[[Tensor], Tensor]
+    view: MatrixView
 
     def through(self, transform: Transform, own: Tensor) -> Tensor:
         """Apply the transform of the whole matrix to a share of it.
@@ -198,38 +198,36 @@ def _share(use: Use, shape: torch.Size, shard: Shard) -> _Share | None:
     Returns:
         The share, or None if the columns of its rows lie in several slices and mix.
     """
-    size = math.prod(shape[1:])
-    if use.part is not None:
-        return _share_of_part(use.part, size, shard)
-    entries = size * shard.size
-    if use.role is Role.CONV1D:
+    view, size = use.view, math.prod(shape[1:])
+    rows, columns = slice(0, view.rows), slice(0, view.columns)
+    if (own := _lines_within(view, size, shard)) is not None:
+        rows = own
+    elif use.role.is_diagonal and (own := _lines_within(view.transposed, size, shard)) is not None:
+        columns = own
+    else:
         return None
-    if use.role is Role.EMBEDDING:
-        own = slice(shard.start, shard.stop)
-        return _Share(rows=size, columns=shard.size, own_columns=own, of=lambda slices: slices.view(-1, size).T)
-    if use.role in (Role.SCALE, Role.OFFSET):
-        own = slice(shard.start * size, shard.stop * size)
-        return _Share(rows=1, columns=entries, own_columns=own, of=lambda slices: slices.view(1, -1))
-    columns = 1 if use.role is Role.BIAS else size
-    return _Share(
-        rows=entries // columns,
-        columns=columns,
-        own_columns=slice(None),
-        of=lambda slices: slices.view(-1, columns),
+    first = view.start + rows.start * view.row_stride + columns.start * view.column_stride - shard.start * size
+    has_any = own.start < own.stop
+    mine = replace(
+        view, start=first if has_any else 0, rows=rows.stop - rows.start, columns=columns.stop - columns.start
     )
+    return _Share(rows=view.rows, columns=view.columns, own_columns=columns, view=mine)
 
 
-def _share_of_part(part: Part, size: int, shard: Shard) -> _Share | None:
-    starts = part.start + part.row_stride * torch.arange(part.rows)
+def _lines_within(view: MatrixView, size: int, shard: Shard) -> slice | None:
+    """Which rows of a matrix a process has.
+
+    Args:
+        view: The matrix.
+        size: Entries of one slice of the parameter.
+        shard: The slices of the process.
+
+    Returns:
+        Their numbers; None if a row lies in several slices.
+    """
+    starts = view.start + view.row_stride * torch.arange(view.rows)
     slices = starts // size
-    if not torch.equal(slices, (starts + part.column_stride * (part.columns - 1)) // size):
+    if not torch.equal(slices, (starts + view.column_stride * (view.columns - 1)) // size):
         return None
-    own = ((slices >= shard.start) & (slices < shard.stop)).nonzero().flatten()
-    first = int(starts[own[0]]) - shard.start * size if len(own) else 0
-    layout = (len(own), part.columns), (part.row_stride, part.column_stride)
-    return _Share(
-        rows=part.rows,
-        columns=part.columns,
-        own_columns=slice(None),
-        of=lambda own: own.view(-1).as_strided(*layout, own.storage_offset() + first),
-    )
+    first, stop = torch.searchsorted(slices, torch.tensor([shard.start, shard.stop])).tolist()
+    return slice(first, stop)

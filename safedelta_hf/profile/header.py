@@ -15,7 +15,7 @@ from safedelta_hf.data.dataset import IGNORED
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.profile.encodings import Encoding, Float32, encoding_of
-from safedelta_hf.records import DIAGONAL, Part, ProfileHeader, Use
+from safedelta_hf.records import MatrixView, ProfileHeader, Use
 
 T = TypeVar("T")
 
@@ -72,15 +72,13 @@ def _typed(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401 - whatever
 HEADER_FILE: Final = "profile.json"
 HEADER_LIMIT: Final = 32 * 2**20
 """Bytes of a header file, at most: it is read whole, and parsing it takes many times as much memory."""
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 SHARD_PATTERN: Final = "moments-*-of-*.safetensors"
 
 _SHARD_NAME: Final = re.compile(r"moments-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LARGEST_SIDES: Final = {1: 2**31, 2: 2**17}
 """Of diagonal and of full moments: a full one of more would take over 64 GiB, however small it is stored."""
-
-_LARGEST_INDEX: Final = 2**48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,18 +258,17 @@ def _require_uses(uses: Iterable[Use], moments: Mapping[str, StoredMoment], head
             raise ValueError(f"{use.parameter!r} uses a moment that the profile does not hold: {use.moment!r}")
         if use.parameter not in header.base and use.parameter not in header.parametrised:
             raise ValueError(f"{use.parameter!r} is no parameter of the base")
-        if (use.role in DIAGONAL) != (len(moments[use.moment].shape) == 1):
+        if use.role.is_diagonal != (len(moments[use.moment].shape) == 1):
             raise ValueError(f"{use.parameter!r} is used as {use.role}, its moment has another kind of shape")
-        if use.part is not None:
-            _require_part(use.parameter, use.part)
+        _require_view(use.parameter, use.view, use.shape)
 
 
-def _require_part(parameter: str, part: Part) -> None:
-    counts = part.rows, part.columns, part.row_stride, part.column_stride
-    if part.start < 0 or min(counts) < 1:
-        raise ValueError(f"{parameter!r} has a part with negative numbers, or without rows, columns or steps")
-    if max(part.start, *counts) >= _LARGEST_INDEX:
-        raise ValueError(f"{parameter!r} has a part that lies beyond any parameter")
+def _require_view(parameter: str, view: MatrixView, shape: tuple[int, ...]) -> None:
+    counts = view.rows, view.columns, view.row_stride, view.column_stride
+    if view.start < 0 or min(counts) < 1:
+        raise ValueError(f"{parameter!r} has a view with negative numbers, or without rows, columns or steps")
+    if min(shape, default=1) < 1 or not view.fits(math.prod(shape)):
+        raise ValueError(f"{parameter!r} has a view that does not fit into its shape, {list(shape)[:8]}")
 
 
 def _require_held_out(held_out: HeldOut | None) -> None:

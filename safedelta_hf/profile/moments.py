@@ -1,10 +1,9 @@
-"""Moments by key, wherever they are: in memory, on disk, summed as they are read, or on another rank."""
+"""Moments by key, wherever they are: in memory, on another rank, summed as they are read, or on disk."""
 
 import hashlib
 import json
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -14,12 +13,31 @@ from safedelta_hf.errors import CaptureError
 
 
 class Moments(Mapping[str, InputMoment]):
-    """A mapping of keys to moments that knows the shape of each without reading it.
+    """A mapping of keys to moments that knows the shape of each without reading it; here of moments in memory.
 
-    Reading one may take memory of its size, a file or a network; `shape`, iteration and membership take none.
+    Elsewhere, reading one may take memory of its size, a file or a network; `shape`, iteration and membership take
+    none.
+
+    Args:
+        entries: The moments by key; in a subclass, anything that it knows of each.
     """
 
-    @abstractmethod
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, key: str) -> InputMoment:
+        moment: InputMoment = self._entries[key]
+        return moment
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries  # the inherited way would read the moment
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a moment, known without reading it.
 
@@ -31,7 +49,19 @@ class Moments(Mapping[str, InputMoment]):
 
         Raises:
             KeyError: There is no such moment.
+        """  # noqa: DOC502 - raised by the mapping
+        return tuple(self[key].total.shape)
+
+    def owner(self, key: str) -> int | None:
+        """The one rank that can read a moment.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            The rank; None where each can.
         """
+        return None
 
     def identity(self) -> str:
         """What tells these moments from others.
@@ -48,89 +78,41 @@ class Moments(Mapping[str, InputMoment]):
         return result.hexdigest()
 
 
-class MomentsByKey(Moments):
-    """What the kinds of moments have in common that know their keys from a mapping.
-
-    Args:
-        entries: Anything by key, in the order of the moments.
-    """
-
-    def __init__(self, entries: Mapping[str, object]) -> None:
-        self._keys = entries.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys  # the inherited way would read the moment
-
-
-class HeldMoments(MomentsByKey):
-    """Moments in memory, or mapped from files by what made them.
-
-    Args:
-        moments: By key.
-    """
-
-    def __init__(self, moments: Mapping[str, InputMoment]) -> None:
-        super().__init__(moments)
-        self._moments = moments
-
-    def __getitem__(self, key: str) -> InputMoment:
-        return self._moments[key]
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a moment.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            `(in, in)` or `(in,)`.
-        """
-        return tuple(self._moments[key].total.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnedMoment:
-    """What every rank knows of a moment.
-
-    Attributes:
-        shape: `(in, in)` or `(in,)`.
-        owner: The rank that holds it.
-    """
-
-    shape: tuple[int, ...]
-    owner: int
-
-
-class OwnedMoments(MomentsByKey):
+class ShardedMoments(Moments):
     """Moments by key, each on one rank; all ranks know which there are, and of what shape.
 
     Args:
-        entries: What is known of each moment; the same on all ranks.
+        shapes: Shape of each moment; the same on all ranks.
+        owners: The rank that has each of them; the same on all ranks.
         held: The moments that this rank owns, at least.
+        ranks: The ranks.
+
+    Attributes:
+        owners: The rank that has each moment.
         ranks: The ranks.
     """
 
-    def __init__(self, entries: Mapping[str, OwnedMoment], held: Mapping[str, InputMoment], ranks: Ranks) -> None:
-        super().__init__(entries)
-        self._entries, self._held, self._ranks = entries, held, ranks
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        owners: Mapping[str, int],
+        held: Mapping[str, InputMoment],
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(shapes)
+        self.owners, self.ranks, self._held = owners, ranks, held
 
     def __getitem__(self, key: str) -> InputMoment:
-        owner = self._entries[key].owner
-        if owner != self._ranks.rank:
+        owner = self.owners[key]
+        if owner != self.ranks.rank:
             raise CaptureError(
-                f"{key}: its moment is held by rank {owner}, not by rank {self._ranks.rank}; save the profile and load "
+                f"{key}: its moment is held by rank {owner}, not by rank {self.ranks.rank}; save the profile and load "
                 "it to have all moments on every rank"
             )
         return self._held[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a moment.
+        """Shape of a moment, known on all ranks.
 
         Args:
             key: Its key.
@@ -138,10 +120,11 @@ class OwnedMoments(MomentsByKey):
         Returns:
             `(in, in)` or `(in,)`.
         """
-        return self._entries[key].shape
+        shape: tuple[int, ...] = self._entries[key]
+        return shape
 
     def owner(self, key: str) -> int:
-        """Which rank holds a moment.
+        """The rank that has a moment.
 
         Args:
             key: Its key.
@@ -149,80 +132,55 @@ class OwnedMoments(MomentsByKey):
         Returns:
             The rank.
         """
-        return self._entries[key].owner
+        return self.owners[key]
 
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks that hold them."""
-        return self._ranks
+    def brought(self, key: str, receiver: int) -> InputMoment | None:
+        """Bring a moment to a rank; all ranks do it together.
 
-    @property
-    def entries(self) -> Mapping[str, OwnedMoment]:
-        """What is known of each moment on every rank."""
-        return self._entries
+        Args:
+            key: Its key.
+            receiver: The rank that is to have it.
 
-    @property
-    def held(self) -> Mapping[str, InputMoment]:
-        """The moments that this rank owns."""
-        return self._held
-
-
-def moved(moments: OwnedMoments, wanted: Mapping[str, tuple[str, int]]) -> dict[str, InputMoment]:
-    """Bring moments to other ranks; all ranks do it together.
-
-    Args:
-        moments: Moments by key.
-        wanted: For each that is wanted, under a key of the caller's, its own key and the rank that is to have it.
-
-    Returns:
-        Those that this rank is to have, by the caller's keys.
-    """
-    ranks, held = moments.ranks, {}
-    for name, (key, receiver) in wanted.items():
-        moment = _brought(moments, key, receiver)
-        if moment is not None and receiver == ranks.rank:
-            held[name] = moment
-    return held
+        Returns:
+            The moment on that rank, None on others.
+        """
+        owner, rank = self.owners[key], self.ranks.rank
+        moment = self[key] if owner == rank else None
+        moment = moment if owner == receiver else self.ranks.broadcast(moment, owner)
+        return moment if rank == receiver else None
 
 
-class BroughtToMain(MomentsByKey):
-    """Moments that are brought to the main rank when it asks for them, while the others follow.
+class SummedMoments(Moments):
+    """Sums of the moments of two profiles, made when they are read.
 
     Args:
-        moments: Moments by key, each on its owner.
+        one: Moments.
+        other: Moments of another profile of the same base.
+        twins: Key of the moment in `other`, by the key in the sum; a sum that is not named here is the one in `one`.
+        add: What makes a sum of the two, of which one may be None.
     """
 
-    def __init__(self, moments: OwnedMoments) -> None:
-        super().__init__(moments)
-        self._moments = moments
+    def __init__(
+        self,
+        one: Moments,
+        other: Moments,
+        twins: Mapping[str, str],
+        add: Callable[[InputMoment | None, InputMoment | None], InputMoment],
+    ) -> None:
+        super().__init__(dict.fromkeys((*one, *twins)))
+        self._one, self._other, self._twins, self._add = one, other, twins, add
 
     def __getitem__(self, key: str) -> InputMoment:
-        moment = _brought(self._moments, key, 0)
-        assert moment is not None, "it was brought here"
-        return moment
+        one = self._one[key] if key in self._one else None
+        return self._add(one, self._other[self._twins[key]] if key in self._twins else None)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a moment.
+        """Shape of a sum, known without reading it.
 
         Args:
             key: Its key.
 
         Returns:
-            Its shape.
+            `(in, in)` or `(in,)`.
         """
-        return self._moments.shape(key)
-
-    def follow(self, keys: Iterable[str]) -> None:
-        """Take part, on every other rank, in what the main one asks for.
-
-        Args:
-            keys: What that will be, in order.
-        """
-        for key in keys:
-            _brought(self._moments, key, 0)
-
-
-def _brought(moments: OwnedMoments, key: str, receiver: int) -> InputMoment | None:
-    owner, ranks = moments.owner(key), moments.ranks
-    moment = moments[key] if owner == ranks.rank else None
-    return moment if owner == receiver else ranks.broadcast(moment, owner)
+        return self._one.shape(key) if key in self._one else self._other.shape(self._twins[key])

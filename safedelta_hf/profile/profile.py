@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile.encodings import Encoding, encoding_of
 from safedelta_hf.profile.header import HEADER_FILE
 from safedelta_hf.profile.hub import Repository, write_card
-from safedelta_hf.profile.moments import BroughtToMain, Moments, OwnedMoments
+from safedelta_hf.profile.moments import Moments, ShardedMoments
 from safedelta_hf.profile.reader import MomentFiles, in_folder, read_header
 from safedelta_hf.profile.storage import MomentStorage
 from safedelta_hf.profile.writer import keys_in_order, write_profile
@@ -75,19 +76,25 @@ class SafetyProfile:
             RankError: Another process failed.
         """  # noqa: DOC502 - raised by the functions called
         encoding = encoding_of(storage)
-        ranks = self._ranks()
-        brought = BroughtToMain(self.moments) if isinstance(self.moments, OwnedMoments) else None
+        ranks, moments = self._ranks(), self.moments
         with ranks.together():
             if ranks.is_main:
-                self._write(Path(folder), self.moments if brought is None else brought, encoding)
-            elif brought is not None:
-                brought.follow(keys_in_order(self.moments, encoding))
+                header, uses, held_out = self.header, self.uses, self.held_out
+                read = self._on_main
+                write_profile(Path(folder), moments, encoding, read, header=header, uses=uses, held_out=held_out)
+            elif isinstance(moments, ShardedMoments):
+                for key in keys_in_order(moments, encoding):
+                    moments.brought(key, receiver=0)
 
     def _ranks(self) -> Ranks:
-        return self.moments.ranks if isinstance(self.moments, OwnedMoments) else Ranks.of_run()
+        return self.moments.ranks if isinstance(self.moments, ShardedMoments) else Ranks.of_run()
 
-    def _write(self, folder: Path, moments: Moments, storage: Encoding) -> None:
-        write_profile(folder, moments, storage, header=self.header, uses=self.uses, held_out=self.held_out)
+    def _on_main(self, key: str) -> InputMoment:
+        moment = (
+            self.moments.brought(key, receiver=0) if isinstance(self.moments, ShardedMoments) else self.moments[key]
+        )
+        assert moment is not None, "it was brought to this rank"
+        return moment
 
     @classmethod
     def load(

@@ -10,7 +10,7 @@ from pathlib import Path
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile.header import HEADER_FILE, HEADER_LIMIT, SHARD_PATTERN, Content, StoredMoment
-from safedelta_hf.profile.moments import MomentsByKey
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.profile.shards import digest_of_file, read_moment
 
 HUB_BLOBS = "blobs"
@@ -39,7 +39,7 @@ def read_header(path: Path) -> Content:
         raise ProfileError(f"profile: {str(path)!r} is malformed ({error}); collect it again") from error
 
 
-class MomentFiles(MomentsByKey):
+class MomentFiles(Moments):
     """Moments in files, read one at a time; a file is checked by its digest when it is first read.
 
     Args:
@@ -48,8 +48,7 @@ class MomentFiles(MomentsByKey):
     """
 
     def __init__(self, content: Content, locate: Callable[[str], Path]) -> None:
-        self._entries = {entry.key: entry for entry in content.moments}
-        super().__init__(self._entries)
+        super().__init__({entry.key: entry for entry in content.moments})
         self._files = content.files
         self._together: dict[str, list[StoredMoment]] = {}
         for entry in content.moments:
@@ -58,7 +57,7 @@ class MomentFiles(MomentsByKey):
         self._intact: dict[str, tuple[int, ...]] = {}
 
     def __getitem__(self, key: str) -> InputMoment:
-        entry = self._entries[key]
+        entry: StoredMoment = self._entries[key]
         try:
             path = self._locate(entry.file)
             self._require_intact(entry.file, path)
@@ -77,7 +76,8 @@ class MomentFiles(MomentsByKey):
         Returns:
             What the header says.
         """
-        return self._entries[key].shape
+        entry: StoredMoment = self._entries[key]
+        return entry.shape
 
     def identity(self) -> str:
         """What tells these moments from others, wherever their files are.

@@ -1,11 +1,11 @@
 """Behaviour to protect beside the refusals: moments of ordinary data, added to those of the safety data."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import ConfigurationError, ProfileError
-from safedelta_hf.profile.moments import Moments, MomentsByKey, OwnedMoment, OwnedMoments, moved
+from safedelta_hf.profile.moments import Moments, ShardedMoments, SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Retention
 
@@ -43,56 +43,28 @@ def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: floa
 def _summed(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> Moments:
     pairs = ((use.moment, ordinary.key_of(use)) for use in profile.uses)
     twins = {key: twin for key, twin in pairs if twin is not None}
-    own, other = profile.moments, ordinary.moments
-    if not isinstance(other, OwnedMoments):
-        added: Mapping[str, InputMoment] = _Renamed(other, twins)
-        if not isinstance(own, OwnedMoments):
-            return _Summed(own, added, weight)
-        return OwnedMoments(own.entries, _Summed(own, added, weight), own.ranks)
-    if isinstance(own, OwnedMoments):
-        entries = own.entries
-    else:  # every rank can read these, and sums up those of which it has the other half
-        owners = {key: other.owner(twin) for key, twin in twins.items()}
-        entries = {key: OwnedMoment(shape=own.shape(key), owner=owners.get(key, 0)) for key in own}
-    added = moved(other, {key: (twin, entries[key].owner) for key, twin in twins.items()})
-    return OwnedMoments(entries, _Summed(own, added, weight), other.ranks)
+    own, other, add = profile.moments, ordinary.moments, partial(_protecting, weight)
+    sharded = next((moments for moments in (own, other) if isinstance(moments, ShardedMoments)), None)
+    if sharded is None:
+        return SummedMoments(own, other, twins, add)
+    # Where every rank can read the safety data's moments, it sums up those of which it has the other half.
+    owners = {key: _first(own.owner(key), other.owner(twins[key]) if key in twins else None, 0) for key in own}
+    if isinstance(other, ShardedMoments):
+        brought = ((key, other.brought(twin, owners[key])) for key, twin in twins.items())
+        other = Moments({key: moment for key, moment in brought if moment is not None})
+        twins = dict(zip(other, other, strict=True))
+    shapes = {key: own.shape(key) for key in own}
+    return ShardedMoments(shapes, owners, SummedMoments(own, other, twins, add), sharded.ranks)
 
 
-class _Renamed(Mapping[str, InputMoment]):
-    """Moments under the keys of another profile."""
-
-    def __init__(self, moments: Moments, keys: Mapping[str, str]) -> None:
-        self._moments, self._keys = moments, keys
-
-    def __getitem__(self, key: str) -> InputMoment:
-        return self._moments[self._keys[key]]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys  # the inherited way would read the moment
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+def _first(*found: int | None) -> int:
+    return next(rank for rank in found if rank is not None)
 
 
-class _Summed(MomentsByKey):
-    """Sums of moments, and of others of the same keys where there are any."""
-
-    def __init__(self, moments: Moments, added: Mapping[str, InputMoment], weight: float) -> None:
-        super().__init__(moments)
-        self._moments, self._added, self._weight = moments, added, weight
-
-    def __getitem__(self, key: str) -> InputMoment:
-        moment = self._moments[key]
-        if key not in self._added:
-            return moment  # ordinary data never reaches what reads it
-        other = self._added[key]
-        # In units of the safety data's number of sequences, since `H = (2/N) total`.
-        share = self._weight * moment.sequences / other.sequences
-        total = moment.total + share * other.total.to(moment.total.device)
-        return replace(moment, total=total)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._moments.shape(key)
+def _protecting(weight: float, safety: InputMoment | None, kept: InputMoment | None) -> InputMoment:
+    assert safety is not None, "what the safety data never reached is not adjusted"
+    if kept is None:
+        return safety  # ordinary data never reaches what reads it
+    # In units of the safety data's number of sequences, since `H = (2/N) total`.
+    share = weight * safety.sequences / kept.sequences
+    return replace(safety, total=safety.total + share * kept.total.to(safety.total.device))

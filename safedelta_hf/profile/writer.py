@@ -1,7 +1,7 @@
 """Writing a profile: file by file, so that a killed run goes on where it stopped."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Final
 from safetensors import SafetensorError
 from torch import Tensor
 
+from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import OutputError, ProfileError, SafeDeltaError
 from safedelta_hf.folders import RunLog, complete_file, resumable
@@ -36,6 +37,7 @@ def write_profile(
     folder: Path,
     moments: Moments,
     storage: Encoding,
+    read: Callable[[str], InputMoment],
     *,
     header: ProfileHeader,
     uses: tuple[Use, ...],
@@ -47,8 +49,9 @@ def write_profile(
 
     Args:
         folder: A folder that does not exist yet.
-        moments: The moments.
+        moments: The moments, of which the shapes are used.
         storage: How to store them.
+        read: Gives a moment by its key.
         header: What the profile was made from.
         uses: How each covered parameter is used.
         held_out: Safety data that is in no moment.
@@ -65,7 +68,7 @@ def write_profile(
         entries: list[StoredMoment] = []
         try:
             for name, keys in shards.items():
-                described = _shard(unfinished / name, keys, moments, storage, log)
+                described = _shard(unfinished / name, {key: read(key) for key in keys}, storage, log)
                 files[name] = described[0]
                 entries.extend(described[1])
             content = Content(header=header, uses=uses, held_out=held_out, files=files, moments=tuple(entries))
@@ -113,12 +116,11 @@ def keys_in_order(moments: Moments, storage: Encoding) -> list[str]:
 
 
 def _shard(
-    path: Path, keys: list[str], moments: Moments, storage: Encoding, log: RunLog["_Line"]
+    path: Path, moments: Mapping[str, InputMoment], storage: Encoding, log: RunLog["_Line"]
 ) -> tuple[StoredFile, list[StoredMoment]]:
     totals: dict[str, Tensor] = {}
     entries = []
-    for key in keys:
-        moment = moments[key]
+    for key, moment in moments.items():
         total = moment.total.detach().to("cpu").float().contiguous()
         require_moment(total, key)
         totals[key] = total

@@ -135,8 +135,10 @@ def change(folder, update):
 
 def test_a_profile_of_another_architecture_or_shape_is_refused(saved, profiles, tmp_path):
     stopped(saved, profiles, ProfileError, "not among those of the GPT2LMHeadModel", kind="gpt2")
-    adapters.profile_of(tiny.llama(hidden_size=32)).save(tmp_path / "wide")
-    stopped(saved, tmp_path, ProfileError, "has 16 inputs, its moment in the profile", kind="wide")
+    for kind, size in (("wide", 32), ("narrow", 8)):
+        adapters.profile_of(tiny.llama(hidden_size=size)).save(tmp_path / kind)
+        message = rf"k_proj.weight: has the shape \[8, 16\], and \[{size // 2}, {size}\] in the model that the profile"
+        stopped(saved, tmp_path, ProfileError, message, kind=kind)
 
 
 def test_whole_parameters_are_compared_with_the_base_of_the_profile(profiles, tmp_path):

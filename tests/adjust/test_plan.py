@@ -1,10 +1,12 @@
+import re
 from dataclasses import replace
 
 import pytest
 
+from safedelta_hf.adjust.plan import check_moments
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.model.adjust import plan_model
-from safedelta_hf.records import Part, Role, Treatment
+from safedelta_hf.records import Role, Treatment
 from tests.fixtures import adapters, tiny
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -15,36 +17,26 @@ def profile():
     return adapters.profile_of(tiny.llama())
 
 
-def planned(profile, name, **changes):
+def checked(profile, name, **changes):
+    """Plan with one use changed, and check the moments of its parameter."""
     uses = tuple(replace(use, **changes) if use.parameter == name else use for use in profile.uses)
-    return plan_model(tiny.llama(), replace(profile, uses=uses), Treatment())
+    plan = plan_model(tiny.llama(), replace(profile, uses=uses), Treatment())
+    (entry,) = (entry for entry in plan.entries if entry.parameter == name)
+    check_moments(entry, profile.moments)
+    return entry
 
 
-def test_a_part_fits_as_long_as_its_last_entry_is_one_of_the_parameter(profile):
-    rows, columns = tiny.llama().get_parameter(NAME).shape
-    part = Part(start=0, rows=rows, columns=columns, row_stride=columns, column_stride=1)
-    assert planned(profile, NAME, part=part).entries
-    transposed = replace(part, rows=columns, columns=rows, row_stride=1, column_stride=columns)
-    assert planned(profile, NAME, part=transposed).entries
-    assert planned(profile, NAME, part=replace(part, start=columns, rows=rows - 1)).entries
-    for wrong in (
-        replace(part, start=1),
-        replace(part, start=2**47),
-        replace(part, rows=rows + 1),
-        replace(part, row_stride=columns + 1),
-        replace(part, column_stride=2),
-        replace(part, start=columns),
-        replace(part, rows=2 * rows, row_stride=1),  # it ends within the parameter and has more entries
-    ):
-        with pytest.raises(ProfileError, match=f"{NAME}: has the shape .* does not fit"):
-            planned(profile, NAME, part=wrong)
+@pytest.mark.parametrize("shape", [(24, 8), (24, 32), (16, 24), (384,), (24, 16, 1)])
+def test_a_profile_of_a_model_of_other_shapes_is_refused(profile, shape):
+    assert checked(profile, NAME, shape=(24, 16)).uses
+    message = f"{NAME}: has the shape [24, 16], and {list(shape)} in the model that the profile was made for"
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        checked(profile, NAME, shape=shape)
 
 
-def test_a_vector_is_no_matrix(profile):
+@pytest.mark.parametrize("role", [Role.LINEAR, Role.HEAD, Role.CONV1D, Role.CONVOLUTION])
+def test_a_vector_that_is_used_as_a_matrix_needs_the_moment_of_one(profile, role):
     name = "model.norm.weight"
-    (size,) = tiny.llama().get_parameter(name).shape
-    for role in (Role.LINEAR, Role.HEAD, Role.CONV1D, Role.CONVOLUTION):
-        with pytest.raises(ProfileError, match=f"{name}: has the shape .{size}., .* whole"):
-            planned(profile, name, role=role)
-    part = Part(start=0, rows=1, columns=size, row_stride=size, column_stride=1)
-    assert planned(profile, name, role=Role.LINEAR, part=part).entries
+    assert checked(profile, name).uses[0].view.rows == 1
+    with pytest.raises(ProfileError, match=rf"{name}: has 16 inputs, its moment in the profile has the shape \[16\]"):
+        checked(profile, name, role=role)

@@ -74,7 +74,7 @@ LINEAR = {
 
 def loss_of(profile, delta):
     return sum(
-        quadratic_loss(MatrixDelta(delta, use.role, use.part).inner, profile.moments[use.moment].hessian(delta.device))
+        quadratic_loss(MatrixDelta(delta, use.view).inner, profile.moments[use.moment].hessian(delta.device))
         for use in profile.uses
         if use.parameter == "weight"
     )
@@ -162,7 +162,9 @@ def test_each_expert_has_the_moment_of_the_tokens_routed_to_it(key):
     model = architectures.tiny_model(key)
     profile = collect_profile(model, ROWS, progress=False)
     names = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
-    routed = {use.moment for use in profile.uses if use.part and use.role is Role.LINEAR and use.parameter in names}
+    routed = {
+        use.moment for use in profile.uses if "[" in use.moment and use.role is Role.LINEAR and use.parameter in names
+    }
     tokens = len(ROWS) * 6
     for name in names:
         counts = [profile.moments[use.moment].tokens for use in profile.uses if use.parameter == name]
@@ -186,7 +188,7 @@ def test_expert_moments_equal_the_oracle():
         inputs = torch.cat([hidden[(chosen == index).any(-1)] for hidden, chosen, _ in seen]).double()
         gate, up = (inputs @ experts.gate_up_proj[index].double().T).chunk(2, -1)
         for name, read in (("gate_up_proj", inputs), ("down_proj", experts.act_fn(gate) * up)):
-            found = profile.moments[f"model.layers.0.mlp.experts.{name}[{index}]"]
+            found = profile.moments[f"model.layers.0.mlp.experts.{name}[{index}]:linear"]
             assert found.tokens == len(inputs)
             torch.testing.assert_close(found.total.double(), (read.T @ read).detach(), rtol=1e-3, atol=1e-5)
 

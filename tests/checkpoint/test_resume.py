@@ -13,7 +13,7 @@ from safedelta_hf.checkpoint import folder as checkpoint_folder
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.store import CheckpointStore
 from safedelta_hf.errors import CheckpointError, OutputError
-from safedelta_hf.profile.moments import HeldMoments
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import contents
@@ -143,7 +143,7 @@ def held(profile, factor=1.0):
     """The same profile in memory, as if it had just been collected; one moment is another."""
     moments = {key: replace(moment, total=moment.total.clone()) for key, moment in profile.moments.items()}
     next(iter(moments.values())).total.mul_(factor)
-    return replace(profile, moments=HeldMoments(moments))
+    return replace(profile, moments=Moments(moments))
 
 
 CHANGES = {

@@ -4,7 +4,7 @@ import torch
 from safedelta_hf.adjust.plan import unreached
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseDelta, MatrixDelta, recombine
-from safedelta_hf.records import Part, Role, Use
+from safedelta_hf.records import MatrixView, Role, Use
 
 SHAPES = {
     Role.LINEAR: (5, 3),
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def view(delta, role, part=None):
-    return MatrixDelta(delta, role, part)
+    return MatrixDelta(delta, part or role.view(delta.shape))
 
 
 def as_matrix(delta, role):
@@ -61,9 +61,9 @@ def test_a_part_is_transformed_and_nothing_else(is_transposed):
     delta = torch.randn(4, 5, 3)
     before = delta.clone()
     if is_transposed:
-        part = Part(start=2 * 15, rows=3, columns=5, row_stride=1, column_stride=3)
+        part = MatrixView(start=2 * 15, rows=3, columns=5, row_stride=1, column_stride=3)
     else:
-        part = Part(start=2 * 15, rows=5, columns=3, row_stride=3, column_stride=1)
+        part = MatrixView(start=2 * 15, rows=5, columns=3, row_stride=3, column_stride=1)
     matrix = before[2].T if is_transposed else before[2]
     transform = Dense(matrix=torch.randn(part.columns, part.columns))
     result = view(delta, Role.LINEAR, part).transformed(transform)
@@ -80,19 +80,23 @@ def test_parts_that_no_use_covers_are_counted():
             parameter="weight",
             role=Role.LINEAR,
             moment=str(index),
-            part=Part(start=15 * index, rows=5, columns=3, row_stride=3, column_stride=1),
+            view=MatrixView(start=15 * index, rows=5, columns=3, row_stride=3, column_stride=1),
+            shape=(4, 5, 3),
         )
         for index in (0, 2)
     )
     assert "never reached 2 of its 4 parts" in unreached((4, 5, 3), uses)
     assert not unreached((2, 5, 3), uses)
-    assert not unreached((4, 5, 3), (Use(parameter="weight", role=Role.SCALE, moment="all"),))
+    assert not unreached(
+        (4, 5, 3),
+        (Use(parameter="weight", role=Role.SCALE, moment="all", view=Role.SCALE.view((4, 5, 3)), shape=(4, 5, 3)),),
+    )
 
 
 def test_a_merge_leaves_parts_that_no_use_covers_as_tuned():
     base, tuned, merged = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
-    part = Part(start=20, rows=4, columns=5, row_stride=1, column_stride=4)
-    use = Use(parameter="weight", role=Role.LINEAR, moment="expert", part=part)
+    part = MatrixView(start=20, rows=4, columns=5, row_stride=1, column_stride=4)
+    use = Use(parameter="weight", role=Role.LINEAR, moment="expert", view=part, shape=(3, 5, 4))
     delta = DenseDelta(tuned, base)
     weight = delta.adjusted_to(merged, (use,)).weight()
     assert torch.equal(weight[[0, 2]], tuned[[0, 2]])

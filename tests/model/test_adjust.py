@@ -15,7 +15,7 @@ from safedelta_hf.errors import (
     NumericalError,
     ProfileError,
 )
-from safedelta_hf.profile.moments import HeldMoments
+from safedelta_hf.profile.moments import Moments
 from tests.fixtures import architectures, oracles, tiny
 
 MODELS = {
@@ -100,7 +100,9 @@ def test_linear_layers_equal_the_float64_oracle(compensation):
     name = "model.layers.0.mlp.down_proj.weight"
     profile = collected(base)
     delta = (tuned.get_parameter(name) - base.get_parameter(name)).detach()
-    hessian = profile.moments[name].hessian(torch.device("cpu"))
+    hessian = next(profile.moments[use.moment] for use in profile.uses if use.parameter == name).hessian(
+        torch.device("cpu")
+    )
     report = adjust(tuned, base, profile, SafeDelta(strength=3.0, compensation=compensation))
     found = (tuned.get_parameter(name) - base.get_parameter(name)).detach()
     kept = (tuned.get_parameter(name) == base.get_parameter(name) + delta).all(0)
@@ -235,7 +237,7 @@ def test_an_expert_that_the_safety_data_never_reaches_keeps_its_delta_and_the_re
     name = "model.layers.0.mlp.experts.down_proj"
     profile = collect_profile(base, [{"input_ids": [5]}], progress=False)
     report = adjust(tuned, base, profile, SafeDelta(strength=0.0))
-    reached = {use.part.start // (32 * 48) for use in profile.uses if use.parameter == name}
+    reached = {use.view.start // (32 * 48) for use in profile.uses if use.parameter == name}
     assert len(reached) == 2
     for index in range(4):
         expected = base.get_parameter(name) if index in reached else before[name]
@@ -299,9 +301,9 @@ def test_a_profile_with_a_moment_of_the_wrong_size_is_an_error():
     base, tuned = tiny.llama(), tiny.perturbed(tiny.llama())
     profile = collected(base)
     key = "model.layers.0.mlp.down_proj.weight"
-    wrong = dict(profile.moments) | {key: profile.moments["lm_head.weight"]}
+    wrong = dict(profile.moments) | {f"{key}:linear": profile.moments["lm_head.weight:head"]}
     with pytest.raises(ProfileError, match=rf"{key}: has 24 inputs"):
-        adjust(tuned, base, dataclasses.replace(profile, moments=HeldMoments(wrong)))
+        adjust(tuned, base, dataclasses.replace(profile, moments=Moments(wrong)))
 
 
 class Trap:
@@ -351,7 +353,7 @@ def test_the_hessian_of_each_expert_is_factored_once(monkeypatch):
     factorise = SafeDelta.factorise
     monkeypatch.setattr(SafeDelta, "factorise", lambda self, m: factored.append(m.safety.shape) or factorise(self, m))
     adjust(tuned, base, profile)
-    assert any(use.part is not None for use in profile.uses)
+    assert any("[" in use.moment for use in profile.uses)
     assert len(factored) <= len(profile.uses)
 
 

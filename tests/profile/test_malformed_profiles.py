@@ -163,7 +163,7 @@ def test_every_field_of_another_type_missing_or_out_of_range(malformed, original
 
 
 FILE = ("moments", 0, "file")
-PART = {"start": 0, "rows": 1, "columns": 1, "row_stride": 1, "column_stride": 1}
+VIEW = {"start": 0, "rows": 2, "columns": 2, "row_stride": 2, "column_stride": 1}
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ PART = {"start": 0, "rows": 1, "columns": 1, "row_stride": 1, "column_stride": 1
     [
         (("header", "format_version"), 1, "format version 1"),
         (("header", "format_version"), 2, "format version 2"),
-        (("header", "format_version"), 4, "format version 4"),
+        (("header", "format_version"), 3, "format version 3, this package reads 4"),
         (("header", "format_version"), 99, "format version 99"),
-        (("header", "format_version"), "3", "format version 3"),
+        (("header", "format_version"), "4", "format version 4"),
         (("moments", 0, "shape"), [], "shape"),
         (("moments", 0, "shape"), [16, 16, 16], "shape"),
         (("moments", 0, "shape"), [0], "shape"),
@@ -203,11 +203,14 @@ PART = {"start": 0, "rows": 1, "columns": 1, "row_stride": 1, "column_stride": 1
         (("uses", 0, "moment"), "another", "does not hold"),
         (("uses", 0, "parameter"), "another", "no parameter"),
         (("uses", 0, "role"), "magic", "magic"),
+        (("uses", 0, "shape"), [], "not fit"),
+        (("uses", 0, "shape"), [1, 16], "not fit"),
+        (("uses", 0, "shape"), [-48, -16], "not fit"),
         (("uses", 0, "role"), "linear", "another kind"),
         *(
-            (("uses", 0, "part"), {**PART, name: number}, message)
-            for name in PART
-            for number, message in ((-1, "negative"), (0, "without rows"), (2**48, "beyond"), (2**62, "beyond"))
+            (("uses", 0, "view"), {**VIEW, name: number}, message)
+            for name in VIEW
+            for number, message in ((-1, "negative"), (0, "without rows"), (2**48, "not fit"), (2**62, "not fit"))
             if (name, number) != ("start", 0)
         ),
         (("held_out", "losses"), lambda losses: losses[1:], "held_out"),
@@ -286,7 +289,7 @@ def outside(folder, name):
         lambda folder: header(folder).write_text("null"),
         lambda folder: header(folder).write_text("[]"),
         lambda folder: header(folder).write_text("{}"),
-        lambda folder: header(folder).write_text('{"header": {"format_version": 3}}'),
+        lambda folder: header(folder).write_text('{"header": {"format_version": 4}}'),
         edit(("header", "architecture"), "\ud800"),
         edit(("header", "skipped"), {"\ud800": "x"}),
     ],
@@ -408,7 +411,7 @@ def test_a_header_that_is_nested_as_deep_as_can_be_read(malformed, place):
         nested = "[" * depth + "]" * depth
         text = header(folder).read_text()
         changed = {
-            "version": text.replace('"format_version": 3', f'"format_version": {nested}'),
+            "version": text.replace('"format_version": 4', f'"format_version": {nested}'),
             "unknown": text.removesuffix("}") + f', "unknown": {nested}}}',
             "sequences": text.replace('"sequences": 12', f'"sequences": {nested}'),
         }[place]

@@ -81,8 +81,8 @@ def test_a_folder_without_header_is_no_profile(tmp_path):
 
 def test_an_older_format_says_to_collect_again(profile, tmp_path):
     profile.save(tmp_path / "profile")
-    resign(tmp_path / "profile", lambda content: content["header"].update(format_version=2))
-    with pytest.raises(ProfileError, match=r"format version 2, this package reads 3.*collect it again"):
+    resign(tmp_path / "profile", lambda content: content["header"].update(format_version=3))
+    with pytest.raises(ProfileError, match=r"format version 3, this package reads 4.*collect it again"):
         SafetyProfile.load(tmp_path / "profile")
 
 

@@ -10,12 +10,10 @@ from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.records import Part, Role, Use
+from safedelta_hf.records import MatrixView, Role, Use
 from safedelta_hf.rules import Ridge, SafeDelta
 from safedelta_hf.rules.rule import LayerMoments
 from safedelta_hf.weights.digest import digest, digest_of_shard
-
-DIAGONAL = (Role.EMBEDDING, Role.SCALE, Role.OFFSET, Role.BIAS)
 
 CASES = {
     "linear": ((7, 5), Role.LINEAR, None),
@@ -27,13 +25,21 @@ CASES = {
     "table": ((5, 3), Role.OFFSET, None),
     "bias": ((8,), Role.BIAS, None),
     "convolution": ((5, 2, 3), Role.CONVOLUTION, None),
-    "second expert": ((3, 4, 5), Role.LINEAR, Part(start=20, rows=4, columns=5, row_stride=5, column_stride=1)),
-    "transposed expert": ((3, 4, 5), Role.LINEAR, Part(start=40, rows=5, columns=4, row_stride=1, column_stride=5)),
-    "chunk of rows": ((9, 4), Role.LINEAR, Part(start=12, rows=3, columns=4, row_stride=4, column_stride=1)),
-    "every second row": ((8, 4), Role.LINEAR, Part(start=4, rows=4, columns=4, row_stride=8, column_stride=1)),
-    "slice of columns": ((6, 8), Role.LINEAR, Part(start=2, rows=6, columns=3, row_stride=8, column_stride=1)),
-    "columns down the rows": ((6, 8), Role.LINEAR, Part(start=3, rows=4, columns=6, row_stride=1, column_stride=8)),
-    "part of a bias": ((10,), Role.BIAS, Part(start=2, rows=5, columns=1, row_stride=1, column_stride=1)),
+    "second expert": ((3, 4, 5), Role.LINEAR, MatrixView(start=20, rows=4, columns=5, row_stride=5, column_stride=1)),
+    "transposed expert": (
+        (3, 4, 5),
+        Role.LINEAR,
+        MatrixView(start=40, rows=5, columns=4, row_stride=1, column_stride=5),
+    ),
+    "chunk of rows": ((9, 4), Role.LINEAR, MatrixView(start=12, rows=3, columns=4, row_stride=4, column_stride=1)),
+    "every second row": ((8, 4), Role.LINEAR, MatrixView(start=4, rows=4, columns=4, row_stride=8, column_stride=1)),
+    "slice of columns": ((6, 8), Role.LINEAR, MatrixView(start=2, rows=6, columns=3, row_stride=8, column_stride=1)),
+    "columns down the rows": (
+        (6, 8),
+        Role.LINEAR,
+        MatrixView(start=3, rows=4, columns=6, row_stride=1, column_stride=8),
+    ),
+    "part of a bias": ((10,), Role.BIAS, MatrixView(start=2, rows=5, columns=1, row_stride=1, column_stride=1)),
 }
 
 
@@ -49,7 +55,7 @@ def compare(name, ranks, cut):
     shape, role, part = CASES[name]
     generator = torch.Generator().manual_seed(len(name))
     base, tuned = (torch.randn(shape, generator=generator) for _ in range(2))
-    use = Use(parameter="w", role=role, moment="w", part=part)
+    use = Use(parameter="w", role=role, moment="w", view=part or role.view(shape), shape=shape)
     shard = shard_of(shape[0], ranks, min(cut, shape[0]))
     mine = slice(shard.start, shard.stop)
     whole = DenseDelta(tuned, base)
@@ -57,7 +63,7 @@ def compare(name, ranks, cut):
 
     columns = whole.matrix(use).columns
     inputs = torch.randn((50, columns), generator=generator)
-    hessian = inputs.square().mean(0) if role in DIAGONAL else inputs.T @ inputs / 50
+    hessian = inputs.square().mean(0) if role.is_diagonal else inputs.T @ inputs / 50
     assert digest(tuned) == digest_of_shard(tuned[mine], torch.Size(shape), shard, ranks)
     assert (sharded.matrix(use).rows, sharded.matrix(use).columns) == (whole.matrix(use).rows, columns)
     for rule in (Ridge(strength=0.7), SafeDelta(strength=3.0, exclude_top=0.0)):
