@@ -8,8 +8,8 @@ from torch import nn
 from safedelta_hf.adapter.adjust import require_base
 from safedelta_hf.adapter.merged_layers import merged_deltas, write_lora
 from safedelta_hf.adapter.store import AdapterInFiles
-from safedelta_hf.adjust.loop import adjust_weights, require_number
-from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.adjust.loop import adjust_weights
+from safedelta_hf.adjust.plan import plan_parameters, require_number
 from safedelta_hf.deltas.lora_folder import require_weight_delta
 from safedelta_hf.deltas.lora_layers import adapter_config
 from safedelta_hf.distributed.open_model import open_model

@@ -1,19 +1,16 @@
 """What the rule makes of the moments that one parameter needs, kept while another needs them too."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.deltas.dense import DeltaMatrix
-from safedelta_hf.deltas.sharded import ShardedMatrix
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use
-from safedelta_hf.rules.rule import Factors, LayerMoments, Rule, TransformRule
+from safedelta_hf.rules.rule import Factors, LayerMoments, TransformRule
 
 Key = tuple[str, str | None]
 """Of the safety moment and of the task moment."""
@@ -27,24 +24,19 @@ class FactorCache:
 
     Parameters that read the same moment stand together in a plan, so each moment is read and factored once. Where there
     are ranks, each factors the moments that it owns, as many of them at a time as there are ranks; the others are given
-    the Hessian and the transform.
+    the Hessian and the factors, and every rank runs the rule.
 
     Args:
         profile: Where the moments are read.
-        rule: What factorises them, at whatever strength.
-        task: Profile of the same base on the task data, where the rule needs one.
+        task: Profile of the same base on the task data, where the rule weighs it.
         uses: All that will be asked for, in order.
         ranks: The processes of the run; all of them ask for the same, in the same order.
         memory: Bytes of moments to hold for later passes over the same parameters, beside those in use.
-
-    Raises:
-        ProfileError: The rule needs the task's moments and there are none, or they are those of another base.
     """
 
     def __init__(
         self,
         profile: SafetyProfile,
-        rule: Rule,
         task: SafetyProfile | None = None,
         *,
         uses: Iterable[Use] = (),
@@ -53,14 +45,15 @@ class FactorCache:
     ) -> None:
         self._memory = memory
         self._profile = profile
-        self._task = _checked(task, profile, rule) if rule.needs_task else None
+        self._task = task
         self._ranks = ranks or Ranks()
         self._order = list(dict.fromkeys(map(self._key, uses)))
         self._positions = {key: number for number, key in enumerate(self._order)}
         self._hessians: dict[Key, Tensor] = {}
         self._ahead: list[Key] = []
-        self._factorised: set[Key] = set()
+        self._bytes = 0
         self._factors: dict[Key, Factors] = {}
+        self._everywhere: set[Key] = set()
 
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
         """Hold what these uses of a parameter need, and of the rest what the memory allows.
@@ -70,20 +63,29 @@ class FactorCache:
             device: Where its delta is.
         """
         needed = dict.fromkeys(map(self._key, uses))  # in order, which is the same on all ranks
-        for key, hessian in reversed(list(self._hessians.items())):  # passes go from the first to the last
-            is_spare = key not in needed and self._held_bytes() > self._memory
-            if is_spare or hessian.device != device:
-                del self._hessians[key]
-        for key in self._factorised - set(self._hessians) - set(self._ahead):
-            self._factors.pop(key, None)
-            self._factorised.discard(key)
+        for key in self._spare(needed, device):
+            self._bytes -= self._hessians.pop(key).nbytes
+            if key not in self._ahead:
+                self._forget(key)
         for key in needed:
             if key not in self._hessians:
                 owner = self._owner(key)
                 own = self._profile.moments[key[0]].hessian(device) if self._ranks.rank == owner else None
-                told = self._ranks.broadcast(own, owner, device)
-                assert told is not None, "the owner has it"
-                self._hessians[key] = told
+                hessian = self._ranks.broadcast(own, owner, device)
+                assert hessian is not None, "the owner has it"
+                self._hessians[key] = hessian
+                self._bytes += hessian.nbytes
+
+    def _spare(self, needed: Collection[Key], device: torch.device) -> list[Key]:
+        spare = [key for key in needed if key in self._hessians and self._hessians[key].device != device]
+        excess = self._bytes - self._memory
+        for key in reversed(self._hessians):  # passes go from the first to the last
+            if excess <= 0:
+                break
+            if key not in needed:
+                spare.append(key)
+                excess -= self._hessians[key].nbytes
+        return spare
 
     def hessian(self, use: Use) -> Tensor:
         """The Hessian of a use that is held.
@@ -109,20 +111,12 @@ class FactorCache:
         """
         key = self._key(use)
         owner, device = self._owner(key), self._hessians[key].device
-        if key not in self._factorised:  # not before: a Hessian may be asked for where no factors are
+        if key not in self._factors:  # not before: a Hessian may be asked for where no factors are
             self._factorise_from(key, rule, device)
-        if self._ranks.rank == owner:
-            factors = self._factors[key]
-            # Of a delta that its owner has whole, there is nothing to ask the others.
-            known: list[Tensor] = []
-            asked = _AskedStatistics(matrix, self._ranks, known) if isinstance(matrix, ShardedMatrix) else matrix
-            made = rule.transform(factors, asked)
-            return self._ranks.broadcast(made, owner, known=known)
-        known = []
-        while isinstance(told := self._ranks.broadcast(None, owner, device, known), _Question):
-            matrix.column_energy(told.transform)
-        assert told is not None, "the owner has made it"
-        return told
+        if key not in self._everywhere:
+            self._everywhere.add(key)
+            self._factors[key] = self._ranks.broadcast(self._factors[key], owner, device)
+        return rule.transform(self._factors[key], matrix)
 
     def _factorise_from(self, key: Key, rule: TransformRule, device: torch.device) -> None:
         """Let each rank factor its own of the next moments.
@@ -132,18 +126,24 @@ class FactorCache:
             rule: What factorises them.
             device: Where its delta is.
         """
-        first = self._positions.get(key)
+        first, before = self._positions.get(key), self._ahead
         self._ahead = [] if first is None else self._next_of_others(first)
+        for old in set(before) - set(self._ahead) - set(self._hessians):
+            self._forget(old)
         for each in (key, *self._ahead):
-            if each in self._factorised:
+            if each in self._factors:
                 continue
-            self._factorised.add(each)
             owner = self._owner(each)
-            task = self._task_hessian(each, owner, device)
+            task, made = self._task_hessian(each, owner, device), None
             if self._ranks.rank == owner:
                 safety = self._hessians.get(each)
                 safety = self._profile.moments[each[0]].hessian(device) if safety is None else safety
-                self._factors[each] = rule.factorise(LayerMoments(safety=safety, task=task))
+                made = rule.factorise(LayerMoments(safety=safety, task=task))
+            self._factors[each] = made  # None where it is another rank's
+
+    def _forget(self, key: Key) -> None:
+        self._factors.pop(key, None)
+        self._everywhere.discard(key)
 
     def _next_of_others(self, first: int) -> list[Key]:
         # The next large moment of each other rank, if it comes soon.
@@ -165,9 +165,6 @@ class FactorCache:
         found = self._task.moments[key[1]].hessian(device) if self._ranks.rank == has_it else None
         return found if has_it == owner else self._ranks.broadcast(found, has_it, device)
 
-    def _held_bytes(self) -> int:
-        return sum(hessian.nbytes for hessian in self._hessians.values())
-
     def _key(self, use: Use) -> Key:
         return use.moment, None if self._task is None else self._task.key_of(use)
 
@@ -175,53 +172,3 @@ class FactorCache:
         owner = self._profile.moments.owner(key[0])
         # Where each rank can read all of them, they take turns.
         return self._positions.get(key, 0) % self._ranks.size if owner is None else owner
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What the owner of a moment asks of the ranks that hold a delta.
-
-    Attributes:
-        transform: Whose column energy is asked for.
-    """
-
-    transform: Transform | None
-
-
-class _AskedStatistics:
-    """Statistics of a delta, which all ranks that hold it are asked for.
-
-    Args:
-        matrix: The delta; every rank has it, or some of it.
-        ranks: The ranks, of which the others answer questions.
-        known: Tensors that the others were told of already; grows.
-    """
-
-    def __init__(self, matrix: DeltaMatrix, ranks: Ranks, known: list[Tensor]) -> None:
-        self._matrix, self._ranks, self._known = matrix, ranks, known
-        self.rows = matrix.rows
-
-    def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta.
-
-        Args:
-            transform: Applied to the rows first.
-
-        Returns:
-            [columns] float32.
-        """
-        self._ranks.broadcast(_Question(transform), self._ranks.rank, known=self._known)
-        return self._matrix.column_energy(transform)
-
-
-def _checked(task: SafetyProfile | None, profile: SafetyProfile, rule: Rule) -> SafetyProfile:
-    if task is None:
-        raise ProfileError(
-            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task=collect_profile(base, task_data, "
-            "...), a profile of the same base on examples of that data"
-        )
-    if dict(task.header.base) != dict(profile.header.base):
-        raise ProfileError(
-            "task: this profile was made of another base model than the safety profile; collect it again"
-        )
-    return task

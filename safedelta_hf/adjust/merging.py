@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.further_models import FurtherModel, open_further_model, seen_from_base
-from safedelta_hf.errors import AdapterError, NumericalError, SafeDeltaError
+from safedelta_hf.errors import NumericalError, SafeDeltaError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Action, MatrixView, PlanEntry, Use, inputs_first
 from safedelta_hf.rules import MergeInput, MergeRule, Rule, source_name
@@ -87,46 +87,6 @@ class Merging:
 
     def _deltas(self, parameter: str, base: Tensor) -> tuple[Tensor, ...]:
         return tuple(other(parameter, base) for _, other in self._others)
-
-
-def require_dense(rule: Rule, entry: PlanEntry, *, is_dense: bool) -> None:
-    """Stop where a rule cannot adjust a delta in the form in which it is kept.
-
-    Args:
-        rule: The rule.
-        entry: Plan of the parameter.
-        is_dense: Whether base and fine-tuned weight are at hand, whole.
-
-    Raises:
-        AdapterError: The rule needs more than an adapter has.
-    """
-    if entry.action is Action.ADJUST and rule.needs_dense and not is_dense:
-        raise AdapterError(
-            f"{entry.parameter}: {rule.name} merges whole weights, and the adapter holds a delta of another form apart "
-            "from its base; merge the adapter (merge_and_unload) and use adjust_model, or choose a rule that "
-            "transforms deltas, such as Ridge() or Scale()"
-        )
-
-
-def require_mergeable(rule: Rule, entries: Iterable[PlanEntry], profile: SafetyProfile, *, is_dense: bool) -> None:
-    """Check before a training what a merge will need after it.
-
-    Args:
-        rule: The rule; nothing is asked of one that does not merge.
-        entries: Plan of the parameters that will be trained.
-        profile: Profile of the base.
-        is_dense: Whether base and fine-tuned weights will be at hand, whole.
-
-    Raises:
-        SafeDeltaError: The rule cannot adjust that, or a further model is missing something; named by parameter.
-    """  # noqa: DOC502 - raised by the functions called
-    entries = list(entries)
-    for entry in entries:
-        require_dense(rule, entry, is_dense=is_dense)
-    if isinstance(rule, MergeRule):
-        merging = Merging(rule, entries, profile)
-        for entry in entries:
-            merging.check(entry)
 
 
 def _is_one_of_many(use: Use, shape: tuple[int, ...]) -> bool:

@@ -1,13 +1,15 @@
 """What will happen to each parameter, decided from names and shapes before any weight is touched."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from safedelta_hf.errors import CoverageError, ProfileError
+from safedelta_hf.adjust.merging import Merging
+from safedelta_hf.errors import AdapterError, ConfigurationError, CoverageError, ProfileError
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
+from safedelta_hf.rules import MergeRule, Rule
 
 
 def plan_parameters(
@@ -96,15 +98,51 @@ def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
     return f"the safety data never reached {entries - covered} of its {entries} entries, which keep their delta"
 
 
-def require_decisions(entries: Sequence[PlanEntry]) -> None:
-    """Stop where a trained parameter cannot be covered and nobody said what to do with it.
+def check_entries(
+    entries: Sequence[PlanEntry],
+    profile: SafetyProfile,
+    rule: Rule,
+    task: SafetyProfile | None,
+    *,
+    is_dense: Callable[[str], bool],
+) -> Merging | None:
+    """Make sure that a rule can do what is planned, before a weight is touched or trained.
 
     Args:
-        entries: Plan entries of trained parameters.
+        entries: Plan of the parameters that are tuned, or will be.
+        profile: Profile of their base.
+        rule: Which part of each delta will be kept, at whatever strength.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        is_dense: Whether base and fine-tuned weight of a canonical name are at hand, whole, or will be.
+
+    Returns:
+        The further models of the rule, if it merges any.
 
     Raises:
-        CoverageError: One of them has no action.
-    """
+        ProfileError: A moment has another shape, no safety data was held out for a strength that is to be measured, or
+            the task's profile is missing or of another base.
+        CoverageError: Nobody said what to do with a parameter that cannot be covered.
+        AdapterError: The rule cannot adjust a delta of that form.
+        SafeDeltaError: A further model is missing something; named by parameter.
+    """  # noqa: DOC502 - raised by the functions called
+    _require_measurable(rule, profile)
+    _require_task(rule, task, profile)
+    merging = Merging(rule, entries, profile) if isinstance(rule, MergeRule) else None
+    for entry in entries:
+        _require_moments(entry, profile.moments)
+        if rule.needs_dense and entry.action is Action.ADJUST and not is_dense(entry.parameter):
+            raise AdapterError(
+                f"{entry.parameter}: {rule.name} merges whole weights, and the adapter holds a delta of another form "
+                "apart from its base; merge the adapter (merge_and_unload) and use adjust_model, or choose a rule that "
+                "transforms deltas, such as Ridge() or Scale()"
+            )
+        if merging is not None:
+            merging.check(entry)
+    _require_decisions(entries)
+    return merging
+
+
+def _require_decisions(entries: Sequence[PlanEntry]) -> None:
     undecided = [entry for entry in entries if entry.action is None]
     if undecided:
         listed = "\n".join(f"  {entry.parameter}: {entry.reason}" for entry in undecided[:20])
@@ -115,16 +153,7 @@ def require_decisions(entries: Sequence[PlanEntry]) -> None:
         )
 
 
-def check_moments(entry: PlanEntry, moments: Moments) -> None:
-    """Make sure that a profile was made of a parameter of this shape, and that its moments are of its inputs.
-
-    Args:
-        entry: Plan of the parameter.
-        moments: Moments of the profile.
-
-    Raises:
-        ProfileError: The parameter or one of the moments has another shape.
-    """
+def _require_moments(entry: PlanEntry, moments: Moments) -> None:
     for use in entry.uses:
         if use.shape != entry.shape:
             raise ProfileError(
@@ -137,3 +166,43 @@ def check_moments(entry: PlanEntry, moments: Moments) -> None:
                 f"{entry.parameter}: has {columns} inputs, its moment in the profile has the shape {list(found)}; "
                 "the profile was made for another model"
             )
+
+
+def _require_measurable(rule: Rule, profile: SafetyProfile) -> None:
+    if rule.auto is not None and profile.held_out is None:
+        raise ProfileError(
+            f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and none of the "
+            f"{profile.header.sequences} examples of this profile was held out; collect it with holdout=0.25 (of at "
+            "least 16 examples by default), or give the strength as a number"
+        )
+
+
+def require_number(rule: Rule) -> None:
+    """Stop where a strength is to be measured and no model runs with the weights.
+
+    Args:
+        rule: The rule.
+
+    Raises:
+        ConfigurationError: Its strength is no number.
+    """
+    if rule.auto is not None:
+        raise ConfigurationError(
+            f"{rule.name}: strength='auto' measures a model in memory, and there is none here; give a number: "
+            f"rule={type(rule).__name__}(strength=...) (--strength on the command line), such as the one that "
+            "adjust_model or adjust_adapter reports for a model of this family"
+        )
+
+
+def _require_task(rule: Rule, task: SafetyProfile | None, profile: SafetyProfile) -> None:
+    if not rule.needs_task:
+        return
+    if task is None:
+        raise ProfileError(
+            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task=collect_profile(base, task_data, "
+            "...), a profile of the same base on examples of that data"
+        )
+    if dict(task.header.base) != dict(profile.header.base):
+        raise ProfileError(
+            "task: this profile was made of another base model than the safety profile; collect it again"
+        )

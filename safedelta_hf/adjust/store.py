@@ -5,6 +5,7 @@ from types import TracebackType
 
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.records import ParameterRecord
 
 
 class WeightStore(ABC):
@@ -76,6 +77,13 @@ class WeightStore(ABC):
 
         Returns:
             What there is to say about it.
+        """
+
+    def finish(self, record: ParameterRecord) -> None:  # noqa: B027 - most stores have nothing to do
+        """Be told that nothing more will happen to a parameter, however it fared.
+
+        Args:
+            record: What was done with it.
         """
 
     @abstractmethod

@@ -1,14 +1,14 @@
 """Adjust a model in files that need not fit into memory, files to files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from safedelta_hf.adjust.factors import FactorCache
-from safedelta_hf.adjust.loop import Adjustment, report_of
+from safedelta_hf.adjust.loop import adjust_weights, report_of
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.checkpoint.store import CheckpointStore
@@ -18,7 +18,7 @@ from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import MergeRule, Rule, default_rule
+from safedelta_hf.rules import MergeRule, Rule
 from safedelta_hf.weights.digest import Identity, files_identity, profile_identity, source_identity
 
 
@@ -62,35 +62,54 @@ def adjust_checkpoint(
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
             for the next run.
     """  # noqa: DOC502 - raised by the functions called
-    rule, output = rule or default_rule(task), Path(output)
     place = _usable_device(device)
-    try:
-        checkpoint = plan_checkpoint(
+    with _failing_by_name(Path(output)):
+        plan = plan_checkpoint(
             base=base, tuned=tuned, output=output, profile=profile, rule=rule, task=task, treatment=treatment
         )
-        opened_task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
-        prepared = FactorCache(checkpoint.profile, rule, opened_task)
-        manifest = _manifest(checkpoint, rule, opened_task, str(place))
-        with CheckpointFolder(output, checkpoint.tuned, manifest, progress=progress) as folder:
-            if not folder.is_complete:
-                store = CheckpointStore(checkpoint.pair, checkpoint.profile.header, folder, place)
-                left = checkpoint.plan(but=folder.finished.keys())
-                loop = Adjustment(store, left, checkpoint.profile, rule, opened_task, ranks=Ranks(), progress=progress)
-                with store:
-                    loop.at(rule, prepared, store.keep)
-                folder.complete(checkpoint.companions.copied)
+    return adjust_planned(plan, device=place, progress=progress)
+
+
+def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", progress: bool = True) -> Report:
+    """Do with a model in files what was planned.
+
+    Args:
+        plan: From `plan_checkpoint`.
+        device: Where to compute.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done to each parameter.
+
+    Raises:
+        ConfigurationError: There is no such device.
+        CheckpointError: The output exists, or is being written, or was begun otherwise.
+        AdjustmentError: A file could not be read or written.
+        SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
+            for the next run.
+    """  # noqa: DOC502 - raised by the functions called
+    place, header = _usable_device(device), plan.profile.header
+    with (
+        _failing_by_name(plan.output),
+        CheckpointFolder(plan.output, plan.tuned, _manifest(plan, place), progress=progress) as folder,
+    ):
+        if not folder.is_complete:
+            store, left = CheckpointStore(plan.pair, header, folder, place), plan.left(folder.finished.keys())
+            adjust_weights(store, left, plan.profile, plan.rule, task=plan.task, ranks=Ranks(), progress=progress)
+            folder.complete(plan.companions.copied)
+    records = (folder.record(name) for name in plan.names)
+    return report_of(records, plan.rule, plan.profile, architecture=header.architecture, base=plan.base.source)
+
+
+@contextmanager
+def _failing_by_name(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise AdjustmentError(
             f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "
             f"stays in {str(unfinished_of(output))!r}, and the same call goes on from there"
         ) from error
-    return report_of(
-        (folder.record(name) for name in checkpoint.names),
-        rule,
-        checkpoint.profile,
-        architecture=checkpoint.profile.header.architecture,
-        base=checkpoint.base.source,
-    )
 
 
 def _usable_device(device: torch.device | str) -> torch.device:
@@ -102,17 +121,17 @@ def _usable_device(device: torch.device | str) -> torch.device:
         ) from error
 
 
-def _manifest(checkpoint: CheckpointPlan, rule: Rule, task: SafetyProfile | None, device: str) -> dict[str, Any]:
-    sources: Sequence[object] = rule.sources if isinstance(rule, MergeRule) else ()
+def _manifest(plan: CheckpointPlan, device: torch.device) -> dict[str, Any]:
+    sources: Sequence[object] = plan.rule.sources if isinstance(plan.rule, MergeRule) else ()
     return {
-        "rule": {"name": rule.name, "settings": rule.settings},
-        "treatment": asdict(checkpoint.treatment),
-        "base": files_identity(checkpoint.base),
-        "tuned": files_identity(checkpoint.tuned),
-        "profile": _identity(checkpoint.profile),
-        "task": None if task is None else _identity(task),
+        "rule": {"name": plan.rule.name, "settings": plan.rule.settings},
+        "treatment": asdict(plan.treatment),
+        "base": files_identity(plan.base),
+        "tuned": files_identity(plan.tuned),
+        "profile": _identity(plan.profile),
+        "task": None if plan.task is None else _identity(plan.task),
         "further models": [source_identity(source) for source in sources],
-        "device": device,
+        "device": str(device),
         "version of torch": torch.__version__,
     }
 

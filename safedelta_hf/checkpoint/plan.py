@@ -8,8 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from safedelta_hf.adjust.loop import require_number
-from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.adjust.plan import plan_parameters, require_number
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import Companions, companions
 from safedelta_hf.checkpoint.pair import CheckpointPair
@@ -31,6 +30,8 @@ class CheckpointPlan:
         tuned: Files of the fine-tuned model.
         output: Folder that will be written.
         profile: Profile of the base.
+        rule: Which part of each delta will be kept.
+        task: Profile of the base on examples of the fine-tuning data, for rules that weigh them.
         treatment: What will be done with parameters other than linear weights.
         pair: The weights, matched with the profile.
         entries: What happens to each parameter if the fine-tuning moved it; those that read one moment stand together.
@@ -41,6 +42,8 @@ class CheckpointPlan:
     tuned: SafetensorsFiles
     output: Path
     profile: SafetyProfile
+    rule: Rule
+    task: SafetyProfile | None
     treatment: Treatment
     pair: CheckpointPair
     entries: tuple[PlanEntry, ...]
@@ -51,16 +54,16 @@ class CheckpointPlan:
         """Canonical names of all parameters, and of the tensors that are none, in the order of the report."""
         return (*(entry.parameter for entry in self.entries), *self.pair.others)
 
-    def plan(self, *, but: Collection[str]) -> Plan:
+    def left(self, finished: Collection[str]) -> Plan:
         """What is left to do.
 
         Args:
-            but: Names of the parameters that are finished.
+            finished: Names of the parameters that are finished.
 
         Returns:
             The entries of the others.
         """
-        return Plan(entries=tuple(entry for entry in self.entries if entry.parameter not in but))
+        return Plan(entries=tuple(entry for entry in self.entries if entry.parameter not in finished))
 
     @property
     def is_begun(self) -> bool:
@@ -138,8 +141,8 @@ def plan_checkpoint(
         BaseWeightsError: The files of the base are malformed, or not those of the profile's model.
         ProfileError: The profile is malformed.
     """  # noqa: DOC502 - raised by the functions called
-    output = Path(output)
-    require_number(rule or default_rule(task))
+    rule, output = rule or default_rule(task), Path(output)
+    require_number(rule)
     _require_apart(output, base, tuned, profile, task)
     require_absent(output)
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
@@ -152,6 +155,8 @@ def plan_checkpoint(
         tuned=tuned_files,
         output=output,
         profile=profile,
+        rule=rule,
+        task=SafetyProfile.load(task) if isinstance(task, str | Path) else task,
         treatment=treatment,
         pair=pair,
         entries=plan_parameters(pair.shapes, profile, treatment, pair.aliases).entries,

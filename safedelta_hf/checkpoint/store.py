@@ -78,12 +78,8 @@ class CheckpointStore(WeightStore):
     def restore(self) -> None:
         """Do nothing: the fine-tuned weights are only read, and each of the output is written again as a whole."""
 
-    def keep(self, record: ParameterRecord) -> None:
-        """Have a parameter stand finished in the output, however it fared.
-
-        Args:
-            record: What was done with it.
-        """
+    @override
+    def finish(self, record: ParameterRecord) -> None:
         self._output.keep(record, self._pair.stored[record.parameter].names)
 
     def _keep_others(self) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, cast
 import typer
 
 from safedelta_hf.adapter.files import adjust_adapter_files
-from safedelta_hf.checkpoint.adjust import adjust_checkpoint
+from safedelta_hf.checkpoint.adjust import adjust_planned
 from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, chosen_rule, one_line_errors
 from safedelta_hf.errors import ConfigurationError, OutputError
@@ -61,25 +61,31 @@ def apply(
         given = context.params
         _require_one_kind(given)
         _require_place(report)
-        shared: dict[str, Any] = {
-            "profile": profile,
-            "output": output,
-            "base": base,
-            "rule": chosen_rule(rule, strength, task),
-            "task": task,
-            "treatment": Treatment(uncovered=cast(Any, uncovered)),
-        }
+        chosen = chosen_rule(rule, strength, task)
+        treatment = Treatment(uncovered=cast(Any, uncovered))
         if adapter is not None:
-            _finish(adjust_adapter_files(adapter, initial_adapter=initial_adapter, **shared), output, report)
+            done = adjust_adapter_files(
+                adapter,
+                profile=profile,
+                output=output,
+                rule=chosen,
+                task=task,
+                base=base,
+                initial_adapter=initial_adapter,
+                treatment=treatment,
+            )
+            _finish(done, output, report)
             return
-        shared["tuned"] = tuned
-        plan = plan_checkpoint(**shared)
+        assert base is not None and tuned is not None, "one kind is given, whole"
+        plan = plan_checkpoint(
+            base=base, tuned=tuned, output=output, profile=profile, rule=chosen, task=task, treatment=treatment
+        )
         if dry_run:
             typer.echo(plan.table())
             return
         if plan.companions.left_out:
             typer.echo(f"Not copied: {', '.join(plan.companions.left_out)}")
-        _finish(adjust_checkpoint(device=device or "cpu", **shared), output, report)
+        _finish(adjust_planned(plan, device=device or "cpu"), output, report)
 
 
 def _require_one_kind(given: Mapping[str, Any]) -> None:

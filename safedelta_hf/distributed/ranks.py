@@ -16,18 +16,18 @@ from safedelta_hf.errors import RankError
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor], known: Sequence[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)
-        self._tensors, self._known = tensors, known
+        self._tensors = tensors
 
     def persistent_id(self, value: Any) -> int | None:  # noqa: ANN401
         if not isinstance(value, Tensor):
             return None
-        for number, one in enumerate((*self._known, *self._tensors)):
+        for number, one in enumerate(self._tensors):
             if one is value:
                 return number
         self._tensors.append(value)
-        return len(self._known) + len(self._tensors) - 1
+        return len(self._tensors) - 1
 
 
 class _Unpacker(pickle.Unpickler):
@@ -40,19 +40,18 @@ class _Unpacker(pickle.Unpickler):
         return tensor
 
 
-def packed_value(value: object, tensors: list[Tensor], known: Sequence[Tensor] = ()) -> bytes:
+def packed_value(value: object, tensors: list[Tensor]) -> bytes:
     """Everything of a value but its tensors.
 
     Args:
         value: Anything that can be pickled.
-        tensors: Grows by its tensors, but for the known ones.
-        known: Tensors that the others have already.
+        tensors: Grows by its tensors.
 
     Returns:
         What `unpacked_value` needs beside them.
     """
     file = io.BytesIO()
-    _Packer(file, tensors, known).dump(value)
+    _Packer(file, tensors).dump(value)
     return file.getvalue()
 
 
@@ -61,7 +60,7 @@ def unpacked_value(packed: bytes, tensors: Sequence[Tensor]) -> Any:  # noqa: AN
 
     Args:
         packed: What `packed_value` returned on another process of the same run.
-        tensors: The known ones and its own, in order.
+        tensors: Its tensors, in order.
 
     Returns:
         The value.
@@ -197,41 +196,41 @@ class Ranks:
                 with self._in_contact():
                     dist.reduce(moved, dst=owner)
 
-    def broadcast(
-        self, value: T, owner: int, device: torch.device | None = None, known: list[Tensor] | None = None
-    ) -> T:
+    def broadcast(self, value: T, owner: int, device: torch.device | None = None) -> T:
         """Give all ranks what one of them has.
 
         Args:
             value: Anything that can be pickled; tensors in it travel as such. Looked at on the owner alone.
             owner: The rank that has it.
             device: Where the others want its tensors; as on the owner if None.
-            known: Tensors that travelled in broadcasts before with the same list, and need not again; grows.
 
         Returns:
-            The owner's value.
+            The owner's value; tensors have the same strides on all ranks, so that products with them have the same bits.
         """
         if self._control is None:
             return value
-        known = [] if known is None else known
         tensors: list[Tensor] = []
         packed: list[Any] = [None]
         if self.rank == owner:
-            packed = [(packed_value(value, tensors, known), [(t.shape, t.dtype, t.device.type) for t in tensors])]
+            content = packed_value(value, tensors)
+            packed = [(content, [(t.shape, t.stride(), t.dtype, t.device.type) for t in tensors])]
         self.check_in()
         with self._in_contact():
             dist.broadcast_object_list(packed, src=owner, group=self._control)
-        if self.rank != owner:
-            tensors = [torch.empty(shape, dtype=dtype, device=device or kind) for shape, dtype, kind in packed[0][1]]
-        known.extend(tensors)
-        for tensor in tensors:
-            with self._exchanged(
-                tensor.detach().contiguous().flatten().view(torch.uint8)
-            ) as moved:  # backends know few data types
+        content, layouts = packed[0]
+        for number, (shape, stride, dtype, kind) in enumerate(layouts):
+            own = (
+                tensors[number].detach()
+                if self.rank == owner
+                else torch.empty(shape, dtype=dtype, device=device or kind)
+            )
+            with self._exchanged(own.contiguous().flatten().view(torch.uint8)) as moved:  # backends know few data types
                 self.check_in()  # once there is memory for it on all ranks
                 with self._in_contact():
                     dist.broadcast(moved, src=owner)
-        return value if self.rank == owner else unpacked_value(packed[0][0], known)
+            if self.rank != owner:
+                tensors.append(_laid_out(own, stride))
+        return value if self.rank == owner else unpacked_value(content, tensors)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -313,6 +312,12 @@ class Ranks:
         moved = tensor.to(self._device)
         yield moved
         tensor.copy_(moved)
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == stride or 0 in stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @cache

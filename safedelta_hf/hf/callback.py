@@ -12,9 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import adjust_adapter, require_adjustable
-from safedelta_hf.adjust.loop import require_measurable
-from safedelta_hf.adjust.merging import require_mergeable
-from safedelta_hf.adjust.plan import require_decisions
+from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.dataset import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
@@ -167,12 +165,10 @@ class SafeDeltaCallback(TrainerCallback):
                     train_dataset = getattr(train_dataloader, "dataset", None)
                     self._start_from(opened, args, state, self._processing_class or processing_class, train_dataset)
             run, profile = self._started()
-            require_measurable(self._rule, profile)
             require_recorded(run, state)
             remember(run, state)
             entries = entries_of_trained(opened, profile, self._treatment)
-            require_decisions(entries)
-            require_mergeable(self._rule, entries, profile, is_dense=trains_dense(opened))
+            check_entries(entries, profile, self._rule, self.task, is_dense=trains_dense(opened))
 
     def on_train_end(
         self,

@@ -1,7 +1,7 @@
 """Facts about a training run, read off what the Trainer passes to its callbacks, and the way to its log."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -197,13 +197,14 @@ def entries_of_trained(model: ShardedModel, profile: SafetyProfile, treatment: T
     return [entry for entry in entries if not trained.isdisjoint((entry.parameter, *entry.originals))]
 
 
-def trains_dense(model: ShardedModel) -> bool:
-    """Whether base and fine-tuned weights of a run will be at hand, whole, as far as merges need to know.
+def trains_dense(model: ShardedModel) -> Callable[[str], bool]:
+    """Whether base and fine-tuned weight of a parameter will be at hand, whole, as far as merges need to know.
 
     Args:
         model: The model, with or without an adapter.
 
     Returns:
-        Whether they will.
+        Whether they will, by canonical name; False for all that an adapter tunes.
     """
-    return trained_adapter(model.model) is None and all(model.shard(name).is_whole for name in model.all_names)
+    is_adapted = trained_adapter(model.model) is not None
+    return lambda name: not is_adapted and (name not in model.all_names or model.shard(name).is_whole)
