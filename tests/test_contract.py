@@ -21,6 +21,8 @@ def contract() -> str:
 
 
 def described(name: str, thing: object) -> list[str]:
+    if isinstance(thing, str):
+        return [f"{name}: str", ""]
     if not inspect.isclass(thing):
         return [name + called(thing), ""]
     lines = [f"class {name}{called(thing)}"]

@@ -9,7 +9,7 @@ from typing import Any, cast
 from tqdm.auto import tqdm
 
 from safedelta_hf.adjust.factors import FactorCache
-from safedelta_hf.adjust.plan import check_entries, require_number
+from safedelta_hf.adjust.plan import check_entries, check_rule, require_number
 from safedelta_hf.adjust.search import search_strength
 from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.core.curvature import quadratic_loss
@@ -53,6 +53,7 @@ class Adjustment:
         ranks: Ranks,
         progress: bool,
     ) -> None:
+        check_rule(rule, profile, task)
         self._store, self._plan, self._profile = store, plan, profile
         self._task = task if rule.needs_task else None
         self._ranks, self._progress = ranks, progress and ranks.is_main

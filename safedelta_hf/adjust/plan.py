@@ -98,6 +98,37 @@ def unreached(shape: tuple[int, ...], uses: tuple[Use, ...]) -> str:
     return f"the safety data never reached {entries - covered} of its {entries} entries, which keep their delta"
 
 
+def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -> None:
+    """Make sure that there are the profiles that a rule needs.
+
+    Args:
+        rule: The rule, at whatever strength.
+        profile: Profile of the base.
+        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+
+    Raises:
+        ProfileError: No safety data was held out for a strength that is to be measured, or the task's profile is
+            missing or of another base.
+    """
+    if rule.auto is not None and profile.held_out is None:
+        raise ProfileError(
+            f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and none of the "
+            f"{profile.header.sequences} examples of this profile was held out; collect it with holdout=0.25 (of at "
+            "least 16 examples by default), or give the strength as a number"
+        )
+    if not rule.needs_task:
+        return
+    if task is None:
+        raise ProfileError(
+            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task=collect_profile(base, task_data, "
+            "...), a profile of the same base on examples of that data"
+        )
+    if dict(task.header.base) != dict(profile.header.base):
+        raise ProfileError(
+            "task: this profile was made of another base model than the safety profile; collect it again"
+        )
+
+
 def check_entries(
     entries: Sequence[PlanEntry],
     profile: SafetyProfile,
@@ -119,14 +150,12 @@ def check_entries(
         The further models of the rule, if it merges any.
 
     Raises:
-        ProfileError: A moment has another shape, no safety data was held out for a strength that is to be measured, or
-            the task's profile is missing or of another base.
+        ProfileError: A moment has another shape, or the rule lacks a profile.
         CoverageError: Nobody said what to do with a parameter that cannot be covered.
         AdapterError: The rule cannot adjust a delta of that form.
         SafeDeltaError: A further model is missing something; named by parameter.
     """  # noqa: DOC502 - raised by the functions called
-    _require_measurable(rule, profile)
-    _require_task(rule, task, profile)
+    check_rule(rule, profile, task)
     merging = Merging(rule, entries, profile) if isinstance(rule, MergeRule) else None
     for entry in entries:
         _require_moments(entry, profile.moments)
@@ -168,15 +197,6 @@ def _require_moments(entry: PlanEntry, moments: Moments) -> None:
             )
 
 
-def _require_measurable(rule: Rule, profile: SafetyProfile) -> None:
-    if rule.auto is not None and profile.held_out is None:
-        raise ProfileError(
-            f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and none of the "
-            f"{profile.header.sequences} examples of this profile was held out; collect it with holdout=0.25 (of at "
-            "least 16 examples by default), or give the strength as a number"
-        )
-
-
 def require_number(rule: Rule) -> None:
     """Stop where a strength is to be measured and no model runs with the weights.
 
@@ -191,18 +211,4 @@ def require_number(rule: Rule) -> None:
             f"{rule.name}: strength='auto' measures a model in memory, and there is none here; give a number: "
             f"rule={type(rule).__name__}(strength=...) (--strength on the command line), such as the one that "
             "adjust_model or adjust_adapter reports for a model of this family"
-        )
-
-
-def _require_task(rule: Rule, task: SafetyProfile | None, profile: SafetyProfile) -> None:
-    if not rule.needs_task:
-        return
-    if task is None:
-        raise ProfileError(
-            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task=collect_profile(base, task_data, "
-            "...), a profile of the same base on examples of that data"
-        )
-    if dict(task.header.base) != dict(profile.header.base):
-        raise ProfileError(
-            "task: this profile was made of another base model than the safety profile; collect it again"
         )

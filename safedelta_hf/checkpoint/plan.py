@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from safedelta_hf.adjust.plan import plan_parameters, require_number
+from safedelta_hf.adjust.plan import check_rule, plan_parameters, require_number
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import Companions, companions
 from safedelta_hf.checkpoint.pair import CheckpointPair
@@ -146,6 +146,8 @@ def plan_checkpoint(
     _require_apart(output, base, tuned, profile, task)
     require_absent(output)
     profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
+    task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
+    check_rule(rule, profile, task)
     treatment = treatment or Treatment()
     tuned_files, base_files = _open_tuned(Path(tuned)), _open_base(base)
     pair = CheckpointPair(base_files, tuned_files, profile.header)
@@ -156,7 +158,7 @@ def plan_checkpoint(
         output=output,
         profile=profile,
         rule=rule,
-        task=SafetyProfile.load(task) if isinstance(task, str | Path) else task,
+        task=task,
         treatment=treatment,
         pair=pair,
         entries=plan_parameters(pair.shapes, profile, treatment, pair.aliases).entries,

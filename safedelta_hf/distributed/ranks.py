@@ -205,7 +205,8 @@ class Ranks:
             device: Where the others want its tensors; as on the owner if None.
 
         Returns:
-            The owner's value; tensors have the same strides on all ranks, so that products with them have the same bits.
+            The owner's value; its tensors have the same strides on all ranks, so that products with them have the same
+            bits.
         """
         if self._control is None:
             return value
@@ -219,16 +220,13 @@ class Ranks:
             dist.broadcast_object_list(packed, src=owner, group=self._control)
         content, layouts = packed[0]
         for number, (shape, stride, dtype, kind) in enumerate(layouts):
-            own = (
-                tensors[number].detach()
-                if self.rank == owner
-                else torch.empty(shape, dtype=dtype, device=device or kind)
-            )
+            is_owner = self.rank == owner
+            own = tensors[number].detach() if is_owner else torch.empty(shape, dtype=dtype, device=device or kind)
             with self._exchanged(own.contiguous().flatten().view(torch.uint8)) as moved:  # backends know few data types
                 self.check_in()  # once there is memory for it on all ranks
                 with self._in_contact():
                     dist.broadcast(moved, src=owner)
-            if self.rank != owner:
+            if not is_owner:
                 tensors.append(_laid_out(own, stride))
         return value if self.rank == owner else unpacked_value(content, tensors)
 

@@ -28,7 +28,7 @@ def untouched(tmp_path_factory):
 
 
 def stop_at(case, monkeypatch, left, **settings):
-    keep, records = CheckpointStore.keep, []
+    keep, records = CheckpointStore.finish, []
 
     def interrupted(self, record):
         if len(records) == left:
@@ -37,7 +37,7 @@ def stop_at(case, monkeypatch, left, **settings):
         keep(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "keep", interrupted)
+        patch.setattr(CheckpointStore, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             case.adjust(**settings)
 
