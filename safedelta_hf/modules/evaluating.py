@@ -10,7 +10,7 @@ from safedelta_hf.modules.precision import in_own_precision
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients in the model's own precision, then restore flags, random state and compilation.
 
     Everything that is read with a model, be it the base or the tuned one, is read in here: what training wraps around
