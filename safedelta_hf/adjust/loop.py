@@ -141,7 +141,7 @@ class Adjustment:
 
     def _put_base(self) -> None:
         for name in (entry.parameter for entry in self._plan.entries if entry.parameter in self._tuned):
-            self._store.write(name, self._store.delta(name).dropped())
+            self._store.write(name, self._store.delta(name).zero())
 
     def _prepared_for(self, rule: Rule, memory: int = 0) -> FactorCache:
         uses = (use for entry in self._plan.entries if entry.parameter in self._tuned for use in entry.uses)
@@ -214,7 +214,7 @@ class _Adjuster:
         if entry.action is Action.KEEP:
             return self._write(entry, delta, outcome="kept")
         if entry.action is not Action.ADJUST:
-            return self._write(entry, delta.dropped(), outcome="reset")
+            return self._write(entry, delta.zero(), outcome="reset")
         if self._merging is None:
             adjusted, remarks = self._transformed(entry, delta)
         else:

@@ -59,7 +59,7 @@ class Delta(Protocol):
         """The delta with a transform applied to its rows, as one use sees them; takes the place of this one."""
         ...
 
-    def dropped(self) -> "Delta":
+    def zero(self) -> "Delta":
         """The delta with nothing of it kept."""
         ...
 
@@ -110,7 +110,7 @@ class DenseDelta:
         return torch.equal(self._adjusted, self._delta())
 
     @property
-    def is_dropped(self) -> bool:
+    def is_zero(self) -> bool:
         """Whether nothing of it is kept."""
         return not self._adjusted.any()
 
@@ -141,7 +141,7 @@ class DenseDelta:
         result.matrix(use).replace(transform)
         return result
 
-    def dropped(self) -> "DenseDelta":
+    def zero(self) -> "DenseDelta":
         """The delta with nothing of it kept.
 
         Returns:

@@ -136,7 +136,7 @@ class FactoredDelta:
         kept = (seen.right.T, seen.left.T) if self._is_transposed(use.view) else (seen.left, seen.right)
         return FactoredDelta(*self._tuned, self._scaling, kept)
 
-    def dropped(self) -> "FactoredDelta":
+    def zero(self) -> "FactoredDelta":
         """The delta with nothing of it kept.
 
         Returns:
@@ -208,13 +208,13 @@ class StackedDelta:
         changed = self.parts[number].transformed(use, transform)
         return StackedDelta((*self.parts[:number], changed, *self.parts[number + 1 :]), self._size)
 
-    def dropped(self) -> "StackedDelta":
+    def zero(self) -> "StackedDelta":
         """The delta with nothing of it kept.
 
         Returns:
             A new delta whose right factors are zero.
         """
-        return StackedDelta([part.dropped() for part in self.parts], self._size)
+        return StackedDelta([part.zero() for part in self.parts], self._size)
 
     def _number(self, use: Use) -> int:
         if use.view.entries > self._size or use.view.start % self._size:

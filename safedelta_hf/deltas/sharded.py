@@ -78,13 +78,13 @@ class ShardedDelta:
         matrix.copy_(share.through(transform, matrix))
         return self._with(values)
 
-    def dropped(self) -> "ShardedDelta":
+    def zero(self) -> "ShardedDelta":
         """The delta with nothing of it kept.
 
         Returns:
             A new delta of the same weights.
         """
-        return ShardedDelta(self._own.dropped(), self._shape, self._shard, self._ranks)
+        return ShardedDelta(self._own.zero(), self._shape, self._shard, self._ranks)
 
     def weight(self) -> Tensor:
         """The slices of the weight that carries what is kept.
