@@ -76,7 +76,7 @@ class DenseDelta:
     def __init__(self, tuned: Tensor, base: Tensor, adjusted: Tensor | None = None) -> None:
         self._tuned = tuned.detach()
         self._base = base.detach().to(tuned)
-        self._is_tuned = adjusted is None
+        self._is_unadjusted = adjusted is None
         self._adjusted = self._delta().contiguous() if adjusted is None else adjusted
 
     @property
@@ -137,7 +137,7 @@ class DenseDelta:
         """
         if use.view.covers(self._adjusted.numel()):
             return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
-        result = DenseDelta(self._tuned, self._base, self._adjusted.clone()) if self._is_tuned else self
+        result = DenseDelta(self._tuned, self._base, self._adjusted.clone()) if self._is_unadjusted else self
         result.matrix(use).replace(transform)
         return result
 
