@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from safedelta_hf.core.transform import Transform
-from safedelta_hf.deltas.dense import DeltaMatrix
+from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.deltas.sharded import ShardedMatrix
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ProfileError
@@ -120,7 +121,7 @@ class FactorCache:
             return self._ranks.broadcast(made, owner, known=known)
         known = []
         while isinstance(told := self._ranks.broadcast(None, owner, device, known), _Question):
-            matrix.column_energy(told.transform)
+            told.of(matrix)
         assert told is not None, "the owner has made it"
         return told
 
@@ -182,13 +183,26 @@ class _Question:
     """What the owner of a moment asks of the ranks that hold a delta.
 
     Attributes:
-        transform: Whose column energy is asked for.
+        statistic: Name of a method of `DeltaMatrix`.
+        transform: Its argument.
     """
 
+    statistic: str
     transform: Transform | None
 
+    def of(self, matrix: DeltaMatrix) -> Any:  # noqa: ANN401 - whatever the method returns
+        """Answer it; all ranks that hold the delta do.
 
-class _AskedStatistics:
+        Args:
+            matrix: The delta.
+
+        Returns:
+            The statistic, over all ranks.
+        """
+        return getattr(matrix, self.statistic)(self.transform)
+
+
+class _AskedStatistics(DeltaMatrix):
     """Statistics of a delta, which all ranks that hold it are asked for.
 
     Args:
@@ -199,19 +213,26 @@ class _AskedStatistics:
 
     def __init__(self, matrix: DeltaMatrix, ranks: Ranks, known: list[Tensor]) -> None:
         self._matrix, self._ranks, self._known = matrix, ranks, known
-        self.rows = matrix.rows
 
+    @property
+    @override
+    def rows(self) -> int:
+        return self._matrix.rows
+
+    @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta.
+        energy: Tensor = self._asked("column_energy", transform)
+        return energy
 
-        Args:
-            transform: Applied to the rows first.
+    @override
+    def inner(self, transform: Transform) -> float:
+        product: float = self._asked("inner", transform)
+        return product
 
-        Returns:
-            [columns] float32.
-        """
-        self._ranks.broadcast(_Question(transform), self._ranks.rank, known=self._known)
-        return self._matrix.column_energy(transform)
+    def _asked(self, statistic: str, transform: Transform | None) -> Any:  # noqa: ANN401
+        question = _Question(statistic, transform)
+        self._ranks.broadcast(question, self._ranks.rank, known=self._known)
+        return question.of(self._matrix)
 
 
 def _checked(task: SafetyProfile | None, profile: SafetyProfile, rule: Rule) -> SafetyProfile:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from safedelta_hf.core.transform import Transform
+from safedelta_hf.core.transform import DeltaMatrix, Transform
+from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import MatrixView, Use
 
@@ -15,7 +17,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactoredMatrix:
+class FactoredMatrix(DeltaMatrix):
     """A delta `s L R` as one use sees it, [rows, columns]. Sums are taken in float64: the factors are small.
 
     Attributes:
@@ -29,36 +31,18 @@ class FactoredMatrix:
     scaling: float
 
     @property
+    @override
     def rows(self) -> int:
-        """Number of outputs that each input feeds."""
         return len(self.left)
 
-    @property
-    def columns(self) -> int:
-        """Number of inputs."""
-        return self.right.shape[1]
-
+    @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta, `s^2 diag(R^T (L^T L) R)`.
-
-        Args:
-            transform: Applied to the rows first.
-
-        Returns:
-            [columns] float32.
-        """
+        # s^2 diag(R^T (L^T L) R)
         right = (self.right if transform is None else transform(self.right)).double()
         return (right * (self._gram() @ right)).sum(0).clamp_min(0).float()
 
+    @override
     def inner(self, transform: Transform) -> float:
-        """Inner product of the delta with its transform.
-
-        Args:
-            transform: Applied to the rows.
-
-        Returns:
-            The sum over all entries.
-        """
         return float((self._gram() * (self.right.double() @ transform(self.right).double().T)).sum())
 
     def _gram(self) -> Tensor:
@@ -66,7 +50,7 @@ class FactoredMatrix:
         return self.scaling**2 * (left.T @ left)
 
 
-class FactoredDelta:
+class FactoredDelta(Delta):
     """The delta of an adapter, `s L R` in the shape of its parameter, of low rank before and after.
 
     Args:
@@ -93,55 +77,36 @@ class FactoredDelta:
         return self._scaling * (left @ right)
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Where it is."""
         return self._tuned[0].device
 
     @property
+    @override
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base."""
         return energy(*self._tuned, self._scaling)
 
     @property
+    @override
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted."""
         return distance(self._tuned, self._adjusted, self._scaling)
 
+    @override
     def matrix(self, use: Use) -> FactoredMatrix:
-        """The adjusted delta as one use sees it.
-
-        Args:
-            use: The use.
-
-        Returns:
-            Its factors.
-        """
         left, right = self._adjusted
         if self._is_transposed(use.view):
             left, right = right.T, left.T
         return FactoredMatrix(left=left, right=right, scaling=self._scaling)
 
+    @override
     def transformed(self, use: Use, transform: Transform) -> "FactoredDelta":
-        """The delta with a transform applied to its rows: `L (R T)`.
-
-        Args:
-            use: Which rows.
-            transform: The transform.
-
-        Returns:
-            A new delta of the same rank.
-        """
         seen = self.matrix(use)
         seen = replace(seen, right=transform(seen.right))
         kept = (seen.right.T, seen.left.T) if self._is_transposed(use.view) else (seen.left, seen.right)
         return FactoredDelta(*self._tuned, self._scaling, kept)
 
+    @override
     def zero(self) -> "FactoredDelta":
-        """The delta with nothing of it kept.
-
-        Returns:
-            A new delta whose right factor is zero.
-        """
         left, right = self._adjusted
         return FactoredDelta(*self._tuned, self._scaling, (left, torch.zeros_like(right)))
 
@@ -156,65 +121,46 @@ class FactoredDelta:
         )
 
 
-class StackedDelta:
+class StackedDelta(Delta):
     """The delta of a stack of matrices, such as experts: one product for each.
 
     Args:
-        parts: The delta of each matrix, in the order in which they are stored.
+        products: The delta of each matrix, in the order in which they are stored.
         size: Entries of one matrix.
     """
 
-    def __init__(self, parts: Sequence[FactoredDelta], size: int) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, products: Sequence[FactoredDelta], size: int) -> None:
+        self.products = tuple(products)
         self._size = size
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Where it is."""
-        return self.parts[0].device
+        return self.products[0].device
 
     @property
+    @override
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base."""
-        return sum(part.tuned_energy for part in self.parts)
+        return sum(one.tuned_energy for one in self.products)
 
     @property
+    @override
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted."""
-        return sum(part.lost_energy for part in self.parts)
+        return sum(one.lost_energy for one in self.products)
 
+    @override
     def matrix(self, use: Use) -> FactoredMatrix:
-        """The adjusted delta of the one matrix that a use reads.
+        return self.products[self._number(use)].matrix(use)
 
-        Args:
-            use: The use.
-
-        Returns:
-            Its factors.
-        """
-        return self.parts[self._number(use)].matrix(use)
-
+    @override
     def transformed(self, use: Use, transform: Transform) -> "StackedDelta":
-        """The delta with a transform applied to the rows of one matrix.
-
-        Args:
-            use: Which matrix.
-            transform: The transform.
-
-        Returns:
-            A new delta of the same rank.
-        """
         number = self._number(use)
-        changed = self.parts[number].transformed(use, transform)
-        return StackedDelta((*self.parts[:number], changed, *self.parts[number + 1 :]), self._size)
+        changed = self.products[number].transformed(use, transform)
+        return StackedDelta((*self.products[:number], changed, *self.products[number + 1 :]), self._size)
 
+    @override
     def zero(self) -> "StackedDelta":
-        """The delta with nothing of it kept.
-
-        Returns:
-            A new delta whose right factors are zero.
-        """
-        return StackedDelta([part.zero() for part in self.parts], self._size)
+        return StackedDelta([one.zero() for one in self.products], self._size)
 
     def _number(self, use: Use) -> int:
         if use.view.entries > self._size or use.view.start % self._size:
