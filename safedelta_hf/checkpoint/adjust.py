@@ -78,7 +78,7 @@ def adjust_checkpoint(
                 loop = Adjustment(store, left, checkpoint.profile, rule, opened_task, ranks=Ranks(), progress=progress)
                 with store:
                     loop.at(rule, prepared, store.keep)
-                folder.complete(checkpoint.companions.copied)
+                folder.complete(checkpoint.copied)
     except OSError as error:
         raise AdjustmentError(
             f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "

@@ -325,7 +325,7 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(stopped):
 
 
 def test_a_wide_tensor_is_copied_and_digested_in_pieces(untouched, tmp_path, monkeypatch):
-    monkeypatch.setattr("safedelta_hf.checkpoint.shards.CHUNK", 7)
+    monkeypatch.setattr("safedelta_hf.checkpoint.folder.CHUNK", 7)
     case = untouched[0]
     case.adjust(output=tmp_path / "output")
     assert contents(tmp_path / "output") == untouched[1]
