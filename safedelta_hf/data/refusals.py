@@ -13,8 +13,7 @@ from safedelta_hf.data.batches import arguments_of, forward_guard, input_device,
 from safedelta_hf.data.dataset import IGNORED, SafetySequence
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
-from safedelta_hf.modules.evaluating import evaluating, without_adapters
-from safedelta_hf.modules.precision import coarsest, precision_seen, rounding_otherwise
+from safedelta_hf.modules.evaluating import coarsest, evaluating, precision_seen, rounding_otherwise, without_adapters
 from safedelta_hf.records import ReadingNoise
 
 
