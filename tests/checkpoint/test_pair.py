@@ -77,7 +77,7 @@ def test_weights_of_every_architecture_are_found_and_put_back(key, tmp_path):
     assert_found(key, tmp_path)
 
 
-@pytest.mark.parametrize("lost", ["one piece", "all pieces"])
+@pytest.mark.parametrize("lost", ["one tensor", "all tensors"])
 def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, monkeypatch):
     model = architectures.tiny_model("mixtral")
     model.save_pretrained(tmp_path)
@@ -86,7 +86,7 @@ def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, mon
     def incomplete(*values):
         saved = revert(*values)
         experts = [name for name in saved if ".experts." in name]
-        for name in experts[:1] if lost == "one piece" else experts:
+        for name in experts[:1] if lost == "one tensor" else experts:
             del saved[name]
         return saved
 

@@ -306,7 +306,7 @@ def test_a_stale_part_of_a_shard_does_not_take_its_place(kind, stopped, untouche
     assert contents(stopped.output) == untouched[1]
 
 
-def test_a_companion_never_replaces_a_shard(stopped, tmp_path):
+def test_another_file_never_replaces_a_shard(stopped, tmp_path):
     files = SafetensorsFiles(stopped.tuned)
     shard = next(iter(files.paths))
     (stopped.tuned / f"{shard}.part").write_text("stale")
