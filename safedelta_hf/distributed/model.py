@@ -385,7 +385,7 @@ def fetched_by_hooks(sharded: ShardedModel, observer: ParameterObserver) -> Iter
         Nothing.
     """
     model, own = sharded.model, _attributes(sharded)
-    inside = {module: [place for part in module.modules() for place in own[part]] for module in model.modules()}
+    inside = {module: [place for inner in module.modules() for place in own[inner]] for module in model.modules()}
 
     def away(*_: Any) -> None:  # noqa: ANN401
         observer.pause()
@@ -395,13 +395,13 @@ def fetched_by_hooks(sharded: ShardedModel, observer: ParameterObserver) -> Iter
 
     def show(module: nn.Module, *_: Any) -> None:  # noqa: ANN401
         observer.resume()
-        for part, key, name in inside[module]:
-            tensor = part._parameters.get(key)
+        for owner, key, name in inside[module]:
+            tensor = owner._parameters.get(key)
             if tensor is not None and _is_fetched(tensor):
                 observer.track(tensor, name)
 
-    for part, key, name in inside[model]:
-        parameter = part._parameters[key]
+    for owner, key, name in inside[model]:
+        parameter = owner._parameters[key]
         if parameter is not None and not isinstance(parameter, DTensor):
             observer.track_when_loaded(parameter, name)
     with ExitStack() as stack:
