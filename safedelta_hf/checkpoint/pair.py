@@ -53,8 +53,8 @@ class StoredParameter:
         Returns:
             A new tensor in host memory, in the dtype of the files.
         """
-        first, *others = self.tensors
-        if not others and self.tensors[first].shape == self.shape and self.tensors[first].is_contiguous():
+        first, *further = self.tensors
+        if not further and self.tensors[first].shape == self.shape and self.tensors[first].is_contiguous():
             return files.read(first)
         weight = torch.empty(self.shape, dtype=FLOATING[files.tensors[first].dtype])
         for name, part in self.split(weight):

@@ -12,7 +12,7 @@ from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import MatrixView, Use
 
-Factors = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 """`L` [first, rank] and `R` [rank, second]."""
 
 
@@ -60,13 +60,13 @@ class FactoredDelta(Delta):
         adjusted: The factors of what is kept, float32; None for all of it.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, scaling: float, adjusted: Factors | None = None) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scaling: float, adjusted: Pair | None = None) -> None:
         self._tuned = (left.detach(), right.detach())
         self._scaling = scaling
         self._adjusted = (left.detach().float(), right.detach().float()) if adjusted is None else adjusted
 
     @property
-    def factors(self) -> Factors:
+    def factors(self) -> Pair:
         """`L` [first, rank] and `R` [rank, second] of what is kept, float32."""
         return self._adjusted
 
@@ -183,7 +183,7 @@ def energy(left: Tensor, right: Tensor, scaling: float) -> float:
     return max(float(scaling**2 * ((left.T @ left) * (right @ right.T)).sum()), 0.0)
 
 
-def distance(one: Factors, other: Factors, scaling: float) -> float:
+def distance(one: Pair, other: Pair, scaling: float) -> float:
     """Squared norm of `s (L R - L' R')`.
 
     Args:
