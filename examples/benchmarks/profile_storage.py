@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from safedelta_hf import Ridge, SafeDelta, SafetyProfile, TaskRidge, adjust_model
 from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.core.transform import Dense
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.profile.encodings import encoding_for, encoding_of
 from safedelta_hf.records import Role
@@ -56,7 +56,7 @@ def loss(model: PreTrainedModel, base: PreTrainedModel, profile: SafetyProfile) 
     start = {name: parameter.detach() for parameter, name in parameter_names(base).items()}
     return sum(
         quadratic_loss(
-            MatrixDelta(weights[use.parameter] - start[use.parameter], use.view).inner,
+            DenseMatrix(weights[use.parameter] - start[use.parameter], use.view).inner,
             profile.moments[use.moment].hessian(CPU),
         )
         for use in profile.uses
@@ -131,9 +131,9 @@ def layers(options: argparse.Namespace) -> Iterator[list[str]]:
             ]
             rules = (Ridge(strength=10 / float(hessian.diagonal().mean())), SafeDelta(strength=3e5))
             for number, rule in enumerate(rules):
-                matrix = MatrixDelta(delta, Role.LINEAR.view(delta.shape))
+                matrix = DenseMatrix(delta, Role.LINEAR.view(delta.shape))
                 kept = rule.transform(rule.factorise(LayerMoments(safety=stored)), matrix)(delta)
-                left = MatrixDelta(kept, Role.LINEAR.view(kept.shape)).inner(Dense(matrix=hessian))
+                left = DenseMatrix(kept, Role.LINEAR.view(kept.shape)).inner(Dense(matrix=hessian))
                 if len(exact) <= number:
                     exact.append((kept, left))
                 reference, loss_of_reference = exact[number]

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters, require_number
-from safedelta_hf.deltas.lora_folder import AdapterFolder, initialised_from_base
-from safedelta_hf.deltas.lora_tensors import LoraTensors
+from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors, initialised_from_base
 from safedelta_hf.errors import AdapterError, BaseWeightsError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Treatment, inputs_first

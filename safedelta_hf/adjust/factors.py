@@ -5,8 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from safedelta_hf.core.transform import Transform
-from safedelta_hf.deltas.dense import DeltaMatrix
+from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use

@@ -128,7 +128,7 @@ class Adjustment:
 
     def _put_base(self) -> None:
         for name in self._tuned:
-            self._store.write(name, self._store.delta(name).dropped())
+            self._store.write(name, self._store.delta(name).zero())
 
     def _factors(self, memory: int = 0) -> FactorCache:
         uses = (use for entry in self._tuned.values() for use in entry.uses)
@@ -139,7 +139,7 @@ class Adjustment:
         if entry.action is Action.KEEP:
             return self._write(entry, delta, outcome="kept")
         if entry.action is not Action.ADJUST:
-            return self._write(entry, delta.dropped(), outcome="reset")
+            return self._write(entry, delta.zero(), outcome="reset")
         if self._merging is None:
             adjusted, notes = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:

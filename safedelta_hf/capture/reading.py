@@ -21,7 +21,7 @@ from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError
-from safedelta_hf.modules.evaluating import undisturbed, without_adapters
+from safedelta_hf.modules.evaluating import evaluating, without_adapters
 from safedelta_hf.modules.names import class_name
 from safedelta_hf.profile.moments import Moments, ShardedMoments
 from safedelta_hf.profile.profile import SafetyProfile
@@ -168,7 +168,7 @@ class _Reading:
         computed = watched.weights.followed.values()
         with (
             without_adapters(watched.module),
-            undisturbed(watched.module),
+            evaluating(watched.module),
             every_product_visible(watched.module),
             watched.model.tracked_by(observer),
             packed_products(watched.module, observer),

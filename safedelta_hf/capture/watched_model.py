@@ -13,7 +13,7 @@ from safedelta_hf.capture.config import Targets
 from safedelta_hf.capture.observer import Observer
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
-from safedelta_hf.modules.evaluating import undisturbed
+from safedelta_hf.modules.evaluating import evaluating
 from safedelta_hf.modules.names import base_modules, class_name, parameter_names, unwrapped
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.modules.quantised import is_quantised
@@ -81,7 +81,7 @@ class ParametrisedWeights:
         """Try which weights can be set.
 
         Args:
-            model: The base model, undisturbed.
+            model: The base model, evaluating.
 
         Returns:
             Its weights.
@@ -163,7 +163,7 @@ class WatchedModel:
                 f"{next(iter(computed))}: is computed from other parameters, which is not covered in a model under "
                 f"{model.kind}. Train without the callback, then use adjust_model on the saved model"
             )
-        with undisturbed(module):
+        with evaluating(module):
             weights = ParametrisedWeights.of(module)
         names = parameter_names(module)
         packed = {

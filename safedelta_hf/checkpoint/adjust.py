@@ -96,7 +96,7 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
         if not folder.is_complete:
             store, left = CheckpointStore(plan.pair, header, folder, place), plan.left(folder.finished.keys())
             adjust_weights(store, left, plan.profile, plan.rule, task=plan.task, ranks=Ranks(), progress=progress)
-            folder.complete(plan.companions.copied)
+            folder.complete(plan.copied)
     records = (folder.record(name) for name in plan.names)
     return report_of(records, plan.rule, plan.profile, architecture=header.architecture, base=plan.base.source)
 

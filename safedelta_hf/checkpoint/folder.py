@@ -1,25 +1,33 @@
 """A folder of model weights that is written over several runs if need be, and is complete or not there at all."""
 
+import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from safedelta_hf.checkpoint.shards import ShardParts
 from safedelta_hf.errors import CheckpointError, OutputError
-from safedelta_hf.folders import RunLog, locked, sync, unfinished_of
+from safedelta_hf.folders import RunLog, locked, sync, unfinished_of, write_all
 from safedelta_hf.records import ParameterRecord
-from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles
+from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles, StoredTensor, data_start
 
 LOG_FILE = "finished.jsonl"
 MODEL_FOLDER = "model"
+
+PART = ".part"
+"""Ends the name of a file that is not complete, so that nothing loads it."""
+
+CHUNK = 1 << 24
+"""Bytes that are copied or digested at a time."""
 
 _OWN = frozenset([LOG_FILE, MODEL_FOLDER, INDEX_FILE])
 """All that a work folder of this kind can hold."""
@@ -51,7 +59,7 @@ class CheckpointFolder:
         self._progress = progress
         self._work = unfinished_of(output)
         self._model = self._work / MODEL_FOLDER
-        self._parts = ShardParts(self._model, original)
+        self._shards = UnfinishedShards(self._model, original)
         self._lock = ExitStack()
         self._written: set[str] = set()
         self.finished: dict[str, ParameterRecord] = {}
@@ -86,7 +94,7 @@ class CheckpointFolder:
             name: Of the tensor, as in the files.
             value: In the dtype and shape of the original.
         """
-        self._parts.write(name, value)
+        self._shards.write(name, value)
         self._written.add(name)
 
     def keep(self, record: ParameterRecord, names: Sequence[str]) -> None:
@@ -98,23 +106,23 @@ class CheckpointFolder:
         """
         for name in names:
             if name not in self._written:
-                self._parts.copy(name)
-        line = {"record": asdict(record), "names": list(names), "sha256": self._parts.digest(names)}
+                self._shards.copy(name)
+        line = {"record": asdict(record), "names": list(names), "sha256": self._shards.digest(names)}
         # The weight's own bytes are not waited for either: what did not reach the disk is found, and done again.
         self._log.append(line, sync=False)
         self.finished[record.parameter] = record
 
-    def complete(self, companions: Sequence[str]) -> None:
+    def complete(self, other_files: Sequence[str]) -> None:
         """Finish the shards, add what stands beside them, and the index last; then rename the folder.
 
         Args:
-            companions: Files of the original's folder that belong to it.
+            other_files: Files of the original's folder that belong to it.
 
         Raises:
             CheckpointError: One of them has the name of a file that is being written.
         """
         source = Path(self._original.source)
-        for name in companions:
+        for name in other_files:
             target = self._model / name
             if target.exists():
                 raise CheckpointError(
@@ -124,7 +132,7 @@ class CheckpointFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
             sync(target)
-        self._parts.finish()
+        self._shards.finish()
         if (index := self._original.index) is not None:
             unfinished = self._work / index.name
             shutil.copyfile(index, unfinished)
@@ -168,7 +176,7 @@ class CheckpointFolder:
         except OutputError as error:
             raise CheckpointError(f"output: {error}") from error
         self._model.mkdir(exist_ok=True)
-        self._parts.allocate()
+        self._shards.allocate()
         self._clear()
         for record, names, digest in tqdm(
             self._log.entries,
@@ -176,7 +184,7 @@ class CheckpointFolder:
             unit="weight",
             disable=not self._progress or not self._log.entries,
         ):
-            if set(names) <= self._original.tensors.keys() and self._parts.digest(names) == digest:
+            if set(names) <= self._original.tensors.keys() and self._shards.digest(names) == digest:
                 self.finished[record.parameter] = record
 
     def _take_up_complete(self) -> None:
@@ -206,8 +214,109 @@ class CheckpointFolder:
         for path in self._model.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in self._parts.names:
+            elif path.name not in self._shards.names:
                 path.unlink()
+
+
+class UnfinishedShards:
+    """Copies of the shards of a model with the same headers, in which any tensor can get other values.
+
+    Args:
+        folder: Where they are made.
+        original: The model.
+    """
+
+    def __init__(self, folder: Path, original: SafetensorsFiles) -> None:
+        self._folder = folder
+        self._original = original
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the files until they are finished."""
+        return frozenset(self._part(file).name for file in self._original.paths)
+
+    def allocate(self) -> None:
+        """Make every file that is not there yet, as long as its original, with its header and without its tensors.
+
+        Files that were finished before are opened again.
+        """
+        for file, path in self._original.paths.items():
+            part, size, start = self._part(file), path.stat().st_size, data_start(path)
+            if (finished := self._folder / file).exists():
+                os.replace(finished, part)
+            with path.open("rb") as stream:
+                header = stream.read(start)
+            if not _begins(part, header, size):
+                with part.open("wb") as stream:
+                    write_all(stream.fileno(), header)
+                    stream.truncate(size)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Write a tensor.
+
+        Args:
+            name: As in the files.
+            value: Of its type and size.
+        """
+        place = self._original.tensors[name]
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert len(content) == place.stop - place.start, "the header promises another size"
+        with self._opened(place) as stream:
+            write_all(stream.fileno(), content)
+
+    def copy(self, name: str) -> None:
+        """Write a tensor as the original has it.
+
+        Args:
+            name: As in the files.
+
+        Raises:
+            CheckpointError: The original has been cut off since its header was read.
+        """
+        place = self._original.tensors[name]
+        with place.path.open("rb") as source, self._opened(place) as stream:
+            source.seek(place.start)
+            left = place.stop - place.start
+            while left:
+                content = source.read(min(left, CHUNK))
+                if not content:
+                    raise CheckpointError(f"{name}: {str(place.path)!r} ends before it, changed meanwhile?")
+                write_all(stream.fileno(), content)
+                left -= len(content)
+
+    def digest(self, names: Collection[str]) -> str:
+        """Digest of what has been written of some tensors.
+
+        Args:
+            names: As in the files.
+
+        Returns:
+            SHA-256 over their bytes, in the order of the names.
+        """
+        result = hashlib.sha256()
+        for name in names:
+            place = self._original.tensors[name]
+            with self._part(place.file).open("rb") as stream:
+                stream.seek(place.start)
+                for start in range(place.start, place.stop, CHUNK):
+                    result.update(stream.read(min(CHUNK, place.stop - start)))
+        return result.hexdigest()
+
+    def finish(self) -> None:
+        """Give every file its name, once all of them are safe on disk."""
+        parts = {self._part(file): self._folder / file for file in self._original.paths}
+        for part in parts:
+            sync(part)
+        for part, path in parts.items():
+            os.replace(part, path)
+
+    def _part(self, file: str) -> Path:
+        return self._folder / f"{file}{PART}"
+
+    def _opened(self, place: StoredTensor) -> FileIO:
+        stream = self._part(place.file).open("r+b", buffering=0)
+        stream.seek(place.start)
+        return stream
 
 
 def require_absent(output: Path) -> None:
@@ -230,3 +339,10 @@ def _taken(output: Path) -> str:
 def _finished(line: Mapping[str, Any]) -> _Finished:
     fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in line["record"].items()}
     return ParameterRecord(**fields), list(line["names"]), str(line["sha256"])
+
+
+def _begins(part: Path, header: bytes, size: int) -> bool:
+    if not part.is_file() or part.stat().st_size != size:
+        return False
+    with part.open("rb") as stream:
+        return stream.read(len(header)) == header

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
 WEIGHT_FILES = (
     "*.safetensors",
@@ -37,19 +36,7 @@ TRAINER_FOLDERS = ("checkpoint-*", "global_step*", "pytorch_model_fsdp_*", "opti
 """Checkpoints, sharded states, logs, and what tools keep for themselves."""
 
 
-class Companions(NamedTuple):
-    """Paths relative to the folder of a model.
-
-    Attributes:
-        copied: Files that belong to the model: configuration, tokenizer, code, cards.
-        left_out: Files and folders that do not, but for the weights themselves.
-    """
-
-    copied: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-
-def companions(folder: Path, weights: frozenset[str]) -> Companions:
+def other_files(folder: Path, weights: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Sort what stands beside the weights of a model.
 
     Args:
@@ -57,7 +44,8 @@ def companions(folder: Path, weights: frozenset[str]) -> Companions:
         weights: Names of the files that hold the weights, and of their index.
 
     Returns:
-        What to copy along with them, and what not.
+        Files that belong to the model: configuration, tokenizer, code, cards; and files and folders that do not. Paths
+        are relative to the folder.
     """
     copied: list[str] = []
     left_out: list[str] = []
@@ -65,7 +53,7 @@ def companions(folder: Path, weights: frozenset[str]) -> Companions:
         name = path.relative_to(folder).as_posix()
         if name not in weights:
             (copied if is_kept else left_out).append(name)
-    return Companions(tuple(sorted(copied)), tuple(sorted(left_out)))
+    return tuple(sorted(copied)), tuple(sorted(left_out))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:

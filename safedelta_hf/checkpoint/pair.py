@@ -1,40 +1,48 @@
-"""A base and a fine-tuned checkpoint of one model, matched by name, shape and type from headers alone."""
+"""A base and a fine-tuned checkpoint of one model, matched by name, shape and type from headers alone.
+
+Parameters stand in files as they are, or renamed and split as transformers saves them.
+"""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from typing_extensions import override
 
-from safedelta_hf.checkpoint.layout import StoredPiece, saved_layout, whole
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
+from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.readers import WeightReader
 from safedelta_hf.weights.safetensors_files import FLOATING, SafetensorsFiles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A parameter in files.
+class StoredParameter:
+    """A parameter in files: as it is, or split into several tensors, such as one for each expert.
 
     Attributes:
         shape: Its shape.
-        pieces: The tensors that hold it, together.
+        tensors: The tensors that hold it together, by name in the files: views of the contiguous parameter, on the meta
+            device, whose strides and offsets say which entries each of them holds.
         twins: Further names under which the whole of it, being tied, is stored again.
     """
 
     shape: tuple[int, ...]
-    pieces: tuple[StoredPiece, ...]
+    tensors: Mapping[str, Tensor]
     twins: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors that hold it."""
-        return (*(piece.name for piece in self.pieces), *self.twins)
+        return (*self.tensors, *self.twins)
 
     def read(self, files: SafetensorsFiles) -> Tensor:
         """Read it.
@@ -45,12 +53,25 @@ class Stored:
         Returns:
             A new tensor in host memory, in the dtype of the files.
         """
-        if self.pieces == (whole(self.pieces[0].name, self.shape),):
-            return files.read(self.pieces[0].name)
-        weight = torch.empty(self.shape, dtype=FLOATING[files.tensors[self.pieces[0].name].dtype])
-        for piece in self.pieces:
-            piece.of(weight).copy_(files.read(piece.name))
+        first, *further = self.tensors
+        if not further and self.tensors[first].shape == self.shape and self.tensors[first].is_contiguous():
+            return files.read(first)
+        weight = torch.empty(self.shape, dtype=FLOATING[files.tensors[first].dtype])
+        for name, part in self.split(weight):
+            part.copy_(files.read(name))
         return weight
+
+    def split(self, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that hold it together.
+
+        Args:
+            weight: The parameter, contiguous.
+
+        Yields:
+            Name as in the files, and a view of the weight.
+        """
+        for name, view in self.tensors.items():
+            yield name, weight.as_strided(view.shape, view.stride(), weight.storage_offset() + view.storage_offset())
 
 
 class CheckpointPair:
@@ -110,8 +131,8 @@ class CheckpointPair:
                 )
         return weight
 
-    def parts(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that hold a parameter in files.
+    def split(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that hold a parameter in files, under every name.
 
         Args:
             name: Canonical name.
@@ -121,8 +142,7 @@ class CheckpointPair:
             Name as in the files, and value.
         """
         stored = self.stored[name]
-        for piece in stored.pieces:
-            yield piece.name, piece.of(weight)
+        yield from stored.split(weight)
         for twin in stored.twins:
             yield twin, weight
 
@@ -144,7 +164,7 @@ class PairedBase(WeightReader):
         stored: How each parameter stands there, by canonical name.
     """
 
-    def __init__(self, files: SafetensorsFiles, stored: Mapping[str, Stored]) -> None:
+    def __init__(self, files: SafetensorsFiles, stored: Mapping[str, StoredParameter]) -> None:
         self._files, self._stored = files, stored
 
     @property
@@ -198,14 +218,17 @@ def _require_plain(header: ProfileHeader) -> None:
             )
 
 
-def _found(files: SafetensorsFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
-    layout: dict[str, Stored] | None = None
+def _found(
+    files: SafetensorsFiles, header: ProfileHeader, aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, StoredParameter]:
+    found: dict[str, StoredParameter] = {}
+    layout: dict[str, StoredParameter] | None = None
     for name in header.base:
         names = [one for one in (name, *aliases.get(name, ())) if one in files.tensors]
         if names:
             shape = files.tensors[names[0]].shape
-            found[name] = Stored(shape=shape, pieces=(whole(names[0], shape),), twins=tuple(names[1:]))
+            whole = {names[0]: torch.empty(shape, device="meta")}
+            found[name] = StoredParameter(shape=shape, tensors=whole, twins=tuple(names[1:]))
         else:
             layout = layout or _layout(name, files, header)
             if name not in layout:
@@ -216,12 +239,11 @@ def _found(files: SafetensorsFiles, header: ProfileHeader, aliases: Mapping[str,
     return found
 
 
-def _layout(name: str, files: SafetensorsFiles, header: ProfileHeader) -> dict[str, Stored]:
+def _layout(name: str, files: SafetensorsFiles, header: ProfileHeader) -> dict[str, StoredParameter]:
     try:
-        layout = saved_layout(files, header)
+        return saved_layout(files, header)
     except CheckpointError as error:
         raise CheckpointError(f"{_absence(name, files, header)}; {error}") from error
-    return {name: Stored(shape=shape, pieces=pieces) for name, (shape, pieces) in layout.items()}
 
 
 def _absence(name: str, files: SafetensorsFiles, header: ProfileHeader) -> str:
@@ -235,21 +257,23 @@ def _absence(name: str, files: SafetensorsFiles, header: ProfileHeader) -> str:
     )
 
 
-def _require_covered(name: str, stored: Stored, files: SafetensorsFiles, header: ProfileHeader) -> None:
-    count, covered = math.prod(stored.shape), sum(math.prod(piece.shape) for piece in stored.pieces)
-    if not stored.pieces or covered != count:
+def _require_covered(name: str, stored: StoredParameter, files: SafetensorsFiles, header: ProfileHeader) -> None:
+    count, covered = math.prod(stored.shape), sum(view.numel() for view in stored.tensors.values())
+    if not stored.tensors or covered != count:
         raise CheckpointError(
             f"{_absence(name, files, header)}; its layout is not known (transformers saves {covered} of its {count} "
             "entries)"
         )
 
 
-def _require_readable(name: str, stored: Stored, files: SafetensorsFiles, header: ProfileHeader) -> None:
+def _require_readable(name: str, stored: StoredParameter, files: SafetensorsFiles, header: ProfileHeader) -> None:
     for one in stored.names:
         if one not in files.tensors:
             raise CheckpointError(_absence(name, files, header))
     _require_floating(files, stored.names)
-    shapes = dict.fromkeys(stored.twins, stored.shape) | {piece.name: piece.shape for piece in stored.pieces}
+    shapes = dict.fromkeys(stored.twins, stored.shape) | {
+        one: tuple(view.shape) for one, view in stored.tensors.items()
+    }
     for one, shape in shapes.items():
         if files.tensors[one].shape != shape:
             raise CheckpointError(
@@ -273,3 +297,69 @@ def _require_floating(files: SafetensorsFiles, names: Collection[str]) -> None:
 
 def _first(names: Iterable[str], most: int = 2) -> str:
     return ", ".join(name for name, _ in zip(names, range(most), strict=False))
+
+
+def saved_layout(files: SafetensorsFiles, header: ProfileHeader) -> dict[str, StoredParameter]:
+    """How transformers would save the model that some files are of, told by its class and configuration alone.
+
+    Args:
+        files: The files, with the configuration beside them.
+        header: What the profile of the model was made from.
+
+    Returns:
+        Each parameter, renamed and split as it would be saved, by canonical name.
+
+    Raises:
+        CheckpointError: The class is not one of transformers, or the configuration not one of it, or saving computes
+            something that is no part of a parameter.
+    """
+    try:
+        model = _skeleton(files, header)
+        parameters = {name: parameter.detach() for parameter, name in parameter_names(model).items()}
+        with _Uncopied():
+            saved: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
+    except CheckpointError as error:
+        raise CheckpointError(f"its layout is not known ({error})") from error
+    except Exception as error:
+        raise CheckpointError(f"its layout is not known ({type(error).__name__}: {error})") from error
+    owners = {_storage(parameter): name for name, parameter in parameters.items()}
+    views: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for name, tensor in saved.items():
+        if (owner := owners.get(_storage(tensor))) is None:
+            raise CheckpointError(f"its layout is not known ({name} is no part of a parameter)")
+        views[owner][name] = tensor
+    return {name: StoredParameter(shape=tuple(parameters[name].shape), tensors=found) for name, found in views.items()}
+
+
+def _skeleton(files: SafetensorsFiles, header: ProfileHeader) -> PreTrainedModel:
+    model_class = getattr(transformers, header.architecture, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise CheckpointError(f"{header.architecture} is no class of transformers")
+    if files.config is None:
+        raise CheckpointError("there is no config.json")
+    config = AutoConfig.from_pretrained(files.config.parent, local_files_only=True, trust_remote_code=False)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > len(header.base):
+        raise CheckpointError(f"config.json speaks of {layers} layers, the profile of {len(header.base)} parameters")
+    with torch.device("meta"):
+        return model_class(config)
+
+
+class _Uncopied(TorchFunctionMode):
+    """Lets what is made of a tensor stay a view of it, so that its strides tell where it comes from."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        if func in (Tensor.contiguous, Tensor.clone):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key

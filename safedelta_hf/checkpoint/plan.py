@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from safedelta_hf.adjust.plan import check_rule, plan_parameters, require_number
 from safedelta_hf.checkpoint.folder import require_absent
-from safedelta_hf.checkpoint.other_files import Companions, companions
+from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.lora_folder import CONFIG_FILE
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError
@@ -35,7 +35,8 @@ class CheckpointPlan:
         treatment: What will be done with parameters other than linear weights.
         pair: The weights, matched with the profile.
         entries: What happens to each parameter if the fine-tuning moved it; those that read one moment stand together.
-        companions: What stands beside the weights.
+        copied: Files beside the weights that belong to the model.
+        left_out: Files and folders there that do not.
     """
 
     base: SafetensorsFiles
@@ -47,7 +48,8 @@ class CheckpointPlan:
     treatment: Treatment
     pair: CheckpointPair
     entries: tuple[PlanEntry, ...]
-    companions: Companions
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,8 +100,8 @@ class CheckpointPlan:
         return [
             f"Base: {self.base.source}, {len(self.base.paths)} file(s)",
             f"Weights: {len(self.entries)} parameters in {len(self.tuned.paths)} file(s), {size:,} bytes",
-            f"Copied: {', '.join(self.companions.copied) or 'nothing'}",
-            f"Left out: {', '.join(self.companions.left_out) or 'nothing'}",
+            f"Copied: {', '.join(self.copied) or 'nothing'}",
+            f"Left out: {', '.join(self.left_out) or 'nothing'}",
             f"Output: {self.output}" + (", begun by an earlier run" if self.is_begun else ""),
         ]
 
@@ -152,6 +154,7 @@ def plan_checkpoint(
     tuned_files, base_files = _open_tuned(Path(tuned)), _open_base(base)
     pair = CheckpointPair(base_files, tuned_files, profile.header)
     index = [] if tuned_files.index is None else [tuned_files.index.name]
+    copied, left_out = other_files(Path(tuned), frozenset([*tuned_files.paths, *index]))
     return CheckpointPlan(
         base=base_files,
         tuned=tuned_files,
@@ -162,7 +165,8 @@ def plan_checkpoint(
         treatment=treatment,
         pair=pair,
         entries=plan_parameters(pair.shapes, profile, treatment, pair.aliases).entries,
-        companions=companions(Path(tuned), frozenset([*tuned_files.paths, *index])),
+        copied=copied,
+        left_out=left_out,
     )
 
 

@@ -70,7 +70,7 @@ class CheckpointStore(WeightStore):
     @override
     def write(self, name: str, delta: Delta) -> tuple[str, ...]:
         assert isinstance(delta, DenseDelta), "the deltas of a checkpoint are dense"
-        for stored, value in self._pair.parts(name, delta.weight().contiguous()):
+        for stored, value in self._pair.split(name, delta.weight().contiguous()):
             self._output.write(stored, value)
         return ()
 

@@ -83,8 +83,8 @@ def apply(
         if dry_run:
             typer.echo(plan.table())
             return
-        if plan.companions.left_out:
-            typer.echo(f"Not copied: {', '.join(plan.companions.left_out)}")
+        if plan.left_out:
+            typer.echo(f"Not copied: {', '.join(plan.left_out)}")
         _finish(adjust_planned(plan, device=device or "cpu"), output, report)
 
 

@@ -61,13 +61,3 @@ def add_outer_(total: Float[Tensor, "i i"], inputs: Num[Tensor, "t i"]) -> None:
             total.addmm_(inputs.T, inputs)
         else:
             total.add_((inputs.T @ inputs).to(total.device))
-
-
-def add_squares_(total: Float[Tensor, " i"], inputs: Num[Tensor, "t i"]) -> None:
-    """Add the diagonal of `X^T X` to a diagonal moment in place.
-
-    Args:
-        total: [in] float32, changed in place.
-        inputs: [tokens, in] of any floating dtype.
-    """
-    total.add_(inputs.to(torch.float32).square().sum(0).to(total.device))

@@ -6,6 +6,7 @@ LoRA adapter alike.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,37 @@ class Transform(ABC):
         Returns:
             [rows, columns], a new tensor.
         """
+
+
+class DeltaMatrix(Protocol):
+    """A delta [rows, columns] as one use of its parameter sees it, wherever and in whatever form it is stored."""
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs that each input feeds, over all ranks."""
+        ...
+
+    def column_energy(self, transform: Transform | None = None) -> Tensor:
+        """Sum over rows of the squared delta.
+
+        Args:
+            transform: Applied to the rows first; the same on all ranks.
+
+        Returns:
+            [columns] float32, one for each input.
+        """
+        ...
+
+    def inner(self, transform: Transform) -> float:
+        """Inner product of the delta with its transform; with a Hessian as the transform, twice the quadratic loss.
+
+        Args:
+            transform: Applied to the rows; the same on all ranks.
+
+        Returns:
+            The sum over all entries.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

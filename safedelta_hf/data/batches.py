@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.distributed.offload_hooks import execution_device
+from safedelta_hf.distributed.offload import execution_device
 from safedelta_hf.errors import DataError
 from safedelta_hf.modules.names import unwrapped
 

@@ -13,8 +13,7 @@ from safedelta_hf.data.batches import arguments_of, forward_guard, input_device,
 from safedelta_hf.data.dataset import IGNORED, SafetySequence
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
-from safedelta_hf.modules.evaluating import undisturbed, without_adapters
-from safedelta_hf.modules.precision import coarsest, precision_seen, rounding_otherwise
+from safedelta_hf.modules.evaluating import coarsest, evaluating, precision_seen, rounding_otherwise, without_adapters
 from safedelta_hf.records import ReadingNoise
 
 
@@ -58,7 +57,7 @@ def response_losses(
         share = share_of(list(dict.fromkeys(sequences)), batch_size, model)
         found: dict[SafetySequence, tuple[float, ...]] = {}
         ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
-        with undisturbed(runnable):
+        with evaluating(runnable):
             for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
                 with forward_guard(model):
                     losses = _batch_losses(runnable, batch)

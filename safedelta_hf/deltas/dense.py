@@ -1,36 +1,16 @@
 """The delta of one parameter, whatever form it is stored in, and the form that this process holds whole."""
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from safedelta_hf.core.transform import Transform
+from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.records import MatrixView, Use
-
-
-class DeltaMatrix(Protocol):
-    """A delta as one use of its parameter sees it: [rows, columns], one column for each input."""
-
-    @property
-    def rows(self) -> int:
-        """Number of outputs that each input feeds."""
-        ...
-
-    @property
-    def columns(self) -> int:
-        """Number of inputs."""
-        ...
-
-    def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta, [columns] float32."""
-        ...
-
-    def inner(self, transform: Transform) -> float:
-        """Inner product of the delta with its transform."""
-        ...
 
 
 class Delta(Protocol):
@@ -43,45 +23,64 @@ class Delta(Protocol):
 
     @property
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base."""
+        """Squared norm of tuned minus base, over all ranks."""
         ...
 
     @property
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted."""
+        """Squared norm of tuned minus adjusted, over all ranks."""
         ...
 
     def matrix(self, use: Use) -> DeltaMatrix:
-        """The adjusted delta as one use sees it."""
+        """The adjusted delta as one use sees it.
+
+        Args:
+            use: The use.
+
+        Returns:
+            A view.
+        """
         ...
 
     def transformed(self, use: Use, transform: Transform) -> "Delta":
-        """The delta with a transform applied to its rows, as one use sees them; takes the place of this one."""
+        """The delta with a transform applied to its rows, as one use sees them.
+
+        Args:
+            use: Which rows.
+            transform: The transform of the whole rows.
+
+        Returns:
+            A delta of the same weights that takes the place of this one, and may be this one.
+        """
         ...
 
-    def dropped(self) -> "Delta":
-        """The delta with nothing of it kept."""
+    def zero(self) -> "Delta":
+        """The delta with nothing of it kept.
+
+        Returns:
+            A new delta of the same weights.
+        """
         ...
 
 
-class DenseDelta:
+class DenseDelta(Delta):
     """A delta held as one tensor, in the shape of its parameter.
 
     Args:
         tuned: Fine-tuned weight, in the dtype of the model.
         base: Base weight of the same shape, on any device.
-        adjusted: What is kept of the delta, float32, contiguous; None for all of it.
     """
 
-    def __init__(self, tuned: Tensor, base: Tensor, adjusted: Tensor | None = None) -> None:
+    def __init__(self, tuned: Tensor, base: Tensor) -> None:
         self._tuned = tuned.detach()
         self._base = base.detach().to(tuned)
-        self._is_tuned = adjusted is None
-        self._adjusted = self._delta().contiguous() if adjusted is None else adjusted
+        # Shared with every delta that is made of this one.
+        self._delta = (self._tuned.to(torch.float32) - self._base.to(torch.float32)).contiguous()
+        self._adjusted = self._delta
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Where it is."""
         return self._tuned.device
 
     @property
@@ -95,58 +94,40 @@ class DenseDelta:
         return self._base.to(torch.float32)
 
     @property
+    @override
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base."""
-        return float(self._delta().square().sum())
+        return float(self._delta.square().sum())
 
     @property
+    @override
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted."""
-        return float((self._delta() - self._adjusted).square().sum())
+        return float((self._delta - self._adjusted).square().sum())
 
     @property
     def is_whole(self) -> bool:
         """Whether all of it is kept."""
-        return torch.equal(self._adjusted, self._delta())
+        return torch.equal(self._adjusted, self._delta)
 
     @property
-    def is_dropped(self) -> bool:
+    def is_zero(self) -> bool:
         """Whether nothing of it is kept."""
         return not self._adjusted.any()
 
-    def matrix(self, use: Use) -> "MatrixDelta":
-        """The adjusted delta as one use sees it.
+    @override
+    def matrix(self, use: Use) -> "DenseMatrix":
+        return DenseMatrix(self._adjusted, use.view)
 
-        Args:
-            use: The use.
-
-        Returns:
-            A view.
-        """
-        return MatrixDelta(self._adjusted, use.view)
-
+    @override
     def transformed(self, use: Use, transform: Transform) -> "DenseDelta":
-        """The delta with a transform applied to its rows.
-
-        Args:
-            use: Which rows.
-            transform: The transform.
-
-        Returns:
-            A delta of the same weights; this one if it is adjusted already and only a part of it changes.
-        """
         if use.view.covers(self._adjusted.numel()):
-            return DenseDelta(self._tuned, self._base, self.matrix(use).transformed(transform))
-        result = DenseDelta(self._tuned, self._base, self._adjusted.clone()) if self._is_tuned else self
+            return self.keeping(self.matrix(use).transformed(transform))
+        # Of a parameter with many uses, such as experts, one copy takes the changes of all.
+        result = self.keeping(self._adjusted.clone()) if self._is_unadjusted else self
         result.matrix(use).replace(transform)
         return result
 
-    def dropped(self) -> "DenseDelta":
-        """The delta with nothing of it kept.
-
-        Returns:
-            A new delta of the same weights.
-        """
+    @override
+    def zero(self) -> "DenseDelta":
         return self.keeping(torch.zeros_like(self._adjusted))
 
     def keeping(self, values: Tensor) -> "DenseDelta":
@@ -158,24 +139,26 @@ class DenseDelta:
         Returns:
             A new delta of the same weights.
         """
-        return DenseDelta(self._tuned, self._base, values)
+        result = copy.copy(self)
+        result._adjusted = values
+        return result
 
     def adjusted_to(self, values: Tensor, uses: Sequence[Use]) -> "DenseDelta":
         """The delta with something else kept of it, where it is used.
 
         Args:
             values: What is kept, float32, in the shape of the parameter, contiguous.
-            uses: How it is used. Parts that no use reaches keep their delta, as under every rule.
+            uses: How it is used. Entries that no use reaches keep their delta, as under every rule.
 
         Returns:
             A new delta of the same weights.
         """
         if any(use.view.covers(values.numel()) for use in uses):
-            return DenseDelta(self._tuned, self._base, values)
+            return self.keeping(values)
         kept = self._adjusted.clone()
         for use in uses:
             as_strided(kept, use.view).copy_(as_strided(values, use.view))
-        return DenseDelta(self._tuned, self._base, kept)
+        return self.keeping(kept)
 
     def weight(self) -> Tensor:
         """The weight that carries what is kept.
@@ -183,14 +166,15 @@ class DenseDelta:
         Returns:
             A new tensor in the dtype of the fine-tuned weight.
         """
-        return recombine(self._tuned, self._base, self._delta(), self._adjusted)
+        return recombine(self._tuned, self._base, self._delta, self._adjusted)
 
-    def _delta(self) -> Tensor:
-        return self._tuned.to(torch.float32) - self._base.to(torch.float32)
+    @property
+    def _is_unadjusted(self) -> bool:
+        return self._adjusted is self._delta
 
 
-class MatrixDelta:
-    """A delta laid out as [rows, columns], one column for each input, and the statistics that rules ask of it.
+class DenseMatrix(DeltaMatrix):
+    """A delta in the memory of this process, laid out as [rows, columns].
 
     Args:
         delta: Delta in the shape of its parameter, float32, contiguous.
@@ -202,36 +186,17 @@ class MatrixDelta:
         self._matrix = as_strided(delta, view)
 
     @property
+    @override
     def rows(self) -> int:
-        """Number of outputs that each input feeds."""
         return self._matrix.shape[0]
 
-    @property
-    def columns(self) -> int:
-        """Number of inputs."""
-        return self._matrix.shape[1]
-
+    @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta.
-
-        Args:
-            transform: Applied to the rows first.
-
-        Returns:
-            [columns] float32.
-        """
         rows = self._matrix if transform is None else transform(self._matrix)
         return rows.square().sum(0)
 
+    @override
     def inner(self, transform: Transform) -> float:
-        """Inner product of the delta with its transform; with a Hessian as the transform, twice the quadratic loss.
-
-        Args:
-            transform: Applied to the rows.
-
-        Returns:
-            The sum over all entries.
-        """
         return float((self._matrix * transform(self._matrix)).sum())
 
     def transformed(self, transform: Transform) -> Tensor:

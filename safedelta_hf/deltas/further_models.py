@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.deltas.dense import DenseDelta
-from safedelta_hf.deltas.lora_deltas import LoraDelta
-from safedelta_hf.deltas.lora_folder import CONFIG_FILE, AdapterFolder
-from safedelta_hf.deltas.lora_tensors import LoraTensors
+from safedelta_hf.deltas.lora_folder import CONFIG_FILE, AdapterFolder, LoraTensors
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.errors import BaseWeightsError, MergeError
 from safedelta_hf.records import ProfileHeader
@@ -49,7 +47,7 @@ def seen_from_base(read: Callable[[str], Tensor], source: str) -> FurtherModel:
     return delta
 
 
-class FurtherAdapter:
+def further_adapter(folder: Path, header: ProfileHeader, transposed: set[str]) -> FurtherModel:
     """A LoRA that PEFT saved, on the base.
 
     Args:
@@ -57,51 +55,40 @@ class FurtherAdapter:
         header: What the profile of the base was made from.
         transposed: Names of the weights that are stored with their inputs first.
 
+    Returns:
+        What the adapter changes of each weight; zero where it does nothing.
+
     Raises:
         AdapterError: It cannot be read, or is no LoRA.
-        MergeError: It tunes a parameter that the base does not have.
+        MergeError: It carries a parameter whole, or tunes one that the base does not have.
     """  # noqa: DOC502 - raised by the functions called
 
-    def __init__(self, folder: Path, header: ProfileHeader, transposed: set[str]) -> None:
-        self._folder = folder
-        deltas = LoraTensors(AdapterFolder(folder), header, transposed, self._refuse)
-        self._deltas: dict[str, LoraDelta] = {delta.parameter: delta for delta in deltas}
-        strangers = sorted(set(self._deltas) - set(header.base))
-        if strangers:
-            raise MergeError(
-                f"{strangers[0]}: tuned by {str(folder)!r}, and no parameter of the base; give an adapter on this base"
-            )
-
-    def __call__(self, name: str, base: Tensor) -> Tensor:
-        """What the adapter changes of a weight.
-
-        Args:
-            name: Canonical parameter name.
-            base: Base weight, float32; only its shape and place are used.
-
-        Returns:
-            Its delta, float32; zero where the adapter does nothing.
-
-        Raises:
-            MergeError: Its delta has another shape.
-        """
-        if name not in self._deltas:
-            return torch.zeros_like(base)
-        own = self._deltas[name]
-        if own.shape != base.shape:
-            raise MergeError(
-                f"{list(own.shape)} in {str(self._folder)!r}, {list(base.shape)} in the base; give an adapter on the "
-                "same base"
-            )
-        delta = own.delta()
-        assert isinstance(delta, DenseDelta | FactoredDelta), "others were refused when it was opened"
-        return delta.values.reshape(base.shape).to(base)
-
-    def _refuse(self, name: str) -> Tensor:
+    def refuse(name: str) -> Tensor:
         raise MergeError(
-            f"{name}: carried whole by the adapter {str(self._folder)!r}; merge it into its base (merge_and_unload), "
+            f"{name}: carried whole by the adapter {str(folder)!r}; merge it into its base (merge_and_unload), "
             "save the model, and give that folder"
         )
+
+    tuned = {delta.parameter: delta for delta in LoraTensors(AdapterFolder(folder), header, transposed, refuse)}
+    if strangers := sorted(set(tuned) - set(header.base)):
+        raise MergeError(
+            f"{strangers[0]}: tuned by {str(folder)!r}, and no parameter of the base; give an adapter on this base"
+        )
+
+    def delta(name: str, base: Tensor) -> Tensor:
+        if name not in tuned:
+            return torch.zeros_like(base)
+        own = tuned[name]
+        if own.shape != base.shape:
+            raise MergeError(
+                f"{list(own.shape)} in {str(folder)!r}, {list(base.shape)} in the base; give an adapter on the "
+                "same base"
+            )
+        change = own.delta()
+        assert isinstance(change, DenseDelta | FactoredDelta), "others were refused when it was opened"
+        return change.values.reshape(base.shape).to(base)
+
+    return delta
 
 
 def open_further_model(
@@ -132,7 +119,7 @@ def open_further_model(
             )
         return seen_from_base(ModelReader(source).read, ModelReader.source)
     if (Path(source) / CONFIG_FILE).is_file():
-        return FurtherAdapter(Path(source), header, transposed)
+        return further_adapter(Path(source), header, transposed)
     try:
         return seen_from_base(FilesReader(source, aliases).read, str(source))
     except BaseWeightsError as error:

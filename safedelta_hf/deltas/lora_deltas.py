@@ -197,11 +197,11 @@ class ExpertsDelta(LoraDelta):
     @override
     def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, StackedDelta), "a stack has a delta for each matrix"
-        lefts, rights = zip(*(part.factors for part in delta.parts), strict=True)
+        lefts, rights = zip(*(one.factors for one in delta.products), strict=True)
         left, right = torch.stack(lefts), torch.stack(rights)
         down, up = (left.mT, right.mT) if self.transposed else (right, left)
         values = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
-        return _adjusted_pair(self, values, delta.parts)
+        return _adjusted_pair(self, values, delta.products)
 
 
 def _adjusted_pair(
@@ -213,7 +213,7 @@ def _adjusted_pair(
     if dtype in (torch.float32, torch.float64):
         return Adjusted(tensors)
     delta = replace(pair, tensors=tensors).delta()
-    written = delta.parts if isinstance(delta, StackedDelta) else (delta,)
+    written = delta.products if isinstance(delta, StackedDelta) else (delta,)
     factors = [(one.factors, other.factors) for one, other in zip(written, exact, strict=True)]
     moved = sum(distance(one, other, pair.scaling) for one, other in factors)
     if not moved:

@@ -5,17 +5,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from safedelta_hf.core.transform import Transform
+from safedelta_hf.core.transform import DeltaMatrix, Transform
+from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.records import MatrixView, Use
 
-Factors = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 """`L` [first, rank] and `R` [rank, second]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactoredMatrix:
+class FactoredMatrix(DeltaMatrix):
     """A delta `s L R` as one use sees it, [rows, columns]. Sums are taken in float64: the factors are small.
 
     Attributes:
@@ -29,36 +31,18 @@ class FactoredMatrix:
     scaling: float
 
     @property
+    @override
     def rows(self) -> int:
-        """Number of outputs that each input feeds."""
         return len(self.left)
 
-    @property
-    def columns(self) -> int:
-        """Number of inputs."""
-        return self.right.shape[1]
-
+    @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta, `s^2 diag(R^T (L^T L) R)`.
-
-        Args:
-            transform: Applied to the rows first.
-
-        Returns:
-            [columns] float32.
-        """
+        # s^2 diag(R^T (L^T L) R)
         right = (self.right if transform is None else transform(self.right)).double()
         return (right * (self._gram() @ right)).sum(0).clamp_min(0).float()
 
+    @override
     def inner(self, transform: Transform) -> float:
-        """Inner product of the delta with its transform.
-
-        Args:
-            transform: Applied to the rows.
-
-        Returns:
-            The sum over all entries.
-        """
         return float((self._gram() * (self.right.double() @ transform(self.right).double().T)).sum())
 
     def _gram(self) -> Tensor:
@@ -66,7 +50,7 @@ class FactoredMatrix:
         return self.scaling**2 * (left.T @ left)
 
 
-class FactoredDelta:
+class FactoredDelta(Delta):
     """The delta of an adapter, `s L R` in the shape of its parameter, of low rank before and after.
 
     Args:
@@ -76,13 +60,13 @@ class FactoredDelta:
         adjusted: The factors of what is kept, float32; None for all of it.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, scaling: float, adjusted: Factors | None = None) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scaling: float, adjusted: Pair | None = None) -> None:
         self._tuned = (left.detach(), right.detach())
         self._scaling = scaling
         self._adjusted = (left.detach().float(), right.detach().float()) if adjusted is None else adjusted
 
     @property
-    def factors(self) -> Factors:
+    def factors(self) -> Pair:
         """`L` [first, rank] and `R` [rank, second] of what is kept, float32."""
         return self._adjusted
 
@@ -93,55 +77,36 @@ class FactoredDelta:
         return self._scaling * (left @ right)
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Where it is."""
         return self._tuned[0].device
 
     @property
+    @override
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base."""
         return energy(*self._tuned, self._scaling)
 
     @property
+    @override
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted."""
         return distance(self._tuned, self._adjusted, self._scaling)
 
+    @override
     def matrix(self, use: Use) -> FactoredMatrix:
-        """The adjusted delta as one use sees it.
-
-        Args:
-            use: The use.
-
-        Returns:
-            Its factors.
-        """
         left, right = self._adjusted
         if self._is_transposed(use.view):
             left, right = right.T, left.T
         return FactoredMatrix(left=left, right=right, scaling=self._scaling)
 
+    @override
     def transformed(self, use: Use, transform: Transform) -> "FactoredDelta":
-        """The delta with a transform applied to its rows: `L (R T)`.
-
-        Args:
-            use: Which rows.
-            transform: The transform.
-
-        Returns:
-            A new delta of the same rank.
-        """
         seen = self.matrix(use)
         seen = replace(seen, right=transform(seen.right))
         kept = (seen.right.T, seen.left.T) if self._is_transposed(use.view) else (seen.left, seen.right)
         return FactoredDelta(*self._tuned, self._scaling, kept)
 
-    def dropped(self) -> "FactoredDelta":
-        """The delta with nothing of it kept.
-
-        Returns:
-            A new delta whose right factor is zero.
-        """
+    @override
+    def zero(self) -> "FactoredDelta":
         left, right = self._adjusted
         return FactoredDelta(*self._tuned, self._scaling, (left, torch.zeros_like(right)))
 
@@ -156,65 +121,46 @@ class FactoredDelta:
         )
 
 
-class StackedDelta:
+class StackedDelta(Delta):
     """The delta of a stack of matrices, such as experts: one product for each.
 
     Args:
-        parts: The delta of each matrix, in the order in which they are stored.
+        products: The delta of each matrix, in the order in which they are stored.
         size: Entries of one matrix.
     """
 
-    def __init__(self, parts: Sequence[FactoredDelta], size: int) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, products: Sequence[FactoredDelta], size: int) -> None:
+        self.products = tuple(products)
         self._size = size
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Where it is."""
-        return self.parts[0].device
+        return self.products[0].device
 
     @property
+    @override
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base."""
-        return sum(part.tuned_energy for part in self.parts)
+        return sum(one.tuned_energy for one in self.products)
 
     @property
+    @override
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted."""
-        return sum(part.lost_energy for part in self.parts)
+        return sum(one.lost_energy for one in self.products)
 
+    @override
     def matrix(self, use: Use) -> FactoredMatrix:
-        """The adjusted delta of the one matrix that a use reads.
+        return self.products[self._number(use)].matrix(use)
 
-        Args:
-            use: The use.
-
-        Returns:
-            Its factors.
-        """
-        return self.parts[self._number(use)].matrix(use)
-
+    @override
     def transformed(self, use: Use, transform: Transform) -> "StackedDelta":
-        """The delta with a transform applied to the rows of one matrix.
-
-        Args:
-            use: Which matrix.
-            transform: The transform.
-
-        Returns:
-            A new delta of the same rank.
-        """
         number = self._number(use)
-        changed = self.parts[number].transformed(use, transform)
-        return StackedDelta((*self.parts[:number], changed, *self.parts[number + 1 :]), self._size)
+        changed = self.products[number].transformed(use, transform)
+        return StackedDelta((*self.products[:number], changed, *self.products[number + 1 :]), self._size)
 
-    def dropped(self) -> "StackedDelta":
-        """The delta with nothing of it kept.
-
-        Returns:
-            A new delta whose right factors are zero.
-        """
-        return StackedDelta([part.dropped() for part in self.parts], self._size)
+    @override
+    def zero(self) -> "StackedDelta":
+        return StackedDelta([one.zero() for one in self.products], self._size)
 
     def _number(self, use: Use) -> int:
         if use.view.entries > self._size or use.view.start % self._size:
@@ -237,7 +183,7 @@ def energy(left: Tensor, right: Tensor, scaling: float) -> float:
     return max(float(scaling**2 * ((left.T @ left) * (right @ right.T)).sum()), 0.0)
 
 
-def distance(one: Factors, other: Factors, scaling: float) -> float:
+def distance(one: Pair, other: Pair, scaling: float) -> float:
     """Squared norm of `s (L R - L' R')`.
 
     Args:

@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from safedelta_hf.core.transform import Transform
-from safedelta_hf.deltas.dense import DeltaMatrix, DenseDelta, MatrixDelta, as_strided
+from safedelta_hf.core.transform import DeltaMatrix, Transform
+from safedelta_hf.deltas.dense import Delta, DenseDelta, DenseMatrix, as_strided
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.records import MatrixView, Use
 
 
-class ShardedDelta:
+class ShardedDelta(Delta):
     """Slices of a delta; ranks exchange sums over them, and no weight.
 
     But for one kind: where the inputs that a product mixes lie along the first dimension (`Conv1D`), the delta is
@@ -31,60 +32,40 @@ class ShardedDelta:
         self._own, self._shape, self._shard, self._ranks = own, shape, shard, ranks
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Where it is."""
         return self._own.device
 
     @property
+    @override
     def tuned_energy(self) -> float:
-        """Squared norm of tuned minus base, over all ranks."""
         return self._summed(self._own.tuned_energy)
 
     @property
+    @override
     def lost_energy(self) -> float:
-        """Squared norm of tuned minus adjusted, over all ranks."""
         return self._summed(self._own.lost_energy)
 
+    @override
     def matrix(self, use: Use) -> DeltaMatrix:
-        """The adjusted delta as one use sees it.
+        own = own_view(use, self._shape, self._shard)
+        if own is None:
+            return DenseMatrix(self._assembled(), use.view)
+        return ShardedMatrix(self._own.values, use.view, *own, self._sum)
 
-        Args:
-            use: The use.
-
-        Returns:
-            Its statistics over all ranks.
-        """
-        share = _share(use, self._shape, self._shard)
-        if share is None:
-            return MatrixDelta(self._assembled(), use.view)
-        return ShardedMatrix(as_strided(self._own.values, share.view), share, self._sum)
-
+    @override
     def transformed(self, use: Use, transform: Transform) -> "ShardedDelta":
-        """The delta with a transform applied to its rows.
-
-        Args:
-            use: Which rows.
-            transform: The transform of the whole rows.
-
-        Returns:
-            A delta of the same weights.
-        """
-        share = _share(use, self._shape, self._shard)
-        if share is None:
-            whole = MatrixDelta(self._assembled(), use.view).transformed(transform)
-            return self._with(whole[self._shard.start : self._shard.stop].clone())
+        own = own_view(use, self._shape, self._shard)
+        if own is None:
+            whole = DenseMatrix(self._assembled(), use.view).transformed(transform)
+            return self._with(self._own.keeping(whole[self._shard.start : self._shard.stop].clone()))
         values = self._own.values.clone(memory_format=torch.contiguous_format)
-        matrix = as_strided(values, share.view)
-        matrix.copy_(share.through(transform, matrix))
-        return self._with(values)
+        ShardedMatrix(values, use.view, *own, self._sum).replace(transform)
+        return self._with(self._own.keeping(values))
 
-    def dropped(self) -> "ShardedDelta":
-        """The delta with nothing of it kept.
-
-        Returns:
-            A new delta of the same weights.
-        """
-        return ShardedDelta(self._own.dropped(), self._shape, self._shard, self._ranks)
+    @override
+    def zero(self) -> "ShardedDelta":
+        return self._with(self._own.zero())
 
     def weight(self) -> Tensor:
         """The slices of the weight that carries what is kept.
@@ -94,8 +75,8 @@ class ShardedDelta:
         """
         return self._own.weight()
 
-    def _with(self, values: Tensor) -> "ShardedDelta":
-        return ShardedDelta(self._own.keeping(values), self._shape, self._shard, self._ranks)
+    def _with(self, own: DenseDelta) -> "ShardedDelta":
+        return ShardedDelta(own, self._shape, self._shard, self._ranks)
 
     def _assembled(self) -> Tensor:
         assert self._shard.group is not None, "a whole parameter has a dense delta"
@@ -108,87 +89,60 @@ class ShardedDelta:
         return float(self._sum(torch.tensor([value], dtype=torch.float64, device=self.device)))
 
 
-class ShardedMatrix:
-    """Statistics of a delta over all ranks.
+class ShardedMatrix(DeltaMatrix):
+    """A delta of which this process has some rows, or some columns that do not mix with others.
 
     Args:
-        own: What this process has of it.
-        share: What that is.
+        values: This process's slices of the delta, float32, contiguous.
+        whole: The matrix as a view of the whole parameter.
+        own: What this process has of it, as a view of the slices.
+        own_columns: Which columns of the whole matrix that has.
         sum_: Adds up over the ranks that have the rest.
     """
 
-    def __init__(self, own: Tensor, share: "_Share", sum_: Callable[[Tensor], Tensor]) -> None:
-        self._own, self._share, self._sum = own, share, sum_
+    def __init__(
+        self,
+        values: Tensor,
+        whole: MatrixView,
+        own: MatrixView,
+        own_columns: slice,
+        sum_: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._own, self._own_columns, self._sum = as_strided(values, own), own_columns, sum_
+        self._rows, self._columns = whole.rows, whole.columns
 
     @property
+    @override
     def rows(self) -> int:
-        """Number of outputs that each input feeds, over all ranks."""
-        return self._share.rows
+        return self._rows
 
-    @property
-    def columns(self) -> int:
-        """Number of inputs, over all ranks."""
-        return self._share.columns
-
+    @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta.
-
-        Args:
-            transform: Applied to the rows first; the same on all ranks.
-
-        Returns:
-            [columns] float32.
-        """
-        own = self._own if transform is None else self._share.through(transform, self._own)
-        energy = torch.zeros(self.columns, device=self._own.device)
-        energy[self._share.own_columns] = own.square().sum(0)
+        own = self._own if transform is None else self._transformed(transform)
+        energy = torch.zeros(self._columns, device=own.device)
+        energy[self._own_columns] = own.square().sum(0)
         return self._sum(energy)
 
+    @override
     def inner(self, transform: Transform) -> float:
-        """Inner product of the delta with its transform.
+        return float(self._sum((self._own * self._transformed(transform)).sum().reshape(1)))
+
+    def replace(self, transform: Transform) -> None:
+        """Transform in place what this process has of the matrix.
 
         Args:
-            transform: Applied to the rows; the same on all ranks.
-
-        Returns:
-            The sum over all entries.
+            transform: Of the whole matrix; a diagonal one, if this process has some columns alone.
         """
-        return float(self._sum((self._own * self._share.through(transform, self._own)).sum().reshape(1)))
+        self._own.copy_(self._transformed(transform))
+
+    def _transformed(self, transform: Transform) -> Tensor:
+        if self._own.shape[1] == self._columns:
+            return transform(self._own)
+        return self._own * transform(torch.ones((1, self._columns), device=self._own.device))[:, self._own_columns]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Share:
-    """What a process has of a matrix [rows, columns]: some rows, or some columns that do not mix with others.
-
-    Attributes:
-        rows: Of the whole.
-        columns: Of the whole.
-        own_columns: Which of them this process has.
-        view: The share as a view of this process's slices of the parameter, [own rows, own columns].
-    """
-
-    rows: int
-    columns: int
-    own_columns: slice
-    view: MatrixView
-
-    def through(self, transform: Transform, own: Tensor) -> Tensor:
-        """Apply the transform of the whole matrix to a share of it.
-
-        Args:
-            transform: A diagonal one, if the share has some columns alone.
-            own: The share.
-
-        Returns:
-            A new tensor of its shape.
-        """
-        if own.shape[1] == self.columns:
-            return transform(own)
-        return own * transform(torch.ones((1, self.columns), device=own.device))[:, self.own_columns]
-
-
-def _share(use: Use, shape: torch.Size, shard: Shard) -> _Share | None:
-    """What slices of a parameter are of one of its uses.
+def own_view(use: Use, shape: torch.Size, shard: Shard) -> tuple[MatrixView, slice] | None:
+    """What slices of a parameter are of the matrix that a use reads.
 
     Args:
         use: The use.
@@ -196,7 +150,8 @@ def _share(use: Use, shape: torch.Size, shard: Shard) -> _Share | None:
         shard: The slices.
 
     Returns:
-        The share, or None if the columns of its rows lie in several slices and mix.
+        A view of the slices, [own rows, own columns], and which columns of the matrix these are; None if the columns
+        of its rows lie in several slices and mix.
     """
     view, size = use.view, math.prod(shape[1:])
     rows, columns = slice(0, view.rows), slice(0, view.columns)
@@ -211,7 +166,7 @@ def _share(use: Use, shape: torch.Size, shard: Shard) -> _Share | None:
     mine = replace(
         view, start=first if has_any else 0, rows=rows.stop - rows.start, columns=columns.stop - columns.start
     )
-    return _Share(rows=view.rows, columns=view.columns, own_columns=columns, view=mine)
+    return mine, columns
 
 
 def _lines_within(view: MatrixView, size: int, shard: Shard) -> slice | None:

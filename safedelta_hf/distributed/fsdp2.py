@@ -13,8 +13,7 @@ from torch.distributed.tensor import Shard as Sharding
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from typing_extensions import override
 
-from safedelta_hf.distributed.fetching_hooks import fetched_by_hooks
-from safedelta_hf.distributed.model import ParameterObserver, Shard, ShardedModel
+from safedelta_hf.distributed.model import ParameterObserver, Shard, ShardedModel, fetched_by_hooks
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError
 

@@ -1,13 +1,15 @@
 """A model in the memory of one process or of many, and what of its parameters this process holds."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from safedelta_hf.distributed.ranks import Ranks
@@ -364,3 +366,66 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         for key, buffer in module._buffers.items()
         if buffer is not None and key not in module._non_persistent_buffers_set
     }
+
+
+@contextmanager
+def fetched_by_hooks(sharded: ShardedModel, observer: ParameterObserver) -> Iterator[None]:
+    """Track parameters that a backend's own hooks fetch just before a module runs, and free after it.
+
+    An observer sees none of the work of those hooks. Hooks of ours stand before and behind all others of each module:
+    those in front make the observer pause, those behind let it resume. When a module is about to run, all that was
+    fetched of it and of the modules inside it is shown, because a module may use the weights of another without calling
+    it.
+
+    Args:
+        sharded: The model.
+        observer: Who is told.
+
+    Yields:
+        Nothing.
+    """
+    model, own = sharded.model, _attributes(sharded)
+    inside = {module: [place for inner in module.modules() for place in own[inner]] for module in model.modules()}
+
+    def away(*_: Any) -> None:  # noqa: ANN401
+        observer.pause()
+
+    def again(*_: Any) -> None:  # noqa: ANN401
+        observer.resume()
+
+    def show(module: nn.Module, *_: Any) -> None:  # noqa: ANN401
+        observer.resume()
+        for owner, key, name in inside[module]:
+            tensor = owner._parameters.get(key)
+            if tensor is not None and _is_fetched(tensor):
+                observer.track(tensor, name)
+
+    for owner, key, name in inside[model]:
+        parameter = owner._parameters[key]
+        if parameter is not None and not isinstance(parameter, DTensor):
+            observer.track_when_loaded(parameter, name)
+    with ExitStack() as stack:
+        for module in model.modules():
+            for handle in (
+                module.register_forward_pre_hook(away, prepend=True),
+                module.register_forward_pre_hook(show),
+                module.register_forward_hook(away, prepend=True),
+                module.register_forward_hook(again),
+            ):
+                stack.callback(handle.remove)
+        yield
+
+
+def _attributes(sharded: ShardedModel) -> dict[nn.Module, list[tuple[nn.Module, str, str]]]:
+    # A tied parameter stands in several places.
+    names = {sharded.live(name): name for name in sharded.all_names}
+    found: dict[nn.Module, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    for module in sharded.model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter in names:
+                found[module].append((module, key, names[parameter]))
+    return found
+
+
+def _is_fetched(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor) and tensor.untyped_storage().size() > 0

@@ -9,8 +9,7 @@ from torch.distributed.tensor import DTensor
 from safedelta_hf.distributed.fsdp1 import FlatShardedModel
 from safedelta_hf.distributed.fsdp2 import FullyShardedModel
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.distributed.offload import OffloadedModel
-from safedelta_hf.distributed.offload_hooks import is_offloaded
+from safedelta_hf.distributed.offload import OffloadedModel, is_offloaded
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.distributed.zero import MirroredModel, PartitionedModel
 from safedelta_hf.errors import ConfigurationError

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from safedelta_hf.distributed.fetching_hooks import fetched_by_hooks
-from safedelta_hf.distributed.model import ParameterObserver, Shard, ShardedModel
+from safedelta_hf.distributed.model import ParameterObserver, Shard, ShardedModel, fetched_by_hooks
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError
 

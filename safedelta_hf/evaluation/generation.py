@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from safedelta_hf.data.batches import require_fit
 from safedelta_hf.data.dataset import ProcessingClass, tokenizer_digest
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.modules.evaluating import undisturbed
+from safedelta_hf.modules.evaluating import evaluating
 from safedelta_hf.weights.digest import digest
 
 Chat = Sequence[Mapping[str, str]]
@@ -146,7 +146,7 @@ def _generating(model: PreTrainedModel, processing_class: PreTrainedTokenizerBas
     try:
         for module in settings:
             module.generation_config = greedy
-        with undisturbed(model):
+        with evaluating(model):
             yield
     finally:
         for module, own in settings.items():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.result import CONFIDENCE, Score, normal_deviate
-from safedelta_hf.modules.evaluating import undisturbed
+from safedelta_hf.modules.evaluating import evaluating
 
 PREFIX: Final = "lm_eval/"
 """What the name of every score begins with: `lm_eval/<task>/<metric>`."""
@@ -90,7 +90,7 @@ def harness_scores(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with undisturbed(model):
+    with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=processing_class, batch_size=batch_size)
         results = lm_eval.simple_evaluate(
             model=wrapped,

@@ -16,7 +16,7 @@ from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.dataset import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.distributed.offload_hooks import require_trainable
+from safedelta_hf.distributed.offload import require_trainable
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError

@@ -88,10 +88,10 @@ class ModelStore(WeightStore):
         assert isinstance(delta, DenseDelta), "a computed weight is whole"
         if delta.is_whole:
             return ("its originals are as tuned",)
-        originals = self._base_originals(name) if delta.is_dropped else weight.inverted(delta.weight())
+        originals = self._base_originals(name) if delta.is_zero else weight.inverted(delta.weight())
         for original, value in originals.items():
             self._journal.replace(self._model.parameter(original), value)
-        remark = "are those of the base" if delta.is_dropped else f"were set by {weight.kind}"
+        remark = "are those of the base" if delta.is_zero else f"were set by {weight.kind}"
         return (f"its originals {remark}",)
 
     def _base_weight(self, name: str) -> Tensor:

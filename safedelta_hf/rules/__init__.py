@@ -1,10 +1,11 @@
 """One file per rule. A new rule is one file and one line in `RULES`."""
 
+from safedelta_hf.core.transform import DeltaMatrix
 from safedelta_hf.rules.dare import Dare
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, source_name
 from safedelta_hf.rules.model_stock import ModelStock
 from safedelta_hf.rules.ridge import Ridge
-from safedelta_hf.rules.rule import AutoStrength, DeltaStatistics, LayerMoments, Rule, TransformRule
+from safedelta_hf.rules.rule import AutoStrength, LayerMoments, Rule, TransformRule
 from safedelta_hf.rules.safe_delta import SafeDelta
 from safedelta_hf.rules.safe_merge import SafeMerge
 from safedelta_hf.rules.scale import Scale
@@ -34,7 +35,7 @@ __all__ = [
     "RULES",
     "AutoStrength",
     "Dare",
-    "DeltaStatistics",
+    "DeltaMatrix",
     "LayerMoments",
     "MergeInput",
     "MergeRule",

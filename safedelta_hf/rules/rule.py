@@ -5,12 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 from typing_extensions import override
 
-from safedelta_hf.core.transform import Transform
+from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import ConfigurationError
 
 
@@ -91,19 +91,6 @@ class LayerMoments:
 
     safety: Tensor
     task: Tensor | None = None
-
-
-class DeltaStatistics(Protocol):
-    """What a rule may ask about a delta, wherever and in whatever form it is stored."""
-
-    @property
-    def rows(self) -> int:
-        """Output features of the whole layer, over all ranks."""
-        ...
-
-    def column_energy(self, transform: Transform | None = None) -> Tensor:
-        """Sum over rows of the squared (transformed) delta, [columns] float32."""
-        ...
 
 
 Factors = Any
@@ -190,7 +177,7 @@ class TransformRule(Rule):
         """
 
     @abstractmethod
-    def transform(self, factors: Factors, delta: DeltaStatistics) -> Transform:
+    def transform(self, factors: Factors, delta: DeltaMatrix) -> Transform:
         """Turn the factors and the statistics of one delta into its transform.
 
         Args:
@@ -212,5 +199,5 @@ class Shrinking(TransformRule):
     def factorise(self, moments: LayerMoments) -> Transform: ...
 
     @override
-    def transform(self, factors: Transform, delta: DeltaStatistics) -> Transform:
+    def transform(self, factors: Transform, delta: DeltaMatrix) -> Transform:
         return factors

@@ -11,9 +11,9 @@ from typing_extensions import override
 from safedelta_hf.core.compensation import joint_compensation, sequential_compensation
 from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget, select_blockwise, select_columns
-from safedelta_hf.core.transform import Dense, KeepColumns, Transform
+from safedelta_hf.core.transform import DeltaMatrix, Dense, KeepColumns, Transform
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.rules.rule import DeltaStatistics, LayerMoments, Strength, TransformRule, number
+from safedelta_hf.rules.rule import LayerMoments, Strength, TransformRule, number
 
 Compensation = Literal["joint", "sequential", "none"]
 
@@ -67,7 +67,7 @@ class SafeDelta(TransformRule):
         return moments.safety if moments.safety.ndim == 1 else factorise(moments.safety, self.damping)
 
     @override
-    def transform(self, factors: Curvature | Tensor, delta: DeltaStatistics) -> Transform:
+    def transform(self, factors: Curvature | Tensor, delta: DeltaMatrix) -> Transform:
         if isinstance(factors, Tensor):
             return self._diagonal_transform(factors, delta)
         kept = select_blockwise(
@@ -83,7 +83,7 @@ class SafeDelta(TransformRule):
         compensated = joint_compensation if self.compensation == "joint" else sequential_compensation
         return compensated(factors, kept)
 
-    def _diagonal_transform(self, pivots: Tensor, delta: DeltaStatistics) -> Transform:
+    def _diagonal_transform(self, pivots: Tensor, delta: DeltaMatrix) -> Transform:
         # What the safety data never used is free. With a diagonal `H` nothing can compensate for anything else, and
         # there is no sweep: hence no blocks, and no exclusion, which would never let a bias (one column) be kept.
         used = pivots > 0

@@ -25,7 +25,7 @@ class Journal:
 
     Args:
         folder: Where to make the temporary folder; None for the system's default.
-        ranks: The processes that replace their parts of the same parameters, in the same order.
+        ranks: The processes that replace their shards of the same parameters, in the same order.
     """
 
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None) -> None:

@@ -12,7 +12,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.profile.moments import Moments
@@ -48,7 +48,7 @@ def profile_by_hand(model, uses):
 def expected(matrix, hessian):
     """Oracle: the rule on the dense delta of one layer [out, in]."""
     transform = RULE.transform(
-        RULE.factorise(LayerMoments(safety=hessian)), MatrixDelta(matrix, Role.LINEAR.view(matrix.shape))
+        RULE.factorise(LayerMoments(safety=hessian)), DenseMatrix(matrix, Role.LINEAR.view(matrix.shape))
     )
     result = transform(matrix)
     assert 0.01 < float(result.norm() / matrix.norm()) and not torch.equal(result, matrix), "it keeps a part"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from safedelta_hf import ProfileConfig, collect_profile
 from safedelta_hf.core.curvature import quadratic_loss
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.records import Role
 from tests.fixtures import architectures, tiny
 
@@ -74,7 +74,7 @@ LINEAR = {
 
 def loss_of(profile, delta):
     return sum(
-        quadratic_loss(MatrixDelta(delta, use.view).inner, profile.moments[use.moment].hessian(delta.device))
+        quadratic_loss(DenseMatrix(delta, use.view).inner, profile.moments[use.moment].hessian(delta.device))
         for use in profile.uses
         if use.parameter == "weight"
     )

@@ -257,8 +257,8 @@ def test_everything_beside_the_weights_is_copied_but_for_other_weights_and_the_t
     (case.tuned / "loop").symlink_to(case.tuned, target_is_directory=True)
     wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     plan = plan_checkpoint(**case.paths, rule=RULE)
-    assert set(plan.companions.copied) == wanted | set(kept)
-    assert set(plan.companions.left_out) == {*left, *(name.split("/")[0] for name in folders), "loop"}
+    assert set(plan.copied) == wanted | set(kept)
+    assert set(plan.left_out) == {*left, *(name.split("/")[0] for name in folders), "loop"}
     case.adjust()
     found, source = contents(case.output), contents(case.tuned)
     weights = {name for name in found if name.startswith("model-") or name == INDEX}

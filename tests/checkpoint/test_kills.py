@@ -63,7 +63,7 @@ def steps_of(case):
 
 @pytest.fixture(scope="module", params=["4KB", "50GB"], ids=["sharded", "one file"])
 def reference(request, tmp_path_factory):
-    """A case, what an undisturbed run makes of it, its report, and the number of its steps."""
+    """A case, what an evaluating run makes of it, its report, and the number of its steps."""
     case = checkpoints.case(tmp_path_factory.mktemp("kills"), "one layer", shards=request.param)
     steps = steps_of(case)
     found = contents(case.output)

@@ -306,7 +306,7 @@ def test_a_stale_part_of_a_shard_does_not_take_its_place(kind, stopped, untouche
     assert contents(stopped.output) == untouched[1]
 
 
-def test_a_companion_never_replaces_a_shard(stopped, tmp_path):
+def test_another_file_never_replaces_a_shard(stopped, tmp_path):
     files = SafetensorsFiles(stopped.tuned)
     shard = next(iter(files.paths))
     (stopped.tuned / f"{shard}.part").write_text("stale")
@@ -325,7 +325,7 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(stopped):
 
 
 def test_a_wide_tensor_is_copied_and_digested_in_pieces(untouched, tmp_path, monkeypatch):
-    monkeypatch.setattr("safedelta_hf.checkpoint.shards.CHUNK", 7)
+    monkeypatch.setattr("safedelta_hf.checkpoint.folder.CHUNK", 7)
     case = untouched[0]
     case.adjust(output=tmp_path / "output")
     assert contents(tmp_path / "output") == untouched[1]

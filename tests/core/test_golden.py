@@ -11,7 +11,7 @@ from torch import Tensor
 from safedelta_hf.core.compensation import joint_compensation, sequential_compensation
 from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments, SafeDelta
 from tests.fixtures import oracles
@@ -80,7 +80,7 @@ def test_fully_kept_columns_are_those_of_the_published_code(golden):
     rule = golden.rule(compensation="sequential")
     transform = rule.transform(
         rule.factorise(LayerMoments(safety=golden.hessian())),
-        MatrixDelta(golden.delta, Role.LINEAR.view(golden.delta.shape)),
+        DenseMatrix(golden.delta, Role.LINEAR.view(golden.delta.shape)),
     )
     assert torch.equal(transform.kept, golden.kept.all(0))
 

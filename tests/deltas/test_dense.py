@@ -3,7 +3,7 @@ import torch
 
 from safedelta_hf.adjust.plan import unreached
 from safedelta_hf.core.transform import Dense
-from safedelta_hf.deltas.dense import DenseDelta, MatrixDelta, recombine
+from safedelta_hf.deltas.dense import DenseDelta, DenseMatrix, recombine
 from safedelta_hf.records import MatrixView, Role, Use
 
 SHAPES = {
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def view(delta, role, part=None):
-    return MatrixDelta(delta, part or role.view(delta.shape))
+    return DenseMatrix(delta, part or role.view(delta.shape))
 
 
 def as_matrix(delta, role):
@@ -37,7 +37,7 @@ def as_matrix(delta, role):
 def test_each_role_is_laid_out_with_one_column_for_each_input(role):
     delta = torch.randn(SHAPES[role])
     seen, matrix = view(delta, role), as_matrix(delta, role)
-    assert (seen.rows, seen.columns) == matrix.shape
+    assert seen.rows == len(matrix)
     torch.testing.assert_close(seen.column_energy(), matrix.square().sum(0))
 
 
@@ -114,3 +114,28 @@ def test_what_is_kept_is_bit_identical_to_tuned_and_what_is_dropped_to_base(dtyp
     assert result.dtype == dtype
     assert torch.equal(result[:, kept], tuned[:, kept])
     assert torch.equal(result[:, ~kept], base[:, ~kept])
+
+
+def test_adjusting_a_delta_leaves_the_one_that_it_was_made_of():
+    base, tuned = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    uses = [
+        Use(
+            parameter="w",
+            role=Role.LINEAR,
+            moment="w",
+            view=MatrixView.contiguous(4, 5, start=20 * number),
+            shape=(3, 4, 5),
+        )
+        for number in range(3)
+    ]
+    delta = DenseDelta(tuned, base)
+    once = delta.transformed(uses[1], Dense(matrix=torch.full((5,), 0.5)))
+    assert torch.equal(once.values[1], 0.5 * (tuned - base)[1])
+    twice = once.transformed(uses[2], Dense(matrix=torch.zeros(5)))
+    for changed in (twice, delta.zero(), delta.keeping(torch.ones(3, 4, 5))):
+        expected = (tuned.double() - base.double() - changed.values.double()).square().sum()
+        torch.testing.assert_close(changed.lost_energy, float(expected), rtol=1e-5, atol=0.0)
+        assert changed.tuned_energy == delta.tuned_energy and not changed.is_whole
+    assert torch.equal(twice.weight()[0], tuned[0]) and torch.equal(twice.weight()[2], base[2])
+    assert torch.equal(delta.values, tuned - base) and delta.lost_energy == 0 and delta.is_whole
+    assert torch.equal(delta.weight(), tuned) and torch.equal(delta.zero().weight(), base) and delta.zero().is_zero

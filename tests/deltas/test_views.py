@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedelta_hf.deltas.dense import as_strided
-from safedelta_hf.deltas.sharded import _share
+from safedelta_hf.deltas.sharded import own_view
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.records import MatrixView, Role, Use, moment_key
 
@@ -107,13 +107,14 @@ def test_what_the_processes_have_of_a_matrix_is_the_matrix(role, data):
     use = Use(parameter="w", role=role, moment="w", view=view, shape=tuple(shape))
     shares = []
     for start, stop in itertools.pairwise(cuts):
-        share = _share(use, shape, Shard(start=start, stop=stop, size=shape[0]))
+        share = own_view(use, shape, Shard(start=start, stop=stop, size=shape[0]))
         shares.append(share)
         if share is not None:
-            own = as_strided(values[start:stop].contiguous(), share.view)
+            own_part, columns = share
+            own = as_strided(values[start:stop].contiguous(), own_part)
             if own.numel():
-                rows = [int((matrix[:, share.own_columns][:, 0] == first).nonzero()) for first in own[:, 0]]
-                found[rows, share.own_columns] = own
+                rows = [int((matrix[:, columns][:, 0] == first).nonzero()) for first in own[:, 0]]
+                found[rows, columns] = own
     if any(share is None for share in shares):
         assert not role.is_diagonal and shares == [None] * len(shares)
         assert any(len({int(entry) // shape[1:].numel() for entry in row}) > 1 for row in matrix)

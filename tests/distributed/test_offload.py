@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from safedelta_hf.capture.tensors import storage_key, weak_storage
 from safedelta_hf.data.batches import input_device
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.distributed.offload import OffloadedModel
-from safedelta_hf.distributed.offload_hooks import require_trainable
+from safedelta_hf.distributed.offload import OffloadedModel, require_trainable
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.modules.names import parameter_names

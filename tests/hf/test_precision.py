@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safedelta_hf import AutoStrength, Ridge, SafeDeltaCallback, Scale, adjust_adapter, adjust_model, collect_profile
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, NumericalError, SafeDeltaWarning
-from safedelta_hf.modules.evaluating import undisturbed
+from safedelta_hf.modules.evaluating import evaluating
 from tests.fixtures import adapters, refusing, tiny
 from tests.programs.launching import passes
 
@@ -120,7 +120,7 @@ def test_what_accelerate_put_in_place_of_forward_is_put_back(tmp_path):
         exact = tiny.llama()
         exact.load_state_dict(model.state_dict())
         exact = exact(**ids).logits
-        with pytest.raises(ZeroDivisionError), undisturbed(model):
+        with pytest.raises(ZeroDivisionError), evaluating(model):
             assert torch.equal(model(**ids).logits, exact)
             raise ZeroDivisionError
         assert vars(model)["forward"] is wrapped

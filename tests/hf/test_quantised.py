@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile, refactor_adapter
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import LayerMoments
@@ -88,7 +88,7 @@ def test_training_on_a_quantised_base_ends_with_the_adjusted_adapter(quantised, 
         moments = LayerMoments(safety=callback.profile.moments[use.moment].hessian(torch.device("cpu")))
         state = RULE.factorise(moments)
         delta = 1.5 * up @ down
-        wanted = RULE.transform(state, MatrixDelta(delta, Role.LINEAR.view(delta.shape)))(delta)
+        wanted = RULE.transform(state, DenseMatrix(delta, Role.LINEAR.view(delta.shape)))(delta)
         torch.testing.assert_close(1.5 * kept_up @ kept_down, wanted, rtol=1e-3, atol=1e-6)
         assert not torch.equal(kept_down, down)
 

@@ -78,7 +78,7 @@ def fsdp1(model):
 
 
 def zero3(model):
-    from tests.programs.zero_holding import engine_of
+    from tests.programs.zero import engine_of
 
     engine_of(model, 3)
     return model
@@ -87,9 +87,9 @@ def zero3(model):
 BACKENDS = {"whole": lambda model: model, "fsdp2": fsdp2, "fsdp1": fsdp1, "zero3": zero3}
 
 
-def collect(model, rows, *, ranks=None, holding=None, **settings):
+def collect(model, rows, **settings):
     config = ProfileConfig(**{"holdout": 0.0, "batch_size": 2} | settings)
-    return collect_profile(model, rows, config=config, progress=False, ranks=ranks, holding=holding)
+    return collect_profile(model, rows, config=config, progress=False)
 
 
 def alone(model, rows, **settings):

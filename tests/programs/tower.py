@@ -69,21 +69,21 @@ def stepping(model: nn.Module) -> Callable[[Tensor], None]:
     return step
 
 
-def holds(layout: str, check: str) -> None:
+def passed(layout: str, check: str) -> None:
     """Tell the test that a check was passed."""
     if dist.get_rank() == 0:
-        print(f"held {layout}.{check}", flush=True)
+        print(f"passed {layout}.{check}", flush=True)
 
 
-class Watching(TorchDispatchMode):
-    """Notes operations, with the parameters that they use, except when it is told to look away."""
+class Watcher(TorchDispatchMode):
+    """Notes operations, with the parameters that they use, except when it is paused."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
         self.values = values
         self.noted: list[tuple[str, tuple[str, ...]]] = []
         self._shown: dict[tuple[int, int, int], tuple[object, str]] = {}
-        self._away = False
+        self._paused = False
 
     def track(self, tensor: Tensor, name: str) -> None:
         with torch.utils._python_dispatch._disable_current_modes():
@@ -94,15 +94,15 @@ class Watching(TorchDispatchMode):
         """The modules here are all called, so that their parameters are shown."""
 
     def pause(self) -> None:
-        self._away = True
+        self._paused = True
 
     def resume(self) -> None:
-        self._away = False
+        self._paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._away:
+        if not self._paused:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             names = tuple(self._shown[_key(tensor)][1] for tensor in tensors if _key(tensor) in self._shown)
             self.noted.append((str(func), names))
@@ -116,7 +116,7 @@ def _key(tensor: Tensor) -> tuple[int, int, int]:
 class Checks:
     """A model on all ranks, and the same one in this process alone, kept in step.
 
-    Each check that holds is printed by name; the first that does not ends the process.
+    Each check that passed is printed by name; the first that does not ends the process.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Checks:
     ) -> None:
         self.model, self.twin, self.step = model, twin, step
         self.state = state or model.state_dict
-        self.report, self.tolerance = partial(holds, layout), tolerance
+        self.report, self.tolerance = partial(passed, layout), tolerance
         self.opened: ShardedModel = open_model(model)
         assert self.opened.kind == kind, self.opened.kind
         self.train_twin = stepping(twin)
@@ -173,12 +173,12 @@ class Checks:
         parameters = dict(self.twin.named_parameters())
         assert set(self.opened.all_names) == set(parameters), self.opened.all_names
         for key, parameter in parameters.items():
-            piece, value = self.opened.shard(key), self.opened.read(key)
+            shard, value = self.opened.shard(key), self.opened.read(key)
             assert self.opened.shape(key) == parameter.shape, key
             assert self.opened.dtype(key) == value.dtype == parameter.dtype, key
             assert self.opened.device(key) == value.device, key
-            assert piece.size == len(parameter), key
-            wanted = parameter.detach()[piece.start : piece.stop]
+            assert shard.size == len(parameter), key
+            wanted = parameter.detach()[shard.start : shard.stop]
             assert value.shape == wanted.shape, key
             if exact:
                 assert torch.equal(value.view(torch.uint8), wanted.view(torch.uint8)), key
@@ -193,8 +193,8 @@ class Checks:
             value = parameter.detach().float() + 0.3 * torch.randn(parameter.shape, generator=generator)
             value.view(-1)[0] = -0.0
             parameter.data.copy_(value)
-            piece = self.opened.shard(key)
-            self.opened.write(key, value[piece.start : piece.stop])
+            shard = self.opened.shard(key)
+            self.opened.write(key, value[shard.start : shard.stop])
 
     def agree(self, name: str) -> None:
         with torch.no_grad():
@@ -229,7 +229,7 @@ class Checks:
 
     def _watching(self, model: nn.Module, opened: ShardedModel) -> list[tuple[str, tuple[str, ...]]]:
         values = {key: parameter.detach().clone() for key, parameter in self.twin.named_parameters()}
-        watching = Watching(values)
+        watching = Watcher(values)
         with torch.no_grad(), opened.tracked_by(watching), watching:
             model(TOKENS)
             model(TOKENS)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import RULES, AutoStrength, LayerMoments, Ridge, Scale, TaskRidge, default_rule
@@ -16,7 +16,7 @@ strengths = st.sampled_from([0.03, 1.0, 50.0])
 
 
 def adjusted(rule, delta, safety, task=None, role=Role.LINEAR):
-    view = MatrixDelta(delta, role.view(delta.shape))
+    view = DenseMatrix(delta, role.view(delta.shape))
     return view.transformed(rule.transform(rule.factorise(LayerMoments(safety=safety, task=task)), view))
 
 
@@ -123,7 +123,7 @@ def test_a_layer_that_the_task_never_reaches_gives_its_delta_up_and_says_so():
     delta, hessian = layer(0, 2, 3, 9)
     hessian[1], hessian[:, 1] = 0.0, 0.0
     rule, nothing = TaskRidge(strength=1.0), torch.zeros(3, 3)
-    view = MatrixDelta(delta, Role.LINEAR.view(delta.shape))
+    view = DenseMatrix(delta, Role.LINEAR.view(delta.shape))
     transform = rule.transform(rule.factorise(LayerMoments(safety=hessian, task=nothing)), view)
     found = view.transformed(transform)
     assert torch.equal(found[:, 1], delta[:, 1]) and not found[:, [0, 2]].any()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedelta_hf.deltas.dense import MatrixDelta
+from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import RULES, LayerMoments, SafeDelta
@@ -17,7 +17,7 @@ compensations = st.sampled_from(["joint", "sequential", "none"])
 
 
 def adjusted(rule, delta, hessian, role=Role.LINEAR):
-    view = MatrixDelta(delta, role.view(delta.shape))
+    view = DenseMatrix(delta, role.view(delta.shape))
     return view.transformed(rule.transform(rule.factorise(LayerMoments(safety=hessian)), view))
 
 
@@ -82,7 +82,7 @@ def test_the_kept_columns_do_not_depend_on_the_compensation(problem, strength):
     rules = [SafeDelta(strength=strength, compensation=name, block=8) for name in ("joint", "sequential", "none")]
     kept = [
         rule.transform(
-            rule.factorise(LayerMoments(safety=hessian)), MatrixDelta(delta, Role.LINEAR.view(delta.shape))
+            rule.factorise(LayerMoments(safety=hessian)), DenseMatrix(delta, Role.LINEAR.view(delta.shape))
         ).kept
         for rule in rules
     ]
@@ -104,7 +104,7 @@ class Shards:
     """Statistics of a delta whose rows are spread over ranks."""
 
     def __init__(self, parts):
-        self.parts = [MatrixDelta(part, Role.LINEAR.view(part.shape)) for part in parts]
+        self.parts = [DenseMatrix(part, Role.LINEAR.view(part.shape)) for part in parts]
         self.rows = sum(part.rows for part in self.parts)
 
     def column_energy(self, transform=None):
@@ -126,7 +126,7 @@ def test_a_low_rank_delta_keeps_its_left_factor(problem, strength):
     delta, hessian = problem
     left, right = torch.randn(9, 2), delta[:1].repeat(2, 1) * torch.tensor([[1.0], [0.5]])
     rule = SafeDelta(strength=strength)
-    view = MatrixDelta(left @ right, Role.LINEAR.view((9, right.shape[1])))
+    view = DenseMatrix(left @ right, Role.LINEAR.view((9, right.shape[1])))
     transform = rule.transform(rule.factorise(LayerMoments(safety=hessian)), view)
     torch.testing.assert_close(left @ transform(right), view.transformed(transform), rtol=1e-4, atol=1e-4)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safedelta_hf.checkpoint import layout as stored_layout
+from safedelta_hf.checkpoint import pair as checkpoint_pair
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.modules.names import parameter_names
@@ -56,7 +56,7 @@ def assert_found(key, folder):
     written = {}
     for name, weight in weights.items():
         assert torch.equal(pair.read(name), weight) and torch.equal(pair.base.read(name), weight)
-        written |= dict(pair.parts(name, weight.contiguous()))
+        written |= dict(pair.split(name, weight.contiguous()))
     assert written.keys() | pair.others.keys() == files.tensors.keys() and not written.keys() & pair.others.keys()
     assert all(torch.equal(value, files.read(name)) for name, value in written.items())
     return not written.keys() <= weights.keys()
@@ -77,21 +77,21 @@ def test_weights_of_every_architecture_are_found_and_put_back(key, tmp_path):
     assert_found(key, tmp_path)
 
 
-@pytest.mark.parametrize("lost", ["one piece", "all pieces"])
+@pytest.mark.parametrize("lost", ["one tensor", "all tensors"])
 def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, monkeypatch):
     model = architectures.tiny_model("mixtral")
     model.save_pretrained(tmp_path)
-    revert = stored_layout.revert_weight_conversion
+    revert = checkpoint_pair.revert_weight_conversion
 
     def incomplete(*values):
         saved = revert(*values)
         experts = [name for name in saved if ".experts." in name]
-        for name in experts[:1] if lost == "one piece" else experts:
+        for name in experts[:1] if lost == "one tensor" else experts:
             del saved[name]
         return saved
 
     files, header = SafetensorsFiles(tmp_path), header_of(model)
     CheckpointPair(files, files, header)
-    monkeypatch.setattr(stored_layout, "revert_weight_conversion", incomplete)
+    monkeypatch.setattr(checkpoint_pair, "revert_weight_conversion", incomplete)
     with pytest.raises(CheckpointError, match=r"experts.*transformers saves \d+ of its \d+ entries"):
         CheckpointPair(files, files, header)

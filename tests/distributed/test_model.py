@@ -14,12 +14,12 @@ def every(*layouts: str) -> list[str]:
 
 
 def require(done, check: str) -> None:
-    assert f"held {check}\n" in done.stdout, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert f"passed {check}\n" in done.stdout, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(scope="module")
 def fsdp1():
-    return torchrun("tests.programs.fsdp1_holding")
+    return torchrun("tests.programs.fsdp1")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_fsdp1_holds_what_one_process_holds(fsdp1, check):
 def fsdp2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     tiny.llama(tied=True).save_pretrained(folder)
-    return torchrun("tests.programs.fsdp2_holding", folder)
+    return torchrun("tests.programs.fsdp2", folder)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ ZERO = [
 def zero():
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    return torchrun("tests.programs.zero_holding", 1, 2, 3)
+    return torchrun("tests.programs.zero", 1, 2, 3)
 
 
 @pytest.mark.parametrize(

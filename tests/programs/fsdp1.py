@@ -8,7 +8,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError
-from tests.programs.tower import TOKENS, Block, Checks, Tower, holds, stepping
+from tests.programs.tower import TOKENS, Block, Checks, Tower, passed, stepping
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def flat_parameters_are_refused() -> None:
         open_model(sharded(Tower(), use_orig_params=False))
     except ConfigurationError as error:
         assert "use_orig_params" in str(error), error
-        holds("use_orig_params", "refused")
+        passed("use_orig_params", "refused")
 
 
 def half_precision() -> None:
@@ -39,7 +39,7 @@ def half_precision() -> None:
     with torch.no_grad():
         ours, theirs = model(TOKENS), sharded(twin, **settings)(TOKENS)
     assert torch.equal(ours, theirs)
-    holds("bfloat16", "forward")
+    passed("bfloat16", "forward")
 
 
 def main() -> None:
