@@ -1,15 +1,39 @@
-"""Which parameter a tensor is a view or a copy of, and which of its entries it shows."""
+"""Which parameter a tensor is a view or a copy of, which of its entries it shows, and which tensors depend on data."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from safedelta_hf.capture.tensors import storage_key, weak_storage
 from safedelta_hf.records import MatrixView
+
+
+def weak_storage(tensor: Tensor) -> StorageWeakRef:
+    """A weak reference to a tensor's storage.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The reference.
+    """
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Address of a tensor's storage; not given to another storage while a weak reference to this one is held.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The address.
+    """
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,3 +409,42 @@ class TensorTracker:
 
     def _remember(self, tensor: Tensor, view: ParameterView) -> None:
         self._layouts.setdefault(storage_key(tensor), []).append(Layout.of(tensor, view, is_copy=True))
+
+
+class DependentTensors:
+    """Tensors that hold anything computed from the data, or made during the call, such as positions.
+
+    Anything else that a weight is combined with, such as a buffer, makes another weight of it.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """Forget all, and begin with these.
+
+        Args:
+            tensors: What the model is given.
+        """
+        self._storages.clear()
+        self.add(tensors)
+
+    def add(self, tensors: Sequence[Tensor] | Iterator[Tensor]) -> None:
+        """Count tensors as data.
+
+        Args:
+            tensors: Results of operations on data.
+        """
+        for tensor in tensors:
+            self._storages.setdefault(storage_key(tensor), weak_storage(tensor))
+
+    def discard(self, tensor: Tensor) -> None:
+        """Count a tensor as data no longer.
+
+        Args:
+            tensor: Any tensor.
+        """
+        self._storages.pop(storage_key(tensor), None)
+
+    def __contains__(self, tensor: object) -> bool:
+        return isinstance(tensor, Tensor) and storage_key(tensor) in self._storages
