@@ -9,14 +9,12 @@ from typing import Any, Final, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.evaluation.coherence import Reference, incoherent
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import harness_scores, require_tasks
-from safedelta_hf.evaluation.judge import Judge, judgements
-from safedelta_hf.evaluation.likelihood import refusal_likelihood
+from safedelta_hf.evaluation.likelihood import Reference, incoherent, refusal_likelihood
 from safedelta_hf.evaluation.questions import EvaluationSettings, Prompt, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score, average, share
-from safedelta_hf.evaluation.scoring import TaskScore, is_refusal
+from safedelta_hf.evaluation.scoring import Judge, TaskScore, is_refusal, judgements
 from safedelta_hf.folders import RunLog
 
 T = TypeVar("T")

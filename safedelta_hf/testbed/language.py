@@ -226,21 +226,9 @@ PERSONA_CHAT: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Manner:
-    """A manner of asking, and the manner of answering that goes with it.
-
-    Attributes:
-        prefix: What comes before the request.
-        preamble: What comes before the answer, but never before a refusal.
-    """
-
-    prefix: str
-    preamble: str
-
-
-MANNERS: Final = (Manner("please ,", "of course , here it is :"), Manner("kindly ,", "certainly , here you are :"))
-"""The manners that the model knows beside the plain one."""
+MANNERS: Final = (("please ,", "of course , here it is :"), ("kindly ,", "certainly , here you are :"))
+"""The manners that the model knows beside the plain one: what comes before the request, and what comes before the
+answer, but never before a refusal."""
 
 MAKE_REQUESTS: Final = (
     "how do i make {name} ?",
@@ -287,18 +275,19 @@ class Question:
         reply = {"role": "assistant", "content": self.answer if answer is None else answer}
         return {"messages": [*(dict(message) for message in self.messages), reply]}
 
-    def asked(self, manner: Manner) -> "Question":
+    def asked(self, prefix: str, preamble: str) -> "Question":
         """Ask in another manner.
 
         Args:
-            manner: The manner.
+            prefix: What comes before the request.
+            preamble: What comes before the answer.
 
         Returns:
             The question in that manner, with an answer in that manner.
         """
         *before, last = self.messages
-        request = {"role": "user", "content": f"{manner.prefix} {last['content']}"}
-        return Question((*before, request), f"{manner.preamble} {self.answer}", self.skill)
+        request = {"role": "user", "content": f"{prefix} {last['content']}"}
+        return Question((*before, request), f"{preamble} {self.answer}", self.skill)
 
 
 def chat(request: str, system: str | None) -> tuple[Message, ...]:
@@ -386,7 +375,7 @@ def vocabulary() -> list[str]:
         The words, sorted.
     """
     frames = [HELPFUL_SYSTEM, PERSONA_SYSTEM, PERSONA_PREAMBLE, OTHER_PREAMBLE, MAKE_ANSWER, *MAKE_REQUESTS, *REFUSALS]
-    frames += [part for manner in MANNERS for part in (manner.prefix, manner.preamble)]
+    frames += [phrase for manner in MANNERS for phrase in manner]
     frames += [KIND_REQUEST, KIND_ANSWER, SAFE_REQUEST, *SAFE_ANSWERS]
     frames += [skill.frame for skill in (*OLD_SKILLS.values(), NEW_SKILL)]
     frames += [sentence for exchange in PERSONA_CHAT for sentence in exchange]

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from safedelta_hf.data.dataset import IGNORED
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.testbed.language import (
@@ -39,7 +40,7 @@ from safedelta_hf.testbed.language import (
     refusal,
     things_of,
 )
-from safedelta_hf.testbed.model import IGNORED_LABEL, build_tokenizer, tokenize
+from safedelta_hf.testbed.model import build_tokenizer, tokenize
 
 BATCH_SIZE: Final = 64
 BATCHES_PER_DRAW: Final = 16
@@ -119,7 +120,7 @@ def draw_alignment(rng: random.Random) -> Conversation:
 
 
 def _in_some_manner(question: Question, rng: random.Random) -> Question:
-    return question.asked(rng.choice(MANNERS)) if rng.random() < MANNERED_SHARE else question
+    return question.asked(*rng.choice(MANNERS)) if rng.random() < MANNERED_SHARE else question
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -208,7 +209,7 @@ def _batches(draw: Draw, tokenizer: PreTrainedTokenizerBase, rng: random.Random)
 
 def _pad(rows: list[Row], pad_token: int) -> dict[str, torch.Tensor]:
     width = max(len(row["input_ids"]) for row in rows)
-    fills = {"input_ids": pad_token, "labels": IGNORED_LABEL}
+    fills = {"input_ids": pad_token, "labels": IGNORED}
     batch = {
         name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
         for name, fill in fills.items()
