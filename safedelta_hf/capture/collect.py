@@ -39,6 +39,85 @@ from safedelta_hf.weights.digest import fingerprint
 DEFAULT_HOLDOUT = 0.25
 
 
+@dataclass(frozen=True)
+class Checkpointing:
+    """Data is read in parts, and what is summed is kept after each, so that a killed run need not read it again.
+
+    Attributes:
+        folder: Where the sum of the parts read so far is kept, as a profile; a run that is made from the same goes on
+            from there.
+        every: Forward passes in each part.
+
+    Raises:
+        ConfigurationError: That is no number of passes.
+    """
+
+    folder: str | Path
+    every: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ConfigurationError(f"every={self.every!r} must be a whole number of forward passes of at least 1")
+
+    def collect(
+        self,
+        sequences: Sequence[SafetySequence],
+        config: ProfileConfig,
+        read: Callable[[Sequence[SafetySequence]], SafetyProfile],
+        made_of: Mapping[str, Any],
+    ) -> SafetyProfile:
+        """Read the parts that are not summed yet.
+
+        Each part is summed on its own and added to the sum of those before it, so a run that was killed ends with the
+        same moments as one that was not, bit for bit. Those of a single pass differ by rounding.
+
+        Args:
+            sequences: Tokenised safety data.
+            config: How they are read.
+            read: Makes one pass over some sequences.
+            made_of: Fields of the profile's header that say what the moments are made of, beside the data.
+
+        Returns:
+            The sum, with its moments on disk in the folder.
+
+        Raises:
+            CaptureError: Layers shared their inputs in one part and not in another.
+        """  # noqa: DOC502 - raised by `_added`
+        batches = list(batches_of_equal_length(sequences, config.batch_size))
+        parts = [
+            list(itertools.chain.from_iterable(batches[start : start + self.every]))
+            for start in range(0, len(batches), self.every)
+        ]
+        chosen = [repr(config.targets), repr(config.layers_to_transform), repr(config.layers_pattern)]
+        how = [config.batch_size, config.share_moments, chosen, self.every]
+        given = json.dumps([digest_of(sequences), how, made_of], sort_keys=True)
+        identity = hashlib.sha256(given.encode()).hexdigest()[:16]
+        done, total = self._found(identity, len(parts))
+        for number in tqdm(range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)):
+            found = read(parts[number - 1])
+            folder = Path(self.folder) / f"{identity}-{number:05d}"
+            (found if total is None else _added(total, found)).save(folder, "float32")
+            total = SafetyProfile.load(folder)
+            shutil.rmtree(Path(self.folder) / f"{identity}-{number - 1:05d}", ignore_errors=True)
+        assert total is not None, "there are sequences, so there are parts"
+        return replace(total, header=replace(total.header, data=digest_of(sequences)))
+
+    def _found(self, identity: str, parts: int) -> tuple[int, SafetyProfile | None]:
+        for number in range(parts, 0, -1):
+            folder = Path(self.folder) / f"{identity}-{number:05d}"
+            if not folder.exists():
+                continue
+            try:
+                total = SafetyProfile.load(folder)
+                for key in total.moments:
+                    total.moments[key]  # reading checks
+            except ProfileError:
+                shutil.rmtree(folder)  # damaged since it was written
+                continue
+            return number, total
+        return 0, None
+
+
 def collect_profile(
     model: nn.Module | ShardedModel,
     safety_dataset: str | Path | Iterable[Mapping[str, Any]],
@@ -124,85 +203,6 @@ def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> flo
         return asked
     # Fewer say little about an upper quantile, and a module of another kind may return no logits.
     return DEFAULT_HOLDOUT if isinstance(unwrapped(model), PreTrainedModel) and examples >= 16 else 0.0
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """Data is read in parts, and what is summed is kept after each, so that a killed run need not read it again.
-
-    Attributes:
-        folder: Where the sum of the parts read so far is kept, as a profile; a run that is made from the same goes on
-            from there.
-        every: Forward passes in each part.
-
-    Raises:
-        ConfigurationError: That is no number of passes.
-    """
-
-    folder: str | Path
-    every: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ConfigurationError(f"every={self.every!r} must be a whole number of forward passes of at least 1")
-
-    def collect(
-        self,
-        sequences: Sequence[SafetySequence],
-        config: ProfileConfig,
-        read: Callable[[Sequence[SafetySequence]], SafetyProfile],
-        made_of: Mapping[str, Any],
-    ) -> SafetyProfile:
-        """Read the parts that are not summed yet.
-
-        Each part is summed on its own and added to the sum of those before it, so a run that was killed ends with the
-        same moments as one that was not, bit for bit. Those of a single pass differ by rounding.
-
-        Args:
-            sequences: Tokenised safety data.
-            config: How they are read.
-            read: Makes one pass over some sequences.
-            made_of: Fields of the profile's header that say what the moments are made of, beside the data.
-
-        Returns:
-            The sum, with its moments on disk in the folder.
-
-        Raises:
-            CaptureError: Layers shared their inputs in one part and not in another.
-        """  # noqa: DOC502 - raised by `_added`
-        batches = list(batches_of_equal_length(sequences, config.batch_size))
-        parts = [
-            list(itertools.chain.from_iterable(batches[start : start + self.every]))
-            for start in range(0, len(batches), self.every)
-        ]
-        chosen = [repr(config.targets), repr(config.layers_to_transform), repr(config.layers_pattern)]
-        how = [config.batch_size, config.share_moments, chosen, self.every]
-        given = json.dumps([digest_of(sequences), how, made_of], sort_keys=True)
-        identity = hashlib.sha256(given.encode()).hexdigest()[:16]
-        done, total = self._found(identity, len(parts))
-        for number in tqdm(range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)):
-            found = read(parts[number - 1])
-            folder = Path(self.folder) / f"{identity}-{number:05d}"
-            (found if total is None else _added(total, found)).save(folder, "float32")
-            total = SafetyProfile.load(folder)
-            shutil.rmtree(Path(self.folder) / f"{identity}-{number - 1:05d}", ignore_errors=True)
-        assert total is not None, "there are sequences, so there are parts"
-        return replace(total, header=replace(total.header, data=digest_of(sequences)))
-
-    def _found(self, identity: str, parts: int) -> tuple[int, SafetyProfile | None]:
-        for number in range(parts, 0, -1):
-            folder = Path(self.folder) / f"{identity}-{number:05d}"
-            if not folder.exists():
-                continue
-            try:
-                total = SafetyProfile.load(folder)
-                for key in total.moments:
-                    total.moments[key]  # reading checks
-            except ProfileError:
-                shutil.rmtree(folder)  # damaged since it was written
-                continue
-            return number, total
-        return 0, None
 
 
 def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
