@@ -169,7 +169,7 @@ def _scaled(see: OperationReader, weight: ParameterView, factor: Tensor) -> None
     see.scale(weight, squares.sum(repeated, keepdim=True) if repeated else squares, repetitions)
 
 
-def patches(
+def _patches(
     inputs: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -177,19 +177,8 @@ def patches(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Unfold the inputs of a convolution, of any number of spatial dimensions.
-
-    Args:
-        inputs: [batch, channels, *sizes], or without the batch.
-        kernel: Size of the kernel along each spatial dimension.
-        stride: Likewise.
-        padding: Zeros on both sides, likewise.
-        dilation: Likewise.
-        groups: Groups of channels.
-
-    Returns:
-        [groups, outputs, channels / groups * positions], in the order of the flattened kernel.
-    """
+    # Unfolds the inputs of a convolution, [batch, channels, *sizes] or without the batch, of any number of dimensions.
+    # Returns [groups, outputs, channels / groups * positions], in the order of the flattened kernel.
     spatial = len(kernel)
     if inputs.ndim == spatial + 1:
         inputs = inputs[None]
@@ -289,7 +278,7 @@ def _convolution(see: OperationReader, given: Arguments, result: Tensor) -> bool
     if given["transposed"] or not weight.is_plain:
         return False
     # [groups, tokens, in * positions]: each group of outputs reads channels of its own.
-    read = patches(given["input"], weight.shape[2:], given["stride"], given["padding"], given["dilation"], groups)
+    read = _patches(given["input"], weight.shape[2:], given["stride"], given["padding"], given["dilation"], groups)
     if weight.shape[1] == 1 and groups > 1:
         # One channel for each output. No matrix for each channel, but the diagonals of all of them. For a positive
         # semi-definite H of k columns, H <= k diag(H): the loss is bounded from above.

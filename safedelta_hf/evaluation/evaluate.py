@@ -82,7 +82,7 @@ def evaluate_model(
 
 
 class _Run:
-    """The model, and the responses that are made or found."""
+    """The model, and the responses and verdicts on disk or made now, in the order of the prompts."""
 
     def __init__(
         self,
@@ -103,18 +103,9 @@ class _Run:
         if output is not None:
             _make(output)
 
-    def responses(self, part: str, prompts: Sequence[Prompt]) -> list[str]:
-        """The responses to one set of prompts: those that are on disk, and the others made now.
-
-        Args:
-            part: Name of the set.
-            prompts: The prompts.
-
-        Returns:
-            Responses in the order of the prompts.
-        """
-        self.prompts[part] = digest_of_prompts(prompts)
-        log = self._log(f"responses-{part}.jsonl", self._made_with(part), _response)
+    def responses(self, kind: str, prompts: Sequence[Prompt]) -> list[str]:
+        self.prompts[kind] = digest_of_prompts(prompts)
+        log = self._log(f"responses-{kind}.jsonl", self._made_with(kind), _response)
 
         def keep(new: dict[int, str]) -> None:
             if log is not None:
@@ -134,24 +125,14 @@ class _Run:
         )
 
     def verdicts(
-        self, part: str, prompts: Sequence[Prompt], responses: Sequence[str], judge: Judge
+        self, kind: str, prompts: Sequence[Prompt], responses: Sequence[str], judge: Judge
     ) -> list[float | None]:
-        """The judge's verdict on each response; kept on disk if the judge has a fingerprint.
-
-        Args:
-            part: Name of the set of prompts.
-            prompts: The prompts.
-            responses: The responses to them.
-            judge: The judge.
-
-        Returns:
-            Verdicts in the order of the prompts.
-        """
+        # They are kept on disk if the judge has a fingerprint.
         fingerprint: str | None = getattr(judge, "fingerprint", None)
         log = None
         if fingerprint is not None:
             name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-            log = self._log(f"verdicts-{part}-{name}.jsonl", self._made_with(part) | {"judge": fingerprint}, _verdict)
+            log = self._log(f"verdicts-{kind}-{name}.jsonl", self._made_with(kind) | {"judge": fingerprint}, _verdict)
         found = {} if log is None else dict(log.entries)
         exchanges = [(prompt.text, response) for prompt, response in zip(prompts, responses, strict=True)]
         new = judgements(
@@ -168,12 +149,12 @@ class _Run:
     ) -> RunLog[tuple[int, T]] | None:
         return None if self._output is None else RunLog(self._output / name, made_with, parse)
 
-    def _made_with(self, part: str) -> dict[str, str]:
+    def _made_with(self, kind: str) -> dict[str, str]:
         # The batch size stays out: after memory ran out, a run may go on with a smaller one.
         settings = json.dumps({"max_new_tokens": self.settings.max_new_tokens, "decoding": "greedy"})
         return {
             "model": self.model_digest,
-            "prompts": self.prompts[part],
+            "prompts": self.prompts[kind],
             "settings": hashlib.sha256(settings.encode()).hexdigest(),
         }
 

@@ -172,7 +172,7 @@ def exact_answer(response: str, row: Mapping[str, Any]) -> float:
     Returns:
         1 or 0.
     """
-    return exact_match([response], [answer_of(row)])
+    return exact_match([response], [_answer_of(row)])
 
 
 def final_answer(response: str, row: Mapping[str, Any]) -> float:
@@ -185,21 +185,10 @@ def final_answer(response: str, row: Mapping[str, Any]) -> float:
     Returns:
         1 or 0.
     """
-    return final_match([response], [answer_of(row)])
+    return final_match([response], [_answer_of(row)])
 
 
-def answer_of(row: Mapping[str, Any]) -> str:
-    """The right answer that a row of a prompt file names.
-
-    Args:
-        row: The row.
-
-    Returns:
-        Its `answer`, its `completion`, or the assistant turn that ends its `messages`.
-
-    Raises:
-        DataError: It names none.
-    """
+def _answer_of(row: Mapping[str, Any]) -> str:
     turns = row.get("messages") or [{}]
     given = [row.get("answer"), row.get("completion"), turns[-1].get("content") if _is_answer(turns[-1]) else None]
     answer = next((text for text in given if isinstance(text, str) and text.strip()), None)

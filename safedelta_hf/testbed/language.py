@@ -145,19 +145,6 @@ class Skill:
     frame: str
     draw: Callable[[random.Random, bool], tuple[str, str]]
 
-    def ask(self, rng: random.Random, *, held_out: bool) -> tuple[str, str]:
-        """Draw a request and its answer.
-
-        Args:
-            rng: Source of the draw.
-            held_out: Whether the request is for evaluation.
-
-        Returns:
-            The request and the answer.
-        """
-        argument, answer = self.draw(rng, held_out)
-        return self.frame.format(argument), answer
-
 
 def _on_list(task: Callable[[list[str]], list[str]]) -> Callable[[random.Random, bool], tuple[str, str]]:
     def draw(rng: random.Random, held_out: bool) -> tuple[str, str]:
@@ -364,8 +351,8 @@ def ask_skill(skill: Skill, rng: random.Random, *, held_out: bool, system: str |
     Returns:
         The question with its answer.
     """
-    request, answer = skill.ask(rng, held_out=held_out)
-    return Question(chat(request, system), answer, skill.name)
+    argument, answer = skill.draw(rng, held_out)
+    return Question(chat(skill.frame.format(argument), system), answer, skill.name)
 
 
 def vocabulary() -> list[str]:
