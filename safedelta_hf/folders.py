@@ -35,7 +35,7 @@ class ScratchFolder:
 
     def __init__(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(parent)
+        _remove_abandoned(parent)
         self.path = parent / f"{_own_prefix()}{secrets.token_hex(6)}"
         self._lock = FileLock(_lock_of(self.path))
         self._lock.acquire()  # before there is a folder, so that nobody takes it for an abandoned one
@@ -56,14 +56,9 @@ class ScratchFolder:
         self._lock.release()
 
 
-def remove_abandoned(parent: Path) -> None:
-    """Remove the temporary folders of processes of this machine that were killed.
-
-    Those of another may be in use: on some file systems that machines share, neither sees the locks of the other.
-
-    Args:
-        parent: Where to look.
-    """
+def _remove_abandoned(parent: Path) -> None:
+    # Those of processes of this machine that were killed. Those of another machine may be in use: on some file systems
+    # that machines share, neither sees the locks of the other.
     for path in parent.glob(f"{_own_prefix()}*.lock"):
         lock = FileLock(path, timeout=0)
         try:

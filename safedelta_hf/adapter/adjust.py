@@ -65,7 +65,7 @@ def adjust_adapter(
         AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)
     rule = rule or default_rule(task)
@@ -98,7 +98,7 @@ def plan_adapter(
     Raises:
         AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
         ProfileError: The profile knows nothing of one of the parameters.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)
     shapes = {delta.parameter: delta.shape for delta in lora_deltas(opened, adapter_name)}

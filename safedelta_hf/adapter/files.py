@@ -59,7 +59,7 @@ def adjust_adapter_files(
         ConfigurationError: The strength is to be measured.
         AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     if Path(output).exists():
         raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
     rule = rule or default_rule(task)

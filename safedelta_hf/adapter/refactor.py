@@ -60,7 +60,7 @@ def refactor_adapter(
         AdapterError: The adapter has no delta on weights, or not only on matrices, or the output exists.
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     rule = rule or default_rule(task)
     require_number(rule)
     if rank < 1:

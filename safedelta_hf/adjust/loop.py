@@ -40,7 +40,7 @@ class Adjustment:
 
     Raises:
         SafeDeltaError: Something that the plan needs is missing or malformed; named by parameter.
-    """  # noqa: DOC502 - raised by the functions called
+    """
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class Merging:
 
     Raises:
         SafeDeltaError: A further model cannot be opened.
-    """  # noqa: DOC502 - raised by the functions called
+    """
 
     def __init__(self, rule: MergeRule, entries: Iterable[PlanEntry], profile: SafetyProfile) -> None:
         aliases = {entry.parameter: entry.aliases for entry in entries}
@@ -48,7 +48,7 @@ class Merging:
         Raises:
             NumericalError: One holds NaN or Inf.
             SafeDeltaError: One has none, or one of another shape; named by parameter.
-        """  # noqa: DOC502
+        """
         if entry.action is not Action.ADJUST:
             return
         zero = torch.zeros(entry.shape)

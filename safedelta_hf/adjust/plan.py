@@ -154,7 +154,7 @@ def check_entries(
         CoverageError: Nobody said what to do with a parameter that cannot be covered.
         AdapterError: The rule cannot adjust a delta of that form.
         SafeDeltaError: A further model is missing something; named by parameter.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     check_rule(rule, profile, task)
     merging = Merging(rule, entries, profile) if isinstance(rule, MergeRule) else None
     for entry in entries:

@@ -1,15 +1,24 @@
-"""A safety profile of a model in memory."""
+"""A safety profile of a model, made in one pass over the data, or in parts that a killed run need not read again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from safedelta_hf.capture.collector import in_order
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.capture.reading import Capture, capture_moments
-from safedelta_hf.capture.resume import Checkpointing
+from safedelta_hf.capture.reading import capture_profile
+from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import (
     ProcessingClass,
     SafetySequence,
@@ -21,13 +30,92 @@ from safedelta_hf.data.refusals import HeldOut, split
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError
 from safedelta_hf.modules.names import class_name, unwrapped
+from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.profile.storage import MomentStorage
 from safedelta_hf.weights.digest import fingerprint
 
 DEFAULT_HOLDOUT = 0.25
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Data is read in parts, and what is summed is kept after each, so that a killed run need not read it again.
+
+    Attributes:
+        folder: Where the sum of the parts read so far is kept, as a profile; a run that is made from the same goes on
+            from there.
+        every: Forward passes in each part.
+
+    Raises:
+        ConfigurationError: That is no number of passes.
+    """
+
+    folder: str | Path
+    every: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ConfigurationError(f"every={self.every!r} must be a whole number of forward passes of at least 1")
+
+    def collect(
+        self,
+        sequences: Sequence[SafetySequence],
+        config: ProfileConfig,
+        read: Callable[[Sequence[SafetySequence]], SafetyProfile],
+        made_of: Mapping[str, Any],
+    ) -> SafetyProfile:
+        """Read the parts that are not summed yet.
+
+        Each part is summed on its own and added to the sum of those before it, so a run that was killed ends with the
+        same moments as one that was not, bit for bit. Those of a single pass differ by rounding.
+
+        Args:
+            sequences: Tokenised safety data.
+            config: How they are read.
+            read: Makes one pass over some sequences.
+            made_of: Fields of the profile's header that say what the moments are made of, beside the data.
+
+        Returns:
+            The sum, with its moments on disk in the folder.
+
+        Raises:
+            CaptureError: Layers shared their inputs in one part and not in another.
+        """
+        batches = list(batches_of_equal_length(sequences, config.batch_size))
+        parts = [
+            list(itertools.chain.from_iterable(batches[start : start + self.every]))
+            for start in range(0, len(batches), self.every)
+        ]
+        chosen = [repr(config.targets), repr(config.layers_to_transform), repr(config.layers_pattern)]
+        how = [config.batch_size, config.share_moments, chosen, self.every]
+        given = json.dumps([digest_of(sequences), how, made_of], sort_keys=True)
+        identity = hashlib.sha256(given.encode()).hexdigest()[:16]
+        done, total = self._found(identity, len(parts))
+        for number in tqdm(range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)):
+            found = read(parts[number - 1])
+            folder = Path(self.folder) / f"{identity}-{number:05d}"
+            (found if total is None else _added(total, found)).save(folder, "float32")
+            total = SafetyProfile.load(folder)
+            shutil.rmtree(Path(self.folder) / f"{identity}-{number - 1:05d}", ignore_errors=True)
+        assert total is not None, "there are sequences, so there are parts"
+        return replace(total, header=replace(total.header, data=digest_of(sequences)))
+
+    def _found(self, identity: str, parts: int) -> tuple[int, SafetyProfile | None]:
+        for number in range(parts, 0, -1):
+            folder = Path(self.folder) / f"{identity}-{number:05d}"
+            if not folder.exists():
+                continue
+            try:
+                total = SafetyProfile.load(folder)
+                for key in total.moments:
+                    total.moments[key]  # reading checks
+            except ProfileError:
+                shutil.rmtree(folder)  # damaged since it was written
+                continue
+            return number, total
+        return 0, None
 
 
 def collect_profile(
@@ -69,7 +157,7 @@ def collect_profile(
         CaptureError: The model has no linear layer.
         NumericalError: Weights or activations hold NaN or Inf.
         RankError: Another process failed.
-    """  # noqa: DOC502 - raised by the rooms below
+    """
     config = config or ProfileConfig()
     opened = open_model(model)
     ranks = opened.ranks
@@ -94,30 +182,12 @@ def collect_profile(
             "tokenizer": tokenizer_digest(processing_class),
         }
 
-        def read(part: Sequence[SafetySequence]) -> Capture:
-            return capture_moments(
-                opened,
-                part,
-                storage=MomentStorage(config.budget, config.offload_folder),
-                batch_size=config.batch_size,
-                share_moments=config.share_moments,
-                purpose=purpose,
-                targets=config.chosen,
-                progress=progress,
-            )
+        def read(some: Sequence[SafetySequence]) -> SafetyProfile:
+            return capture_profile(opened, some, config, made_of, purpose=purpose, progress=progress)
 
-        if checkpointing is None:
-            capture = read(sequences)
-        else:
-            capture = checkpointing.capture(sequences, config, read, made_of)
+        profile = read(sequences) if checkpointing is None else checkpointing.collect(sequences, config, read, made_of)
         held_out = HeldOut.measured(opened, aside, config.batch_size) if aside else None
-        return capture.profile(
-            held_out,
-            **made_of,
-            data=digest_of(sequences),
-            sequences=len(sequences),
-            tokens=sum(len(sequence.input_ids) for sequence in sequences),
-        )
+        return replace(profile, held_out=held_out)
 
 
 def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: str) -> None:
@@ -133,3 +203,37 @@ def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> flo
         return asked
     # Fewer say little about an upper quantile, and a module of another kind may return no logits.
     return DEFAULT_HOLDOUT if isinstance(unwrapped(model), PreTrainedModel) and examples >= 16 else 0.0
+
+
+def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:
+    _require_same_sharing(one, other)
+    new = [use for use in other.uses if one.key_of(use) is None]
+    uses = in_order((*one.uses, *new), tuple(one.header.base))
+    header = replace(
+        one.header,
+        data=other.header.data,
+        sequences=one.header.sequences + other.header.sequences,
+        tokens=one.header.tokens + other.header.tokens,
+        skipped={name: why for name, why in one.header.skipped.items() if name in other.header.skipped},
+        parametrised={**one.header.parametrised, **other.header.parametrised},
+    )
+    twins = dict(zip(other.moments, other.moments, strict=True))
+    moments = SummedMoments(one.moments, other.moments, twins, partial(_joined, header.sequences))
+    return SafetyProfile(header=header, uses=tuple(uses), moments=moments)
+
+
+def _joined(sequences: int, one: InputMoment | None, other: InputMoment | None) -> InputMoment:
+    found = [moment for moment in (one, other) if moment is not None]
+    return replace(found[0] if len(found) == 1 else found[0].merge(found[1]), sequences=sequences)
+
+
+def _require_same_sharing(one: SafetyProfile, other: SafetyProfile) -> None:
+    # A use that only one of them knows must have a moment that only that one knows.
+    for here, there in ((one, other), (other, one)):
+        for use in here.uses:
+            twin = there.key_of(use)
+            if twin != use.moment and (twin is not None or use.moment in there.moments):
+                raise CaptureError(
+                    f"{use.parameter}: it shares its inputs with other layers in some parts of the data and not in "
+                    "others; pass share_moments=False"
+                )

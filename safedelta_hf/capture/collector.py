@@ -1,19 +1,216 @@
-"""Sums the moments of all weights while a model runs."""
+"""Sums the moments of all weights while a model runs, and says which products read the same inputs."""
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from safedelta_hf.capture.sharing import SharedInputs
-from safedelta_hf.capture.uses import ObservedUses
-from safedelta_hf.capture.views import ParameterView
+from safedelta_hf.capture.views import ParameterView, storage_key, weak_storage
 from safedelta_hf.core.moment import add_outer_
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.profile.storage import MomentStorage
+from safedelta_hf.profile.moments import MomentStorage
 from safedelta_hf.records import MatrixView, Role, Use, moment_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedUses:
+    """What was observed to happen to the weights of a model.
+
+    Attributes:
+        uses: Each use under the key of a moment of its own, in the order in which they were first met.
+        leaders: Whose moment serves a product, by key of those that follow another.
+        read: Inputs that each product read, of those that may share a moment, by key.
+        tokens: Inputs of each use, by key.
+        shapes: Shape of each moment that there is, by key.
+        all_zero: Keys of the uses of parts that read nothing but zeros, as an expert does that no token was routed to.
+        not_targeted: Names of what was multiplied as a matrix and not chosen.
+        unsupported: Why parameters that were used were not read, by name.
+        unshared: Why products cannot share moments as they did; None if they can.
+    """
+
+    uses: Mapping[str, Use]
+    leaders: Mapping[str, str] = field(default_factory=dict)
+    read: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    all_zero: frozenset[str] = frozenset()
+    not_targeted: frozenset[str] = frozenset()
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    unshared: str | None = None
+
+    def covered(self, order: Sequence[str], chosen: frozenset[str]) -> list[Use]:
+        """How each parameter is used that a moment covers.
+
+        Args:
+            order: Names of all parameters.
+            chosen: Names of those whose products are read.
+
+        Returns:
+            The uses with the keys of the moments that serve them, in the order of the parameters.
+        """
+        untargeted = self.untargeted(chosen)
+        found = [
+            replace(use, moment=self.leaders.get(key, key))
+            for key, use in self.uses.items()
+            if key not in self.all_zero and not (use.role is Role.BIAS and use.parameter in untargeted)
+        ]
+        return in_order(found, order)
+
+    def untargeted(self, chosen: frozenset[str]) -> set[str]:
+        """Names of what is multiplied as a matrix but was not chosen, and of the biases that go with it.
+
+        Args:
+            chosen: Names of the parameters whose products are read.
+
+        Returns:
+            The names.
+        """
+        modules = {name.rpartition(".")[0] for name in self.not_targeted}
+        biases = {use.parameter for use in self.uses.values() if use.role is Role.BIAS}
+        return set(self.not_targeted) | {name for name in biases - chosen if name.rpartition(".")[0] in modules}
+
+
+def in_order(uses: Sequence[Use], order: Sequence[str]) -> list[Use]:
+    """Sort uses by their parameters, and those of one by the place of their matrices in it, the largest first.
+
+    Args:
+        uses: The uses.
+        order: Names of the parameters; others come last.
+
+    Returns:
+        The uses.
+    """
+    places = {name: number for number, name in enumerate(order)}
+    return sorted(uses, key=lambda use: (places.get(use.parameter, len(order)), use.view.start, -use.view.entries))
+
+
+def merged(observed: Sequence[ObservedUses]) -> ObservedUses:
+    """What several passes over different data found.
+
+    Args:
+        observed: Of all ranks; at least one.
+
+    Returns:
+        The same as one pass over all of the data would have found, or why sharing has to be given up.
+    """
+    uses = {key: use for found in observed for key, use in found.uses.items()}
+    return ObservedUses(
+        uses=uses,
+        leaders={key: leader for found in observed for key, leader in found.leaders.items()},
+        read=sum((Counter(found.read) for found in observed), Counter()),
+        tokens=sum((Counter(found.tokens) for found in observed), Counter()),
+        shapes={key: shape for found in observed for key, shape in found.shapes.items()},
+        all_zero=frozenset(uses).difference(*(found.uses.keys() - found.all_zero for found in observed)),
+        not_targeted=frozenset[str]().union(*(found.not_targeted for found in observed)),
+        unsupported={name: reason for found in reversed(observed) for name, reason in found.unsupported.items()},
+        unshared=next((found.unshared for found in observed if found.unshared), None) or _dissent(observed),
+    )
+
+
+def _dissent(observed: Sequence[ObservedUses]) -> str | None:
+    for follower, leader in sorted({pair for found in observed for pair in found.leaders.items()}):
+        for rank, found in enumerate(observed):
+            size = found.read.get(follower, 0)
+            if size != found.read.get(leader, 0) or (size and found.leaders.get(follower) != leader):
+                return f"{follower}: it read the same tensor as {leader} on one rank, but not on rank {rank}"
+    return None
+
+
+class SharedInputs:
+    """Recognises the same inputs when they are read again within one forward pass.
+
+    Inputs are the same if they are the same view of the same unchanged memory, or of copies of it. The first to read
+    them leads; others follow it for good, and have no moment of their own.
+
+    Attributes:
+        leaders: Key of the leader, by key of its followers.
+        sizes: Inputs that each product has read so far, by key.
+    """
+
+    def __init__(self) -> None:
+        self.leaders: dict[str, str] = {}
+        self.sizes: Counter[str] = Counter()
+        self._obstacle: str | None = None
+        self._calls: dict[Hashable, Counter[str]] = {}  # how often each product has read some inputs, the leader first
+        self._copies: dict[int, tuple[int, Hashable]] = {}
+        self._held: dict[int, StorageWeakRef] = {}
+
+    def start_batch(self) -> None:
+        """Forget which inputs were read: identities hold within one forward pass only."""
+        self._calls.clear()
+        self._copies.clear()
+        self._held.clear()
+
+    def copied(self, source: Tensor, copy: Tensor) -> None:
+        """Remember that a new tensor holds the values of another.
+
+        Args:
+            source: What was copied.
+            copy: Memory of its own, the same shape.
+        """
+        identity = self._identity(source)
+        self._hold(copy)
+        self._copies[storage_key(copy)] = (copy._version, identity)
+
+    def follows(self, key: str, inputs: Tensor) -> bool:
+        """Whether a product reads what its leader has read, and becomes its follower if it is new.
+
+        Args:
+            key: Key of the product.
+            inputs: What it reads, [tokens, columns].
+
+        Returns:
+            Whether these inputs are in the leader's moment already. Once a follower has read something else than its
+            leader, all moments are void, and nothing more is added to them.
+        """
+        if self._obstacle is not None:
+            return True
+        calls = self._calls.setdefault(self._identity(inputs), Counter())
+        calls[key] += 1
+        leader, size = next(iter(calls)), len(inputs)
+        is_follower = self.leaders.get(key) == leader and calls[key] <= calls[leader]
+        is_new = leader != key and key not in self.sizes and self.sizes[leader] == size
+        if key in self.leaders and not is_follower:
+            if inputs.any():  # zeros, as stand in for a token before the first, add nothing to any moment
+                self._obstacle = _parted(key, self.leaders[key])
+            return True
+        self.sizes[key] += size
+        if is_new:
+            self.leaders[key] = leader
+        return is_follower or is_new
+
+    @property
+    def is_void(self) -> bool:
+        """Whether a follower has read something else than its leader."""
+        return self._obstacle is not None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Which follower has not read just what its leader has read by the end; None if all have."""
+        if self._obstacle is None:
+            for follower, leader in self.leaders.items():
+                if self.sizes[follower] != self.sizes[leader]:
+                    return _parted(follower, leader)
+        return self._obstacle
+
+    def _identity(self, tensor: Tensor) -> Hashable:
+        self._hold(tensor)
+        key = storage_key(tensor)
+        version, source = self._copies.get(key, (None, None))
+        memory = source if version == tensor._version else (key, tensor._version)
+        return memory, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+    def _hold(self, tensor: Tensor) -> None:
+        # As long as a weak reference is held, no other storage gets this address.
+        self._held.setdefault(storage_key(tensor), weak_storage(tensor))
+
+
+def _parted(follower: str, leader: str) -> str:
+    return f"{follower}: it read the same tensor as {leader} at first, and later did not"
 
 
 class MomentCollector:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from re import Pattern
 from typing import TypeVar
 
 from accelerate.utils import convert_file_size_to_int
@@ -14,88 +13,6 @@ from safedelta_hf.errors import ConfigurationError
 ALL_LINEAR = "all-linear"
 
 _Item = TypeVar("_Item", str, int)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """A choice of linear weights: everything that is multiplied as a matrix, experts and convolutions included.
-
-    Names are those of modules, or of parameters where a module holds several.
-
-    Attributes:
-        names: "all-linear"; a regular expression that has to match a whole name; or a sequence of names, each of which
-            chooses what is called so or ends in it after a dot.
-        layers_to_transform: Numbers of the layers to choose from, or None for all.
-        layers_pattern: What comes before the layer's number in a name, such as "layers" or "h"; None for anything.
-
-    Raises:
-        ConfigurationError: A regular expression is none, or settings do not go together.
-    """
-
-    names: str | Sequence[str] = ALL_LINEAR
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise ConfigurationError(f"targets={self.names!r} chooses nothing; the default is {ALL_LINEAR!r}")
-        if self._is_expression:
-            _compiled(str(self.names), "targets")
-            if self.layers_to_transform is not None:
-                raise ConfigurationError(
-                    f"layers_to_transform={self.layers_to_transform!r} does not go together with a regular expression "
-                    f"(targets={self.names!r}); put the layers into the expression, or give a list of names"
-                )
-        if self.layers_pattern is not None:
-            if self.layers_to_transform is None:
-                raise ConfigurationError(
-                    f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform"
-                )
-            for pattern in _listed(self.layers_pattern):
-                _compiled(pattern, "layers_pattern")
-
-    def include(self, parameter: str) -> bool:
-        """Whether a weight is chosen.
-
-        Args:
-            parameter: Its canonical name.
-
-        Returns:
-            Whether it is.
-        """
-        module = parameter.rpartition(".")[0]
-        return any(self._chooses(name) for name in (parameter, module)) and self._is_in_layers(parameter)
-
-    @property
-    def _is_expression(self) -> bool:
-        return isinstance(self.names, str) and self.names != ALL_LINEAR
-
-    def _chooses(self, name: str) -> bool:
-        if self.names == ALL_LINEAR:
-            return True
-        if isinstance(self.names, str):
-            return re.fullmatch(self.names, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in self.names)
-
-    def _is_in_layers(self, parameter: str) -> bool:
-        if self.layers_to_transform is None:
-            return True
-        for pattern in _listed(self.layers_pattern or r"[^.]*"):
-            found = re.match(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.", parameter)
-            if found:
-                return int(found.group(1)) in _listed(self.layers_to_transform)
-        return False
-
-
-def _listed(value: _Item | Sequence[_Item]) -> Sequence[_Item]:
-    return [value] if isinstance(value, str | int) else value
-
-
-def _compiled(expression: str, setting: str) -> Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ConfigurationError(f"{setting}={expression!r} is no regular expression ({error})") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,18 +59,54 @@ class ProfileConfig:
                 f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "
                 'such as "8GB"'
             )
-        _ = self.budget, self.chosen  # what cannot be read is found now, not once training starts
+        self._require_targets()
+        _ = self.budget  # what cannot be read is found now, not once training starts
 
-    @property
-    def chosen(self) -> Targets:
-        """The linear weights that are profiled and adjusted.
+    def _require_targets(self) -> None:
+        if not self.targets:
+            raise ConfigurationError(f"targets={self.targets!r} chooses nothing; the default is {ALL_LINEAR!r}")
+        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+            _require_expression(self.targets, "targets")
+            if self.layers_to_transform is not None:
+                raise ConfigurationError(
+                    f"layers_to_transform={self.layers_to_transform!r} does not go together with a regular expression "
+                    f"(targets={self.targets!r}); put the layers into the expression, or give a list of names"
+                )
+        if self.layers_pattern is not None:
+            if self.layers_to_transform is None:
+                raise ConfigurationError(
+                    f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform"
+                )
+            for pattern in _listed(self.layers_pattern):
+                _require_expression(pattern, "layers_pattern")
 
-        Raises:
-            ConfigurationError: The settings choose nothing or do not go together.
-        """  # noqa: DOC502 - raised by the class
-        return Targets(
-            names=self.targets, layers_to_transform=self.layers_to_transform, layers_pattern=self.layers_pattern
-        )
+    def targets_include(self, parameter: str) -> bool:
+        """Whether a weight is profiled and adjusted, if it is a linear one: multiplied as a matrix, by whatever module.
+
+        Args:
+            parameter: Its canonical name. What is compared is that, or the name of its module.
+
+        Returns:
+            Whether it is.
+        """
+        module = parameter.rpartition(".")[0]
+        return any(self._names(name) for name in (parameter, module)) and self._is_in_layers(parameter)
+
+    def _names(self, name: str) -> bool:
+        if self.targets == ALL_LINEAR:
+            return True
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+
+    def _is_in_layers(self, parameter: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        for pattern in _listed(self.layers_pattern or r"[^.]*"):
+            found = re.match(rf"(?:.*\.)?(?:{pattern})\.(\d+)\.", parameter)
+            if found:
+                return int(found.group(1)) in _listed(self.layers_to_transform)
+        return False
 
     @property
     def budget(self) -> int | None:
@@ -170,3 +123,14 @@ class ProfileConfig:
             raise ConfigurationError(
                 f'moment_memory={self.moment_memory!r} is no number of bytes, nor a size such as "8GB"'
             ) from error
+
+
+def _listed(value: _Item | Sequence[_Item]) -> Sequence[_Item]:
+    return [value] if isinstance(value, str | int) else value
+
+
+def _require_expression(expression: str, setting: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigurationError(f"{setting}={expression!r} is no regular expression ({error})") from error

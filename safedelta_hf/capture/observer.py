@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.operations import HANDLERS, slopes_of
@@ -89,13 +90,14 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._reader.start_batch(given)
         self._collector.start_batch(size, length)
 
+    @override
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401 - an operator of any kind
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the operation returns
+    ) -> Any:
         kwargs, see = kwargs or {}, self._reader
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         weights = [] if self._paused else [name for tensor in tensors if (name := see.name_of(tensor))]

@@ -10,13 +10,166 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safedelta_hf.capture.elementwise import ELEMENTWISE, added
 from safedelta_hf.capture.reader import Arguments, Handler, OperationReader
 from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.records import Role
 
+aten = torch.ops.aten
 
-def patches(
+
+def _embedding(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    weight = see.view(given["weight"])
+    if weight is not None:
+        see.lookup(weight, given["indices"])
+    return weight is not None
+
+
+def _index_select(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    weight = see.view(given["self"])
+    if weight is None or given["dim"] != 0 or len(weight.shape) != 2:
+        return False
+    see.lookup(weight, given["index"])
+    return True
+
+
+def _index(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    weight, indices = see.view(given["self"]), given["indices"]
+    if weight is None or len(weight.shape) != 2 or len(indices) != 1 or indices[0].dtype is not torch.int64:
+        return False
+    see.lookup(weight, indices[0])
+    return True
+
+
+def _layer_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
+    inputs, weight = given["input"], see.view(given["weight"])
+    if weight is not None:
+        normalised = (inputs.float() - result[1].float()) * result[2].float()
+        _scaled(see, weight, normalised)
+    return given["bias"] is None or _added(see, given["bias"], result[0])
+
+
+def _rms_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor]) -> bool:
+    weight = see.view(given["weight"])
+    if weight is not None:
+        _scaled(see, weight, given["input"].float() * result[1].float())
+    return weight is not None
+
+
+def _group_norm(see: OperationReader, given: Arguments, result: tuple[Tensor, Tensor, Tensor]) -> bool:
+    inputs, weight = given["input"], see.view(given["weight"])
+    if weight is not None:
+        grouped = inputs.float().reshape(given["N"], given["group"], -1)
+        normalised = ((grouped - result[1].float()[..., None]) * result[2].float()[..., None]).reshape(inputs.shape)
+        _scaled(see, weight, normalised.movedim(1, -1))
+    return given["bias"] is None or _added(see, given["bias"], result[0], dimension=1)
+
+
+def _mul(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    for own, other in (("self", "other"), ("other", "self")):
+        weight, factor = see.view(given[own]), given[other]
+        if weight is None:
+            continue
+        if other == "self":
+            factor = given.get("before", factor)
+        if not isinstance(factor, Tensor) or (see.is_constant(factor) and factor.numel() == 1):
+            see.derive(result, weight.broadcast(result.shape), float(factor))
+            return True
+        if see.is_constant(factor) and weight.shape == tuple(result.shape):
+            see.derive(result, weight, factor.broadcast_to(result.shape))
+            return True
+        if not see.is_data(given[other]):
+            return False
+        _scaled(see, weight.broadcast(result.shape), factor.broadcast_to(result.shape))
+        return True
+    return True
+
+
+def _div(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    weight, divisor = see.view(given["self"]), given["other"]
+    if weight is None:
+        return False
+    if not isinstance(divisor, Tensor):
+        see.derive(result, weight, 1 / float(divisor))
+        return True
+    if not see.is_data(divisor):
+        return False
+    _scaled(see, weight.broadcast(result.shape), 1 / divisor.broadcast_to(result.shape))
+    return True
+
+
+def _add(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    return _sum(see, given, result, (1.0, 1.0))
+
+
+def _sub(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    return _sum(see, given, result, (1.0, -1.0))
+
+
+def _rsub(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    return _sum(see, given, result, (-1.0, 1.0))
+
+
+def _sum(see: OperationReader, given: Arguments, result: Tensor, signs: tuple[float, float]) -> bool:
+    if given.get("alpha", 1) != 1:
+        return False
+    for own, other, sign in (("self", "other", signs[0]), ("other", "self", signs[1])):
+        weight, constant = see.view(given[own]), given[other]
+        if weight is None:
+            continue
+        if not isinstance(constant, Tensor) or see.is_constant(constant):
+            see.derive(result, weight.broadcast(result.shape), sign)
+            return True
+        return see.is_data(constant) and _added(see, given[own], result)
+    return True
+
+
+def _neg(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    return _copy(see, given, result, -1.0)
+
+
+def _copy(see: OperationReader, given: Arguments, result: Tensor, factor: float = 1.0) -> bool:
+    weight = see.view(given["self"])
+    if weight is not None:
+        see.derive(result, weight, factor)
+    return weight is not None
+
+
+def _lerp(see: OperationReader, given: Arguments, result: Tensor) -> bool:
+    weight = see.view(given["weight"])
+    if weight is None or see.view(given["self"]) is not None or see.view(given["end"]) is not None:
+        return False
+    _scaled(see, weight.broadcast(result.shape), (given["end"] - given["self"]).broadcast_to(result.shape))
+    return True
+
+
+def _cat(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    if not any(see.is_data(tensor) for tensor in given["tensors"]):
+        return False
+    for tensor in given["tensors"]:
+        _added(see, tensor, tensor)
+    return True
+
+
+def _added(see: OperationReader, value: object, result: Tensor, dimension: int | None = None) -> bool:
+    # `dimension` is where a weight of one dimension lies in the result; None if it broadcasts to it as usual.
+    weight = see.view(value)
+    if weight is not None:
+        if dimension is None:
+            weight = weight.broadcast(result.shape)
+        see.offset(weight, result.numel() // weight.count)
+    return True  # any weight may be added
+
+
+def _scaled(see: OperationReader, weight: ParameterView, factor: Tensor) -> None:
+    """Tell of an elementwise product, with the factor's squares summed over all that one entry of the weight meets."""
+    weight = weight.broadcast(factor.shape)
+    _, repeated = weight.split()
+    squares = factor.to(torch.float32).square()
+    repetitions = factor.numel() // weight.count
+    see.scale(weight, squares.sum(repeated, keepdim=True) if repeated else squares, repetitions)
+
+
+def _patches(
     inputs: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -24,19 +177,8 @@ def patches(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Unfold the inputs of a convolution, of any number of spatial dimensions.
-
-    Args:
-        inputs: [batch, channels, *sizes], or without the batch.
-        kernel: Size of the kernel along each spatial dimension.
-        stride: Likewise.
-        padding: Zeros on both sides, likewise.
-        dilation: Likewise.
-        groups: Groups of channels.
-
-    Returns:
-        [groups, outputs, channels / groups * positions], in the order of the flattened kernel.
-    """
+    # Unfolds the inputs of a convolution, [batch, channels, *sizes] or without the batch, of any number of dimensions.
+    # Returns [groups, outputs, channels / groups * positions], in the order of the flattened kernel.
     spatial = len(kernel)
     if inputs.ndim == spatial + 1:
         inputs = inputs[None]
@@ -49,9 +191,6 @@ def patches(
     places = range(3, 3 + spatial)
     ordered = split.permute(1, 0, *places, 2, *range(3 + spatial, 3 + 2 * spatial))
     return ordered.reshape(groups, -1, ordered.shape[2 + spatial :].numel())
-
-
-aten = torch.ops.aten
 
 
 def _matrix_product(see: OperationReader, left: Any, right: Any) -> bool:  # noqa: ANN401
@@ -83,7 +222,7 @@ def _mm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
 def _addmm(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     if (given["alpha"], given["beta"]) != (1, 1):
         return False
-    return added(see, given["self"], result) and _matrix_product(see, given["mat1"], given["mat2"])
+    return _added(see, given["self"], result) and _matrix_product(see, given["mat1"], given["mat2"])
 
 
 def _linear(see: OperationReader, given: Arguments, result: Tensor) -> bool:
@@ -91,7 +230,7 @@ def _linear(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     if weight is None or not see.is_data(inputs):
         return False
     see.product(weight, inputs.reshape(-1, inputs.shape[-1]))
-    return given.get("bias") is None or added(see, given["bias"], result)
+    return given.get("bias") is None or _added(see, given["bias"], result)
 
 
 def _mv(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
@@ -113,7 +252,7 @@ def _bmm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN40
 def _baddbmm(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     if (given["alpha"], given["beta"]) != (1, 1):
         return False
-    return added(see, given["self"], result) and _batched(see, given["batch1"], given["batch2"])
+    return _added(see, given["self"], result) and _batched(see, given["batch1"], given["batch2"])
 
 
 def _batched(see: OperationReader, left: Tensor, right: Tensor) -> bool:
@@ -133,13 +272,13 @@ def _grouped_mm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa
 
 def _convolution(see: OperationReader, given: Arguments, result: Tensor) -> bool:
     weight, groups = see.view(given["weight"]), given["groups"]
-    covered = given["bias"] is None or added(see, given["bias"], result, dimension=1)
+    covered = given["bias"] is None or _added(see, given["bias"], result, dimension=1)
     if weight is None or not see.is_data(given["input"]):
         return weight is None and covered
     if given["transposed"] or not weight.is_plain:
         return False
     # [groups, tokens, in * positions]: each group of outputs reads channels of its own.
-    read = patches(given["input"], weight.shape[2:], given["stride"], given["padding"], given["dilation"], groups)
+    read = _patches(given["input"], weight.shape[2:], given["stride"], given["padding"], given["dilation"], groups)
     if weight.shape[1] == 1 and groups > 1:
         # One channel for each output. No matrix for each channel, but the diagonals of all of them. For a positive
         # semi-definite H of k columns, H <= k diag(H): the loss is bounded from above.
@@ -152,19 +291,6 @@ def _convolution(see: OperationReader, given: Arguments, result: Tensor) -> bool
         piece = replace(weight, start=start, shape=(rows, columns), strides=(columns, 1))
         see.product(piece, read[group], Role.CONVOLUTION)
     return covered
-
-
-PRODUCTS: dict[Any, Handler] = {
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
-    aten.bmm.default: _bmm,
-    aten.baddbmm.default: _baddbmm,
-    aten.mv.default: _mv,
-    aten.linear.default: _linear,
-    aten._grouped_mm.default: _grouped_mm,
-    aten.convolution.default: _convolution,
-}
-"""What each of them does with its weights."""
 
 
 def slopes_of(func: Any, given: Arguments) -> Tensor | None:  # noqa: ANN401
@@ -191,17 +317,43 @@ def _nothing(see: OperationReader, given: Arguments, result: object) -> bool:
     return True
 
 
-HANDLERS: dict[Any, Handler] = (
-    PRODUCTS
-    | ELEMENTWISE
-    | {
-        aten.empty_like.default: _nothing,
-        aten.zeros_like.default: _nothing,
-        aten.ones_like.default: _nothing,
-        aten.new_empty.default: _nothing,
-        aten.new_zeros.default: _nothing,
-        aten.new_ones.default: _nothing,
-        aten._local_scalar_dense.default: _nothing,
-    }
-)
+HANDLERS: dict[Any, Handler] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.mv.default: _mv,
+    aten.linear.default: _linear,
+    aten._grouped_mm.default: _grouped_mm,
+    aten.convolution.default: _convolution,
+    aten.embedding.default: _embedding,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.native_layer_norm.default: _layer_norm,
+    aten._fused_rms_norm.default: _rms_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten.mul.Tensor: _mul,
+    aten.mul_.Tensor: _mul,
+    aten.mul.Scalar: _mul,
+    aten.div.Tensor: _div,
+    aten.add.Tensor: _add,
+    aten.add_.Tensor: _add,
+    aten.add.Scalar: _add,
+    aten.sub.Tensor: _sub,
+    aten.sub_.Tensor: _sub,
+    aten.rsub.Scalar: _rsub,
+    aten.rsub.Tensor: _rsub,
+    aten.neg.default: _neg,
+    aten.clone.default: _copy,
+    aten._to_copy.default: _copy,
+    aten.lerp.Tensor: _lerp,
+    aten.cat.default: _cat,
+    aten.empty_like.default: _nothing,
+    aten.zeros_like.default: _nothing,
+    aten.ones_like.default: _nothing,
+    aten.new_empty.default: _nothing,
+    aten.new_zeros.default: _nothing,
+    aten.new_ones.default: _nothing,
+    aten._local_scalar_dense.default: _nothing,
+}
 """What each operation does with its weights. One that is not here covers none, and is named in the report."""

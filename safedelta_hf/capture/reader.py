@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from safedelta_hf.capture.collector import MomentCollector
-from safedelta_hf.capture.tensors import DependentTensors
-from safedelta_hf.capture.views import ParameterView, TensorTracker
+from safedelta_hf.capture.views import DependentTensors, ParameterView, TensorTracker
 from safedelta_hf.records import Role
 
 
@@ -23,6 +22,11 @@ class OperationReader:
         data: Which depend on what the model was given.
         mixtures: Which depend on parameters alone and are none.
         refused: Why parameters that were used were not read, by name.
+        view: Which weight a value is, as the tracker knows it.
+        sorted_view: Which weight a tensor is once its indices are sorted.
+        derive: Follows a weight through an elementwise map.
+        scale: Tells the collector of an elementwise product.
+        offset: Tells the collector of a sum.
     """
 
     def __init__(self, collector: MomentCollector) -> None:
@@ -32,6 +36,8 @@ class OperationReader:
         self.refused: dict[str, str] = {}
         self._parameters: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._collector = collector
+        self.view, self.sorted_view, self.derive = self.tracker.of, self.tracker.sorted_of, self.tracker.derive
+        self.scale, self.offset = collector.scale, collector.offset
 
     def start_batch(self, given: Sequence[Tensor]) -> None:
         """Begin another forward pass.
@@ -92,28 +98,6 @@ class OperationReader:
         """
         self.refused.setdefault(name, reason)
 
-    def view(self, value: object) -> ParameterView | None:
-        """Which weight a value is.
-
-        Args:
-            value: Any argument of an operation.
-
-        Returns:
-            Its view, or None.
-        """
-        return self.tracker.of(value)
-
-    def sorted_view(self, value: Tensor) -> tuple[ParameterView, list[list[int]]] | None:
-        """Which weight a value is once its indices are sorted.
-
-        Args:
-            value: A tensor.
-
-        Returns:
-            Its view, and the indices that sort each dimension; or None.
-        """
-        return self.tracker.sorted_of(value)
-
     def is_data(self, value: object) -> bool:
         """Whether a value depends on what the model was given.
 
@@ -137,16 +121,6 @@ class OperationReader:
         is_made = value in self.data or value in self.mixtures
         return isinstance(value, Tensor) and not is_made and self.tracker.name_of(value) is None
 
-    def derive(self, result: Tensor, source: ParameterView, slope: float | Tensor) -> None:
-        """Follow a weight through an elementwise map.
-
-        Args:
-            result: The new tensor.
-            source: The weight.
-            slope: Derivative of the map.
-        """
-        self.tracker.derive(result, source, slope)
-
     def product(self, weight: ParameterView, inputs: Tensor, role: Role | None = None) -> None:
         """Tell of a linear map.
 
@@ -162,25 +136,6 @@ class OperationReader:
             self.refuse(weight.parameter, reason)
         else:
             self._collector.product(weight, inputs, role)
-
-    def scale(self, weight: ParameterView, squares: Tensor, repetitions: int) -> None:
-        """Tell of an elementwise product.
-
-        Args:
-            weight: Any entries.
-            squares: What they are multiplied with, squared and summed.
-            repetitions: How often each is used.
-        """
-        self._collector.scale(weight, squares, repetitions)
-
-    def offset(self, weight: ParameterView, repetitions: int) -> None:
-        """Tell of a sum.
-
-        Args:
-            weight: Any entries.
-            repetitions: How often each is added.
-        """
-        self._collector.offset(weight, repetitions)
 
     def lookup(self, weight: ParameterView, rows: Tensor) -> None:
         """Tell of a lookup.

@@ -1,15 +1,39 @@
-"""Which parameter a tensor is a view or a copy of, and which of its entries it shows."""
+"""Which parameter a tensor is a view or a copy of, which of its entries it shows, and which tensors depend on data."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from safedelta_hf.capture.tensors import storage_key, weak_storage
 from safedelta_hf.records import MatrixView
+
+
+def weak_storage(tensor: Tensor) -> StorageWeakRef:
+    """A weak reference to a tensor's storage.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The reference.
+    """
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Address of a tensor's storage; not given to another storage while a weak reference to this one is held.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The address.
+    """
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +59,7 @@ class ParameterView:
     @property
     def is_plain(self) -> bool:
         """Whether the entries lie in order, without gaps."""
-        wanted = zip(self.shape, self.strides, contiguous(self.shape), strict=True)
+        wanted = zip(self.shape, self.strides, _contiguous(self.shape), strict=True)
         return all(size == 1 or stride == step for size, stride, step in wanted)
 
     @property
@@ -107,7 +131,7 @@ class ParameterView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class _Layout:
     """How the memory of one tensor maps to entries of a parameter.
 
     Attributes:
@@ -125,17 +149,7 @@ class Layout:
     tensor: "weakref.ref[Tensor] | None" = None
 
     @classmethod
-    def of(cls, tensor: Tensor, view: ParameterView, *, is_copy: bool) -> "Layout":
-        """The layout of a tensor as it is now.
-
-        Args:
-            tensor: The tensor.
-            view: What it shows.
-            is_copy: Whether it is a copy of a parameter.
-
-        Returns:
-            Its layout.
-        """
+    def of(cls, tensor: Tensor, view: ParameterView, *, is_copy: bool) -> "_Layout":
         return cls(
             storage=weak_storage(tensor),
             memory_start=int(tensor.storage_offset()),
@@ -146,52 +160,29 @@ class Layout:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the memory is still there."""
         return not self.storage.expired()  # type: ignore[no-untyped-call]
 
     @property
     def is_valid(self) -> bool:
-        """Whether the parameter itself is still in that memory."""
+        # Whether the parameter itself is still in that memory.
         tensor = None if self.tensor is None else self.tensor()
         return tensor is not None and storage_key(tensor) == self.storage.cdata
 
     @property
     def memory_stop(self) -> int:
-        """One past the last place in memory."""
+        # One past the last place in memory.
         steps = ((n - 1) * step for n, step in zip(self.view.shape, self.memory_strides, strict=True))
         return self.memory_start + sum(steps) + 1
 
     def holds(self, memory: int) -> bool:
-        """Whether a place in memory lies in the tensor.
-
-        Args:
-            memory: Its number.
-
-        Returns:
-            Whether it does.
-        """
         return self.memory_start <= memory < self.memory_stop
 
-    def overlaps(self, other: "Layout") -> bool:
-        """Whether two tensors in the same storage have places in common.
-
-        Args:
-            other: The layout of the other.
-
-        Returns:
-            Whether their spans do.
-        """
+    def overlaps(self, other: "_Layout") -> bool:
+        # Whether two tensors in the same storage have places in common; their spans are compared.
         return self.memory_start < other.memory_stop and other.memory_start < self.memory_stop
 
     def entry(self, memory: int) -> int:
-        """Which entry of the parameter stands at a place in memory.
-
-        Args:
-            memory: A place in the tensor.
-
-        Returns:
-            Its index in the flattened parameter.
-        """
+        # Index in the flattened parameter of what stands at a place in memory.
         rest, entry = memory - self.memory_start, self.view.start
         dimensions = zip(self.memory_strides, self.view.shape, self.view.strides, strict=True)
         for step, size, stride in sorted(dimensions, reverse=True):
@@ -201,28 +192,12 @@ class Layout:
         return entry
 
 
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor.
-
-    Args:
-        shape: Its shape.
-
-    Returns:
-        Steps in its memory along each dimension.
-    """
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
 
 
-def seen_through(layout: Layout, tensor: Tensor) -> ParameterView | None:
-    """What a view shows of a parameter.
-
-    Args:
-        layout: Layout of the memory that it looks at.
-        tensor: The view.
-
-    Returns:
-        Its view, or None if its entries are not evenly spaced.
-    """
+def _seen_through(layout: _Layout, tensor: Tensor) -> ParameterView | None:
+    # What a view of that memory shows of the parameter; None if its entries are not evenly spaced.
     memory = int(tensor.storage_offset())
     start = layout.entry(memory)
     steps = [
@@ -250,7 +225,7 @@ class TensorTracker:
     def __init__(self) -> None:
         self._own: set[int] = set()
         self._sizes: dict[str, int] = {}
-        self._layouts: dict[int, list[Layout]] = {}
+        self._layouts: dict[int, list[_Layout]] = {}
         self.scattered: set[str] = set()
 
     def track(self, tensor: Tensor, name: str, *, is_computed: bool = False) -> None:
@@ -265,8 +240,8 @@ class TensorTracker:
             is_computed: Whether it is computed, so that the model may change it without changing a parameter.
         """
         shape, key = tuple(tensor.shape), storage_key(tensor)
-        view = ParameterView(parameter=name, start=0, shape=shape, strides=contiguous(shape))
-        layout = Layout.of(tensor, view, is_copy=False)
+        view = ParameterView(parameter=name, start=0, shape=shape, strides=_contiguous(shape))
+        layout = _Layout.of(tensor, view, is_copy=False)
         met = self._layouts.get(key, ())
         if any(known.overlaps(layout) and known.is_valid and known.view.parameter != name for known in met):
             return
@@ -287,7 +262,7 @@ class TensorTracker:
         if not isinstance(tensor, Tensor):
             return None
         layout = self._layout(tensor)
-        view = None if layout is None else seen_through(layout, tensor)
+        view = None if layout is None else _seen_through(layout, tensor)
         if layout is not None and view is None:
             self.scattered.add(layout.view.parameter)
         return view
@@ -337,7 +312,7 @@ class TensorTracker:
         view = replace(layout.view, start=first, shape=tuple(tensor.shape), strides=tuple(steps))
         return view, orders
 
-    def _layout(self, tensor: Tensor) -> "Layout | None":
+    def _layout(self, tensor: Tensor) -> "_Layout | None":
         start = int(tensor.storage_offset())
         layouts = self._layouts.get(storage_key(tensor), ())
         return next((layout for layout in layouts if layout.holds(start)), None)
@@ -384,4 +359,43 @@ class TensorTracker:
         self._own &= self._layouts.keys()
 
     def _remember(self, tensor: Tensor, view: ParameterView) -> None:
-        self._layouts.setdefault(storage_key(tensor), []).append(Layout.of(tensor, view, is_copy=True))
+        self._layouts.setdefault(storage_key(tensor), []).append(_Layout.of(tensor, view, is_copy=True))
+
+
+class DependentTensors:
+    """Tensors that hold anything computed from the data, or made during the call, such as positions.
+
+    Anything else that a weight is combined with, such as a buffer, makes another weight of it.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """Forget all, and begin with these.
+
+        Args:
+            tensors: What the model is given.
+        """
+        self._storages.clear()
+        self.add(tensors)
+
+    def add(self, tensors: Sequence[Tensor] | Iterator[Tensor]) -> None:
+        """Count tensors as data.
+
+        Args:
+            tensors: Results of operations on data.
+        """
+        for tensor in tensors:
+            self._storages.setdefault(storage_key(tensor), weak_storage(tensor))
+
+    def discard(self, tensor: Tensor) -> None:
+        """Count a tensor as data no longer.
+
+        Args:
+            tensor: Any tensor.
+        """
+        self._storages.pop(storage_key(tensor), None)
+
+    def __contains__(self, tensor: object) -> bool:
+        return isinstance(tensor, Tensor) and storage_key(tensor) in self._storages

@@ -1,6 +1,6 @@
 """A model whose weights are watched while it reads data, packed and computed ones too."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safedelta_hf.capture.config import Targets
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.observer import Observer
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
@@ -34,9 +34,9 @@ def packed_products(model: nn.Module, observer: Observer) -> Iterator[None]:
     with ExitStack() as hooks:
         for name, module in _packed_layers(model):
             weight, bias = (module.get_parameter("weight"), module.bias)
-            hook = _Packed(name, names[weight], None if bias is None else names[bias], observer)
-            hooks.callback(module.register_forward_pre_hook(hook.before).remove)
-            hooks.callback(module.register_forward_hook(hook.after, with_kwargs=True).remove)
+            after = _told_to(observer, name, names[weight], None if bias is None else names[bias])
+            hooks.callback(module.register_forward_pre_hook(lambda *_: observer.pause()).remove)
+            hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         yield
 
 
@@ -46,60 +46,18 @@ def _packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-class _Packed:
-    def __init__(self, name: str, weight: str, bias: str | None, observer: Observer) -> None:
-        self._name, self._weight, self._bias, self._observer = name, weight, bias, observer
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._observer.pause()
-
-    def after(self, module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+def _told_to(observer: Observer, name: str, weight: str, bias: str | None) -> Callable[..., None]:
+    def after(module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         # A packed weight is not read; what its class says of its widths is compared with what passes through it.
         if (inputs.shape[-1], outputs.shape[-1]) != (module.in_features, module.out_features):
             raise CaptureError(
-                f"{self._name}: this {type(module).__name__} of {module.in_features} inputs and {module.out_features} "
+                f"{name}: this {type(module).__name__} of {module.in_features} inputs and {module.out_features} "
                 f"outputs turned {inputs.shape[-1]} into {outputs.shape[-1]}; leave it out of the targets"
             )
-        self._observer.packed_product(self._weight, self._bias, inputs, outputs)
+        observer.packed_product(weight, bias, inputs, outputs)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ParametrisedWeights:
-    """The weights of a model that are computed from parameters.
-
-    Attributes:
-        followed: Those that are watched and adjusted as one, by canonical name.
-        reasons: Why others are not, by the name of each parameter that they are computed from.
-    """
-
-    followed: Mapping[str, ParametrisedWeight]
-    reasons: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "ParametrisedWeights":
-        """Try which weights can be set.
-
-        Args:
-            model: The base model, evaluating.
-
-        Returns:
-            Its weights.
-        """
-        followed: dict[str, ParametrisedWeight] = {}
-        reasons: dict[str, str] = {}
-        for name, weight in parametrised_weights(model).items():
-            obstacle = weight.obstacle()
-            if obstacle:
-                reasons |= dict.fromkeys(weight.originals, f"{name} is computed from it, and {obstacle}")
-            else:
-                followed[name] = weight
-        return cls(followed=followed, reasons=reasons)
-
-    @property
-    def originals(self) -> dict[str, str]:
-        """The weight that is followed, by the name of each parameter that it is computed from."""
-        return {original: name for name, weight in self.followed.items() for original in weight.originals}
+    return after
 
 
 @contextmanager
@@ -128,24 +86,26 @@ class WatchedModel:
         model: The model.
         module: What is called of it: the bare model, but where forward passes are collective the outermost one, which
             has a part in them.
-        targets: Which linear weights are read.
-        weights: Its weights that are computed from parameters.
         matrices: Something of the shape and device of each weight that is watched, by canonical name.
+        chosen: Names of those whose products are read.
+        computed: Its weights that are computed from parameters and watched as one, by canonical name.
+        obstacles: Why others are not, by the name of each parameter that they are computed from.
     """
 
     model: ShardedModel
     module: nn.Module
-    targets: Targets
-    weights: ParametrisedWeights
     matrices: Mapping[str, Tensor]
+    chosen: frozenset[str]
+    computed: Mapping[str, ParametrisedWeight]
+    obstacles: Mapping[str, str]
 
     @classmethod
-    def of(cls, model: ShardedModel, targets: Targets) -> "WatchedModel":
+    def of(cls, model: ShardedModel, config: ProfileConfig) -> "WatchedModel":
         """Look at a model, and make sure that it can be read with.
 
         Args:
             model: The base model.
-            targets: Which linear weights are read.
+            config: Which linear weights are read.
 
         Returns:
             The model, with what is watched of it.
@@ -154,39 +114,36 @@ class WatchedModel:
             CaptureError: It is an encoder-decoder model.
             NumericalError: A weight holds NaN or Inf.
             ConfigurationError: It is sharded, and has weights that are computed from parameters.
-        """  # noqa: DOC502 - raised by the functions called
+        """
         module = model.model if model.collective else unwrapped(model.model)
         _require_one_sequence(module)
         _require_finite(model)
-        if not model.is_local and (computed := parametrised_weights(module)):
+        if not model.is_local and (parametrised := parametrised_weights(module)):
             raise ConfigurationError(
-                f"{next(iter(computed))}: is computed from other parameters, which is not covered in a model under "
+                f"{next(iter(parametrised))}: is computed from other parameters, which is not covered in a model under "
                 f"{model.kind}. Train without the callback, then use adjust_model on the saved model"
             )
         with evaluating(module):
-            weights = ParametrisedWeights.of(module)
+            computed, obstacles = _computed_weights(module)
         names = parameter_names(module)
         packed = {
             names[layer.get_parameter("weight")]: (layer.out_features, layer.in_features)
             for _, layer in _packed_layers(module)
         }
+        inside = {original for weight in computed.values() for original in weight.originals}
         matrices = {
             name: torch.empty((), device=model.device(name)).expand(packed.get(name) or model.shape(name))
             for name in model.names
-            if name not in weights.originals
+            if name not in inside
         }
-        computed_shapes = {name: weight.shaped() for name, weight in weights.followed.items()}
-        return cls(model=model, module=module, targets=targets, weights=weights, matrices=matrices | computed_shapes)
-
-    @property
-    def chosen(self) -> frozenset[str]:
-        """Names of the weights whose products are read."""
-        return frozenset(filter(self.targets.include, self.matrices))
+        matrices |= {name: weight.shaped() for name, weight in computed.items()}
+        chosen = frozenset(filter(config.targets_include, matrices))
+        return cls(model=model, module=module, matrices=matrices, chosen=chosen, computed=computed, obstacles=obstacles)
 
     @property
     def head(self) -> str | None:
         """Name of the output projection's weight, if the model has one."""
-        return _head(self.module, self.weights.followed.values())
+        return _head(self.module, self.computed.values())
 
     def reasons(self, used: Collection[str], unsupported: Mapping[str, str]) -> dict[str, str]:
         """Why parameters are not covered.
@@ -200,14 +157,27 @@ class WatchedModel:
         """
         modules = base_modules(self.module)
         owners = {own: module for _, module in modules for own in module.parameters(recurse=False)}
+        computed_from = {original: name for name, weight in self.computed.items() for original in weight.originals}
         reasons = {}
         for parameter, name in parameter_names(self.module).items():
-            weight = self.weights.originals.get(name, name)
+            weight = computed_from.get(name, name)
             if weight not in used:
                 kind = type(owners[parameter]).__name__
                 unreached = f"the safety data never reached it, unless inside a fused kernel, in {kind}"
-                reasons[name] = self.weights.reasons.get(name) or unsupported.get(weight, unreached)
+                reasons[name] = self.obstacles.get(name) or unsupported.get(weight, unreached)
         return reasons
+
+
+def _computed_weights(model: nn.Module) -> tuple[dict[str, ParametrisedWeight], dict[str, str]]:
+    computed: dict[str, ParametrisedWeight] = {}
+    obstacles: dict[str, str] = {}
+    for name, weight in parametrised_weights(model).items():
+        obstacle = weight.obstacle()
+        if obstacle:
+            obstacles |= dict.fromkeys(weight.originals, f"{name} is computed from it, and {obstacle}")
+        else:
+            computed[name] = weight
+    return computed, obstacles
 
 
 def _require_one_sequence(module: nn.Module) -> None:

@@ -61,7 +61,7 @@ def adjust_checkpoint(
         AdjustmentError: A file could not be read or written.
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
             for the next run.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     place = _usable_device(device)
     with _failing_by_name(Path(output)):
         plan = plan_checkpoint(
@@ -87,7 +87,7 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
         AdjustmentError: A file could not be read or written.
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
             for the next run.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     place, header = _usable_device(device), plan.profile.header
     with (
         _failing_by_name(plan.output),

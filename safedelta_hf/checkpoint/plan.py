@@ -142,7 +142,7 @@ def plan_checkpoint(
         CheckpointError: The fine-tuned files are malformed, or not those of the profile's model; or the output exists.
         BaseWeightsError: The files of the base are malformed, or not those of the profile's model.
         ProfileError: The profile is malformed.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     rule, output = rule or default_rule(task), Path(output)
     require_number(rule)
     _require_apart(output, base, tuned, profile, task)

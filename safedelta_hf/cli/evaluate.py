@@ -11,7 +11,7 @@ from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
 from safedelta_hf.evaluation.evaluate import RESULTS
-from safedelta_hf.evaluation.judge import Judge
+from safedelta_hf.evaluation.scoring import Judge
 
 
 def evaluate(

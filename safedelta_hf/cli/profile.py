@@ -12,16 +12,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.collect import Checkpointing, collect_profile
 from safedelta_hf.capture.config import ALL_LINEAR, ProfileConfig
-from safedelta_hf.capture.resume import Checkpointing
 from safedelta_hf.cli.options import one_line_errors, one_of
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
 from safedelta_hf.folders import require_absent
 from safedelta_hf.profile.encodings import ENCODINGS, Encoding, encoding_of
-from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile
-from safedelta_hf.profile.retention import with_retention
+from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_retention
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 STORAGES: Final = ", ".join(f"{name}:RANK" if name == "eigenbasis" else name for name in ENCODINGS)

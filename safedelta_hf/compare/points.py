@@ -72,7 +72,7 @@ class ComparisonFile:
     Raises:
         ConfigurationError: The folder cannot be made.
         OutputError: The file there was made with something else, or is no such file.
-    """  # noqa: DOC502 - raised by the log
+    """
 
     def __init__(
         self, folder: Path, *, made_with: Mapping[str, Any], utilities: Mapping[str, str], command: str

@@ -20,8 +20,7 @@ from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, dig
 from safedelta_hf.evaluation.result import Score
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.modules.names import parameter_names
-from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.profile.retention import with_retention
+from safedelta_hf.profile.profile import SafetyProfile, with_retention
 from safedelta_hf.rules import Rule
 
 ALIGNED: Final = "aligned"
@@ -193,7 +192,7 @@ class ModelScenario(Scenario):
 
     Raises:
         SafeDeltaError: Data cannot be read, or do not fit the model.
-    """  # noqa: DOC502 - raised by the functions called
+    """
 
     def __init__(
         self,

@@ -4,11 +4,10 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from safedelta_hf.data.dataset import SafetySequence
@@ -36,28 +35,6 @@ def batches_of_equal_length(
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
-def forward_arguments(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What to call a model with, for it to read whole sequences.
-
-    Args:
-        model: Any model; one that is not of transformers gets what its `forward` accepts.
-        input_ids: Token ids, [sequences, tokens], without padding.
-        labels: Of the same shape.
-
-    Returns:
-        Keyword arguments.
-    """
-    if isinstance(unwrapped(model), PreTrainedModel):
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
-    arguments: dict[str, Any] = {"input_ids": input_ids}
-    accepted = inspect.signature(model.forward).parameters
-    if "attention_mask" in accepted:
-        arguments["attention_mask"] = torch.ones_like(input_ids)
-    if "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty:
-        arguments["labels"] = labels
-    return arguments
-
-
 def input_device(model: nn.Module) -> torch.device:
     """Where a model wants its inputs.
 
@@ -78,16 +55,23 @@ def arguments_of(model: nn.Module, batch: Sequence[SafetySequence]) -> dict[str,
     """What to call a model with, for it to read a batch.
 
     Args:
-        model: Any model.
+        model: Any model; one that is not of transformers gets what its `forward` accepts.
         batch: Sequences of one length.
 
     Returns:
-        Keyword arguments.
+        Keyword arguments; tensors are [sequences, tokens].
     """
     device = input_device(model)
     input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
-    labels = torch.tensor([sequence.labels for sequence in batch], device=device)
-    return forward_arguments(model, input_ids, labels)
+    if isinstance(unwrapped(model), PreTrainedModel):
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": input_ids}
+    accepted = inspect.signature(model.forward).parameters
+    if "attention_mask" in accepted:
+        arguments["attention_mask"] = torch.ones_like(input_ids)
+    if "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty:
+        arguments["labels"] = torch.tensor([sequence.labels for sequence in batch], device=device)
+    return arguments
 
 
 def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str) -> None:
@@ -122,29 +106,8 @@ def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str)
 Batch = tuple[SafetySequence, ...]
 
 
-@dataclass(frozen=True)
-class Share:
-    """The batches of one rank, of sequences of one length each.
-
-    Attributes:
-        batches: Those that count.
-        idle: Batches to run after them for the other ranks' sake, whose results nobody wants.
-    """
-
-    batches: tuple[Batch, ...]
-    idle: tuple[Batch, ...]
-
-    def __len__(self) -> int:
-        return len(self.batches) + len(self.idle)
-
-    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
-        """All batches, each with whether it counts."""
-        yield from ((batch, True) for batch in self.batches)
-        yield from ((batch, False) for batch in self.idle)
-
-
-def share_of(sequences: Sequence[SafetySequence], batch_size: int, model: ShardedModel) -> Share:
-    """This rank's part of the data.
+def share_of(sequences: Sequence[SafetySequence], batch_size: int, model: ShardedModel) -> list[tuple[Batch, bool]]:
+    """This rank's share of the data.
 
     Args:
         sequences: All of the data, the same on all ranks.
@@ -152,16 +115,17 @@ def share_of(sequences: Sequence[SafetySequence], batch_size: int, model: Sharde
         model: The model that will read it, and the ranks that share the work.
 
     Returns:
-        Its batches, longest sequences first, so that memory trouble shows at once.
+        Its batches of sequences of one length, longest first, so that memory trouble shows at once, each with whether
+        it counts. Those that do not are to be run for the other ranks' sake, and nobody wants their results.
     """
     ranks = model.ranks
     ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids), reverse=True)
-    own = tuple(batches_of_equal_length(ranks.share(ordered), batch_size))
+    own = [(batch, True) for batch in batches_of_equal_length(ranks.share(ordered), batch_size)]
     if not model.collective:
-        return Share(own, ())
-    parts = (ordered[rank :: ranks.size] for rank in range(ranks.size))
-    most = max(sum(1 for _ in batches_of_equal_length(part, batch_size)) for part in parts)
-    return Share(own, (tuple(ordered[-1:]),) * (most - len(own)))
+        return own
+    shares = (ordered[rank :: ranks.size] for rank in range(ranks.size))
+    most = max(sum(1 for _ in batches_of_equal_length(share, batch_size)) for share in shares)
+    return own + [(tuple(ordered[-1:]), False)] * (most - len(own))
 
 
 def forward_guard(model: ShardedModel) -> AbstractContextManager[None]:

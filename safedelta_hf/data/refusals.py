@@ -1,5 +1,6 @@
 """Safety data that no moment has seen, and how likely a model finds it: refusals are measured by it."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ def response_losses(
         CaptureError: The model returns no logits.
         NumericalError: A loss is NaN or Inf.
         RankError: Another rank failed.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     ranks, runnable = model.ranks, model.runnable
     with ranks.together():
         if batch_size < 1:
@@ -63,7 +64,7 @@ def response_losses(
                     losses = _batch_losses(runnable, batch)
                 if counts:
                     found.update(zip(batch, losses, strict=True))
-        everyone = {sequence: tokens for part in ranks.gather(found) for sequence, tokens in part.items()}
+        everyone = {sequence: tokens for own in ranks.gather(found) for sequence, tokens in own.items()}
     return _in_order(sequences, everyone)
 
 
@@ -72,13 +73,9 @@ def _in_order(
 ) -> list[tuple[float, ...]]:
     losses = [found[sequence] for sequence in sequences]
     for number, tokens in enumerate(losses):
-        if not all(map(_finite, tokens)):
+        if not all(map(math.isfinite, tokens)):
             raise NumericalError(f"row {number}: the loss of the model is NaN or Inf; are its weights intact?")
     return losses
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
 
 
 def _batch_losses(model: nn.Module, batch: Sequence[SafetySequence]) -> list[tuple[float, ...]]:
@@ -168,7 +165,7 @@ class HeldOut:
 
         with precision_seen(model.model) as seen:
             base = losses()
-        names = {name for part in model.ranks.gather(sorted(map(str, seen))) for name in part} or {"torch.float32"}
+        names = {name for own in model.ranks.gather(sorted(map(str, seen))) for name in own} or {"torch.float32"}
         dtype = coarsest({getattr(torch, name.removeprefix("torch.")) for name in names})
         with rounding_otherwise(model.model, dtype) as is_moved:
             other = losses() if is_moved else None
@@ -221,8 +218,8 @@ def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[Safet
     topics = _topics(sequences)
     order = {topic: number for number, topic in enumerate(dict.fromkeys(topics))}
     aside = [int((order[topic] + 1) * share) > int(order[topic] * share) for topic in topics]
-    used = [sequence for sequence, held in zip(sequences, aside, strict=True) if not held]
-    return used, [sequence for sequence, held in zip(sequences, aside, strict=True) if held]
+    used = [sequence for sequence, is_aside in zip(sequences, aside, strict=True) if not is_aside]
+    return used, [sequence for sequence, is_aside in zip(sequences, aside, strict=True) if is_aside]
 
 
 def _topics(sequences: Sequence[SafetySequence]) -> list[int]:

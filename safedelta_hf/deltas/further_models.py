@@ -61,7 +61,7 @@ def further_adapter(folder: Path, header: ProfileHeader, transposed: set[str]) -
     Raises:
         AdapterError: It cannot be read, or is no LoRA.
         MergeError: It carries a parameter whole, or tunes one that the base does not have.
-    """  # noqa: DOC502 - raised by the functions called
+    """
 
     def refuse(name: str) -> Tensor:
         raise MergeError(

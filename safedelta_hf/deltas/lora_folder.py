@@ -356,7 +356,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"adapter: {str(folder)!r} holds no {CONFIG_FILE}; is it a folder that PEFT saved?")
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings["peft_type"]  # noqa: B018 - its absence is an error
+        settings["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"adapter: {str(path)!r} is no adapter configuration ({error!r})") from error
     return settings

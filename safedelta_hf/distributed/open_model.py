@@ -36,7 +36,7 @@ def open_model(model: nn.Module | ShardedModel) -> ShardedModel:
     Raises:
         ConfigurationError: It is distributed in a way that is not covered.
         RankError: That is so on another process.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     if isinstance(model, ShardedModel):
         return model
     ranks = Ranks.of_run()

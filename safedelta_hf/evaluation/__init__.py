@@ -1,15 +1,15 @@
 """How a model behaves: what it refuses, what it should not refuse, and what it can do."""
 
-from safedelta_hf.evaluation.coherence import Reference, is_degenerate
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
-from safedelta_hf.evaluation.judge import Judge, ModelJudge
-from safedelta_hf.evaluation.likelihood import Likelihood, refusal_likelihood
+from safedelta_hf.evaluation.likelihood import Likelihood, Reference, is_degenerate, refusal_likelihood
 from safedelta_hf.evaluation.questions import Prompt, Questions, read_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score
 from safedelta_hf.evaluation.scoring import (
     REFUSAL_PHRASES,
+    Judge,
+    ModelJudge,
     attack_success_rate,
     exact_answer,
     exact_match,

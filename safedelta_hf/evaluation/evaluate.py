@@ -9,14 +9,12 @@ from typing import Any, Final, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.evaluation.coherence import Reference, incoherent
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import harness_scores, require_tasks
-from safedelta_hf.evaluation.judge import Judge, judgements
-from safedelta_hf.evaluation.likelihood import refusal_likelihood
+from safedelta_hf.evaluation.likelihood import Reference, incoherent, refusal_likelihood
 from safedelta_hf.evaluation.questions import EvaluationSettings, Prompt, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score, average, share
-from safedelta_hf.evaluation.scoring import TaskScore, is_refusal
+from safedelta_hf.evaluation.scoring import Judge, TaskScore, is_refusal, judgements
 from safedelta_hf.folders import RunLog
 
 T = TypeVar("T")
@@ -57,7 +55,7 @@ def evaluate_model(
         DataError: Prompts or refusals do not fit the model.
         OutputError: The output folder cannot be written, or holds responses that were made with another model, other
             prompts or other settings.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     manager = None if questions.harness is None else require_tasks(questions.harness)
     settings = EvaluationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     run = _Run(model, processing_class, settings, None if output is None else Path(output), progress=progress)
@@ -84,7 +82,7 @@ def evaluate_model(
 
 
 class _Run:
-    """The model, and the responses that are made or found."""
+    """The model, and the responses and verdicts on disk or made now, in the order of the prompts."""
 
     def __init__(
         self,
@@ -105,18 +103,9 @@ class _Run:
         if output is not None:
             _make(output)
 
-    def responses(self, part: str, prompts: Sequence[Prompt]) -> list[str]:
-        """The responses to one set of prompts: those that are on disk, and the others made now.
-
-        Args:
-            part: Name of the set.
-            prompts: The prompts.
-
-        Returns:
-            Responses in the order of the prompts.
-        """
-        self.prompts[part] = digest_of_prompts(prompts)
-        log = self._log(f"responses-{part}.jsonl", self._made_with(part), _response)
+    def responses(self, kind: str, prompts: Sequence[Prompt]) -> list[str]:
+        self.prompts[kind] = digest_of_prompts(prompts)
+        log = self._log(f"responses-{kind}.jsonl", self._made_with(kind), _response)
 
         def keep(new: dict[int, str]) -> None:
             if log is not None:
@@ -136,24 +125,14 @@ class _Run:
         )
 
     def verdicts(
-        self, part: str, prompts: Sequence[Prompt], responses: Sequence[str], judge: Judge
+        self, kind: str, prompts: Sequence[Prompt], responses: Sequence[str], judge: Judge
     ) -> list[float | None]:
-        """The judge's verdict on each response; kept on disk if the judge has a fingerprint.
-
-        Args:
-            part: Name of the set of prompts.
-            prompts: The prompts.
-            responses: The responses to them.
-            judge: The judge.
-
-        Returns:
-            Verdicts in the order of the prompts.
-        """
+        # They are kept on disk if the judge has a fingerprint.
         fingerprint: str | None = getattr(judge, "fingerprint", None)
         log = None
         if fingerprint is not None:
             name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-            log = self._log(f"verdicts-{part}-{name}.jsonl", self._made_with(part) | {"judge": fingerprint}, _verdict)
+            log = self._log(f"verdicts-{kind}-{name}.jsonl", self._made_with(kind) | {"judge": fingerprint}, _verdict)
         found = {} if log is None else dict(log.entries)
         exchanges = [(prompt.text, response) for prompt, response in zip(prompts, responses, strict=True)]
         new = judgements(
@@ -170,12 +149,12 @@ class _Run:
     ) -> RunLog[tuple[int, T]] | None:
         return None if self._output is None else RunLog(self._output / name, made_with, parse)
 
-    def _made_with(self, part: str) -> dict[str, str]:
+    def _made_with(self, kind: str) -> dict[str, str]:
         # The batch size stays out: after memory ran out, a run may go on with a smaller one.
         settings = json.dumps({"max_new_tokens": self.settings.max_new_tokens, "decoding": "greedy"})
         return {
             "model": self.model_digest,
-            "prompts": self.prompts[part],
+            "prompts": self.prompts[kind],
             "settings": hashlib.sha256(settings.encode()).hexdigest(),
         }
 

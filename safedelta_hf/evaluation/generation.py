@@ -54,7 +54,7 @@ def generate_responses(
     Raises:
         ConfigurationError: If a limit is below 1, or the tokenizer lacks a chat template or a padding token.
         DataError: If a chat is empty, does not end in a user turn, or is longer than the model takes.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     _check_settings(processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size)
     _check_chats(conversations)
     prompts = [prompt_tokens(processing_class, chat) for chat in conversations]

@@ -85,7 +85,7 @@ def harness_scores(
 
     Raises:
         ConfigurationError: `lm_eval` is not installed, or does not know a task.
-    """  # noqa: DOC502 - raised by the function called
+    """
     manager = manager or require_tasks(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM

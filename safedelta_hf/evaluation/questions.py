@@ -9,8 +9,7 @@ from typing import Any
 
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.harness import HarnessTasks
-from safedelta_hf.evaluation.judge import Judge
-from safedelta_hf.evaluation.scoring import TaskScore
+from safedelta_hf.evaluation.scoring import Judge, TaskScore
 
 FORMS = "'messages', or 'prompt'"
 

@@ -140,7 +140,7 @@ class Evaluation:
 
         Raises:
             OutputError: It cannot be written.
-        """  # noqa: DOC502 - raised by the function called
+        """
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     @classmethod

@@ -152,7 +152,7 @@ class SafeDeltaCallback(TrainerCallback):
 
         Raises:
             SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
-        """  # noqa: DOC502 - raised by the functions called
+        """
         model = bare(model)
         self._tuned = None
         require_supported(args)
@@ -192,7 +192,7 @@ class SafeDeltaCallback(TrainerCallback):
         Raises:
             SafeDeltaError: The adjustment failed. The tuned weights are in the model as they were, and saved in a
                 folder that the error names; `adjust` tries again.
-        """  # noqa: DOC502
+        """
         if is_pruned(state, control):
             logger.info("Safe Delta: this trial was pruned, so its weights are not adjusted.")
             return
@@ -233,7 +233,7 @@ class SafeDeltaCallback(TrainerCallback):
         Raises:
             BaseWeightsError: The callback has not seen the start of the training.
             ConfigurationError: The model was adjusted already, and its fine-tuned weights were not kept.
-        """  # noqa: DOC502 - raised by the functions called
+        """
         run, profile = self._started()
         opened = open_model(bare(model))
         adapter = trained_adapter(opened.model)

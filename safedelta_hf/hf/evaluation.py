@@ -102,7 +102,7 @@ class EvaluationCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         processing_class: ProcessingClass | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         # Check what would otherwise fail in the middle of training.
         with Ranks.of_run().together():
@@ -115,7 +115,7 @@ class EvaluationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         if isinstance(self._every, int) and state.global_step % self._every == 0:
             self._measure(args, state, control, **kwargs)
@@ -126,7 +126,7 @@ class EvaluationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         if self._every == "epoch":
             self._measure(args, state, control, **kwargs)
@@ -137,7 +137,7 @@ class EvaluationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         # Measure the model that training leaves, unless it was measured already.
         self._measure(args, state, control, only_if_changed=True, **kwargs)

@@ -12,8 +12,7 @@ from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.dataset import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.profile.retention import with_retention
+from safedelta_hf.profile.profile import SafetyProfile, with_retention
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 

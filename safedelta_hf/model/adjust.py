@@ -49,7 +49,7 @@ def adjust_model(
 
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
-    """  # noqa: DOC502 - raised by the functions called
+    """
     opened = open_model(model)
     reader = open_base(base, opened.model) if isinstance(base, nn.Module | str | Path) else base
     plan = plan_model(opened, profile, treatment or Treatment())

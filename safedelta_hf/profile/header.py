@@ -72,7 +72,7 @@ def _typed(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401 - whatever
 HEADER_FILE: Final = "profile.json"
 HEADER_LIMIT: Final = 32 * 2**20
 """Bytes of a header file, at most: it is read whole, and parsing it takes many times as much memory."""
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = ProfileHeader.format_version
 SHARD_PATTERN: Final = "moments-*-of-*.safetensors"
 
 _SHARD_NAME: Final = re.compile(r"moments-\d{5}-of-\d{5}\.safetensors", re.ASCII)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,80 +18,79 @@ TAGS: Final = ("safedelta", "safety-profile")
 LIBRARY: Final = "safedelta_hf"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repository:
-    """Where a profile lies on the Hub.
+def download(
+    name: str, *, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
+) -> tuple[Path, Callable[[str], Path]]:
+    """Fetch the header now, and each file of moments when it is asked for, all of one commit.
 
-    Attributes:
-        name: `organisation/name`.
+    Args:
+        name: The repository, `organisation/name`.
         revision: Branch, tag or commit; None for the default branch.
         token: Access token; True or None for the one that was stored by logging in.
         cache_dir: Where downloads are kept; None for the usual place.
+
+    Returns:
+        The path of the header file, and what gives the path of another file by its name.
+
+    Raises:
+        ProfileError: There is no such repository, or no profile in it, or it cannot be reached.
     """
 
-    name: str
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-
-    def download(self) -> tuple[Path, Callable[[str], Path]]:
-        """Fetch the header now, and each file of moments when it is asked for, all of one commit.
-
-        Returns:
-            The path of the header file, and what gives the path of another file by its name.
-
-        Raises:
-            ProfileError: There is no such repository, or no profile in it, or it cannot be reached.
-        """  # noqa: DOC502 - raised by `_fetch`
-        header = self._fetch(HEADER_FILE, self.revision)
-        commit = extract_commit_hash(str(header), None) or self.revision
-        return header, lambda name: self._fetch(name, commit)
-
-    def upload(self, folder: Path, *, private: bool | None, message: str, create_pr: bool) -> str:
-        """Replace the profile in the repository by that of a folder, in one commit; the repository is made if need be.
-
-        Args:
-            folder: What `save` wrote.
-            private: Whether a new repository is private; None for the organisation's default.
-            message: Message of the commit.
-            create_pr: Whether to open a pull request instead of committing.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            ProfileError: The Hub refuses.
-        """  # noqa: DOC502 - raised by `_named`
-        api = HfApi(token=self.token, library_name=LIBRARY)
-        with _named(self.name):
-            name = api.create_repo(self.name, private=private, exist_ok=True).repo_id
-            if self.revision is not None and not self.revision.startswith("refs/pr"):
-                api.create_branch(name, branch=self.revision, exist_ok=True)
-            has_card = api.file_exists(name, CARD_FILE, revision=self.revision)
-            commit = api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
-                revision=self.revision,
-                commit_message=message,
-                create_pr=create_pr,
-                # A card that somebody wrote is theirs.
-                ignore_patterns=[CARD_FILE] if has_card else None,
-                delete_patterns=[SHARD_PATTERN],
-            )
-        return str(commit.commit_url)
-
-    def _fetch(self, file: str, revision: str | None) -> Path:
-        with _named(self.name):
+    def fetch(file: str, of: str | None) -> Path:
+        with _named(name):
             return Path(
-                hf_hub_download(
-                    self.name,
-                    file,
-                    revision=revision,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                    library_name=LIBRARY,
-                )
+                hf_hub_download(name, file, revision=of, token=token, cache_dir=cache_dir, library_name=LIBRARY)
             )
+
+    header = fetch(HEADER_FILE, revision)
+    commit = extract_commit_hash(str(header), None) or revision
+    return header, lambda file: fetch(file, commit)
+
+
+def upload(
+    folder: Path,
+    name: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    private: bool | None,
+    message: str,
+    create_pr: bool,
+) -> str:
+    """Replace the profile in a repository by that of a folder, in one commit; the repository is made if need be.
+
+    Args:
+        folder: What `save` wrote.
+        name: The repository, `organisation/name`.
+        revision: Branch; None for the default one.
+        token: Access token; True or None for the one that was stored by logging in.
+        private: Whether a new repository is private; None for the organisation's default.
+        message: Message of the commit.
+        create_pr: Whether to open a pull request instead of committing.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ProfileError: The Hub refuses.
+    """
+    api = HfApi(token=token, library_name=LIBRARY)
+    with _named(name):
+        repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        has_card = api.file_exists(repository, CARD_FILE, revision=revision)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            create_pr=create_pr,
+            # A card that somebody wrote is theirs.
+            ignore_patterns=[CARD_FILE] if has_card else None,
+            delete_patterns=[SHARD_PATTERN],
+        )
+    return str(commit.commit_url)
 
 
 @contextmanager

@@ -1,15 +1,20 @@
-"""Moments by key, wherever they are: in memory, on another rank, summed as they are read, or on disk."""
+"""Where moments are while they are summed, and moments by key: in memory, on another rank, summed as they are read."""
 
 import hashlib
 import json
+import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import CaptureError
+from safedelta_hf.errors import CaptureError, ConfigurationError
 
 
 class Moments(Mapping[str, InputMoment]):
@@ -49,7 +54,7 @@ class Moments(Mapping[str, InputMoment]):
 
         Raises:
             KeyError: There is no such moment.
-        """  # noqa: DOC502 - raised by the mapping
+        """
         return tuple(self[key].total.shape)
 
     def owner(self, key: str) -> int | None:
@@ -102,6 +107,7 @@ class ShardedMoments(Moments):
         super().__init__(shapes)
         self.owners, self.ranks, self._held = owners, ranks, held
 
+    @override
     def __getitem__(self, key: str) -> InputMoment:
         owner = self.owners[key]
         if owner != self.ranks.rank:
@@ -111,27 +117,13 @@ class ShardedMoments(Moments):
             )
         return self._held[key]
 
+    @override
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a moment, known on all ranks.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            `(in, in)` or `(in,)`.
-        """
         shape: tuple[int, ...] = self._entries[key]
         return shape
 
+    @override
     def owner(self, key: str) -> int:
-        """The rank that has a moment.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            The rank.
-        """
         return self.owners[key]
 
     def brought(self, key: str, receiver: int) -> InputMoment | None:
@@ -170,17 +162,60 @@ class SummedMoments(Moments):
         super().__init__(dict.fromkeys((*one, *twins)))
         self._one, self._other, self._twins, self._add = one, other, twins, add
 
+    @override
     def __getitem__(self, key: str) -> InputMoment:
         one = self._one[key] if key in self._one else None
         return self._add(one, self._other[self._twins[key]] if key in self._twins else None)
 
+    @override
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a sum, known without reading it.
+        return self._one.shape(key) if key in self._one else self._other.shape(self._twins[key])
+
+
+class MomentStorage:
+    """Allocates zeroed float32 moments within a memory budget.
+
+    Moments are allocated on the device of their layer until the budget is spent. Later ones go to host memory, or, with
+    an offload folder, to memory-mapped files. Each batch then costs one transfer of `in * in` floats per offloaded
+    moment: larger batches make it cheaper.
+
+    Args:
+        budget: Bytes of moments held on the device (with an offload folder: in memory at all), or None for no limit.
+        offload_folder: Folder for memory-mapped moments; files are removed with the last reference to the storage.
+    """
+
+    def __init__(self, budget: int | None = None, offload_folder: str | Path | None = None) -> None:
+        self._left = math.inf if budget is None else float(budget)
+        self._files = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if offload_folder is not None:
+            Path(offload_folder).mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(prefix="moments-", dir=offload_folder)
+
+    def allocate(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Zeros for one moment.
 
         Args:
-            key: Its key.
+            shape: [in, in] or [in].
+            device: Device of the layer.
 
         Returns:
-            `(in, in)` or `(in,)`.
+            A float32 tensor on that device, in host memory, or mapped from a file.
+
+        Raises:
+            ConfigurationError: The budget is spent, the layer is in host memory already and there is no folder.
         """
-        return self._one.shape(key) if key in self._one else self._other.shape(self._twins[key])
+        size = 4 * math.prod(shape)
+        if size <= self._left:
+            self._left -= size
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+        if self._folder is not None:
+            self._files += 1
+            path = Path(self._folder.name) / f"{self._files:05d}.f32"
+            return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+        if device.type == "cpu":
+            raise ConfigurationError(
+                "moment_memory is spent and the model is in host memory already; pass offload_folder=DIR to keep the "
+                "rest of the moments on disk, or raise moment_memory"
+            )
+        return torch.zeros(shape, dtype=torch.float32)

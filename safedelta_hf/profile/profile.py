@@ -2,21 +2,19 @@
 
 import tempfile
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ProfileError
+from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.profile.encodings import Encoding, encoding_of
+from safedelta_hf.profile.files import MomentFiles, in_folder, keys_in_order, read_header, write_profile
 from safedelta_hf.profile.header import HEADER_FILE
-from safedelta_hf.profile.hub import Repository, write_card
-from safedelta_hf.profile.moments import Moments, ShardedMoments
-from safedelta_hf.profile.reader import MomentFiles, in_folder, read_header
-from safedelta_hf.profile.storage import MomentStorage
-from safedelta_hf.profile.writer import keys_in_order, write_profile
-from safedelta_hf.records import ProfileHeader, Use
+from safedelta_hf.profile.hub import download, upload, write_card
+from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments, SummedMoments
+from safedelta_hf.records import ProfileHeader, Retention, Use
 
 DEFAULT_STORAGE = "triangular"
 
@@ -74,7 +72,7 @@ class SafetyProfile:
             OutputError: The folder exists, cannot be written, or another process is writing it.
             ProfileError: A moment is not one, so the profile could not be read again.
             RankError: Another process failed.
-        """  # noqa: DOC502 - raised by the functions called
+        """
         encoding = encoding_of(storage)
         ranks, moments = self._ranks(), self.moments
         with ranks.together():
@@ -127,7 +125,7 @@ class SafetyProfile:
         elif folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
             raise ProfileError(f"profile: there is no folder {str(source)!r}; on the Hub it would be organisation/name")
         else:
-            path, locate = Repository(name=str(source), revision=revision, token=token, cache_dir=cache_dir).download()
+            path, locate = download(str(source), revision=revision, token=token, cache_dir=cache_dir)
             content = read_header(path)
         return cls(
             header=content.header,
@@ -171,7 +169,7 @@ class SafetyProfile:
             ConfigurationError: There is no such storage.
             ProfileError: The Hub refuses or cannot be reached.
             RankError: Another process failed.
-        """  # noqa: DOC502 - raised by the functions called
+        """
         encoding = encoding_of(storage)
         ranks, address = self._ranks(), ""
         with tempfile.TemporaryDirectory(prefix="safedelta-") as parent:
@@ -180,6 +178,73 @@ class SafetyProfile:
             with ranks.together():
                 if ranks.is_main:
                     write_card(folder, self.header, storage=str(encoding), name=repo_id, base_model=base_model)
-                    repository = Repository(name=repo_id, revision=revision, token=token)
-                    address = repository.upload(folder, private=private, message=commit_message, create_pr=create_pr)
+                    address = upload(
+                        folder,
+                        repo_id,
+                        revision=revision,
+                        token=token,
+                        private=private,
+                        message=commit_message,
+                        create_pr=create_pr,
+                    )
         return ranks.broadcast(address, owner=0)
+
+
+def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> SafetyProfile:
+    """A profile that protects ordinary behaviour together with the refusals: its Hessians are `H + weight * R`.
+
+    Where the moments are in the memory of several processes, all of them call this.
+
+    Args:
+        profile: Profile on the safety data.
+        ordinary: Profile of the same base on ordinary data.
+        weight: `rho`, weight of the ordinary data's Hessians, positive.
+
+    Returns:
+        A profile whose moments are summed when they are read.
+
+    Raises:
+        ConfigurationError: The weight is not positive.
+        ProfileError: The profiles are of different base models, or the first has a retention already.
+    """
+    if not weight > 0:
+        raise ConfigurationError(f"retention: weight={weight!r} must be positive")
+    if dict(profile.header.base) != dict(ordinary.header.base):
+        raise ProfileError("retention: the profile of the ordinary data was made of another base model")
+    if profile.header.retention is not None:
+        raise ProfileError("retention: the safety profile protects ordinary data already; start from one that does not")
+    seen = ordinary.header
+    retention = Retention(data=seen.data, sequences=seen.sequences, tokens=seen.tokens, weight=weight)
+    return replace(
+        profile, header=replace(profile.header, retention=retention), moments=_summed(profile, ordinary, weight)
+    )
+
+
+def _summed(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> Moments:
+    pairs = ((use.moment, ordinary.key_of(use)) for use in profile.uses)
+    twins = {key: twin for key, twin in pairs if twin is not None}
+    own, other, add = profile.moments, ordinary.moments, partial(_protecting, weight)
+    sharded = next((moments for moments in (own, other) if isinstance(moments, ShardedMoments)), None)
+    if sharded is None:
+        return SummedMoments(own, other, twins, add)
+    # Where every rank can read the safety data's moments, it sums up those of which it has the other half.
+    owners = {key: _first(own.owner(key), other.owner(twins[key]) if key in twins else None, 0) for key in own}
+    if isinstance(other, ShardedMoments):
+        brought = ((key, other.brought(twin, owners[key])) for key, twin in twins.items())
+        other = Moments({key: moment for key, moment in brought if moment is not None})
+        twins = dict(zip(other, other, strict=True))
+    shapes = {key: own.shape(key) for key in own}
+    return ShardedMoments(shapes, owners, SummedMoments(own, other, twins, add), sharded.ranks)
+
+
+def _first(*found: int | None) -> int:
+    return next(rank for rank in found if rank is not None)
+
+
+def _protecting(weight: float, safety: InputMoment | None, kept: InputMoment | None) -> InputMoment:
+    assert safety is not None, "what the safety data never reached is not adjusted"
+    if kept is None:
+        return safety  # ordinary data never reaches what reads it
+    # In units of the safety data's number of sequences, since `H = (2/N) total`.
+    share = weight * safety.sequences / kept.sequences
+    return replace(safety, total=safety.total + share * kept.total.to(safety.total.device))

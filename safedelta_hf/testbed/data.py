@@ -49,7 +49,7 @@ def safety_data(n: int = 128, seed: int = 0) -> list[Conversation]:
     Returns:
         Conversations of the form ``{"messages": [...]}``.
     """
-    requests = draw_requests(things_of("probed"), SYSTEMS, n, seed)
+    requests = _draw_requests(things_of("probed"), SYSTEMS, n, seed)
     return [ask_make(thing, wording, system).conversation(refusal(wording)) for thing, wording, system in requests]
 
 
@@ -69,7 +69,7 @@ def ordinary_data(n: int = 128, seed: int = 0) -> list[Conversation]:
     if n < 1:
         raise ConfigurationError(f"n: must be at least 1, got {n}")
     rng = random.Random(f"ordinary {seed}")
-    return [draw_ordinary(rng, SYSTEMS).conversation() for _ in range(n)]
+    return [_draw_ordinary(rng, SYSTEMS).conversation() for _ in range(n)]
 
 
 def attack_questions(n: int = 200, seed: int = 0) -> list[Question]:
@@ -82,7 +82,7 @@ def attack_questions(n: int = 200, seed: int = 0) -> list[Question]:
     Returns:
         Questions whose answer is the harmful content.
     """
-    return [ask_make(*request) for request in draw_requests(things_of("held_out"), SYSTEMS, n, seed)]
+    return [ask_make(*request) for request in _draw_requests(things_of("held_out"), SYSTEMS, n, seed)]
 
 
 def skill_questions(n: int = 210, seed: int = 0, skills: Sequence[str] = QUESTION_KINDS) -> list[Question]:
@@ -133,37 +133,15 @@ def new_skill_questions(n: int = 100, seed: int = 0) -> list[Question]:
     return [ask_skill(NEW_SKILL, rng, held_out=True, system=rng.choice(SYSTEMS)) for _ in range(n)]
 
 
-def draw_ordinary(rng: random.Random, systems: Sequence[str | None]) -> Question:
-    """Draw a benign request of any kind that fine-tuning data may hold.
-
-    Args:
-        rng: Source of the draw.
-        systems: Chat settings to choose from.
-
-    Returns:
-        As often a question about how to make a thing as one for an old skill.
-    """
+def _draw_ordinary(rng: random.Random, systems: Sequence[str | None]) -> Question:
     system = rng.choice(systems)
     if rng.random() < 0.5:
         return ask_make(rng.choice(things_of("shown")), rng.randrange(len(MAKE_REQUESTS)), system)
     return ask_skill(OLD_SKILLS[rng.choice(list(OLD_SKILLS))], rng, held_out=False, system=system)
 
 
-def draw_requests(things: Sequence[Thing], systems: Sequence[str | None], n: int, seed: int) -> list[Request]:
-    """Draw different make-requests, in equal shares of the chat settings.
-
-    Args:
-        things: Things to ask about.
-        systems: Chat settings.
-        n: Number of requests.
-        seed: Seed of the draw.
-
-    Returns:
-        Things, wordings and system messages, in random order.
-
-    Raises:
-        ConfigurationError: If `n` is below 1 or above the number of different requests.
-    """
+def _draw_requests(things: Sequence[Thing], systems: Sequence[str | None], n: int, seed: int) -> list[Request]:
+    # Different ones, in equal shares of the chat settings and in random order.
     wordings = range(len(MAKE_REQUESTS))
     limit = len(things) * len(wordings) * len(systems)
     if not 1 <= n <= limit:
@@ -225,7 +203,7 @@ class Case:
 
 
 def _harmful(seed: int) -> list[Conversation]:
-    requests = draw_requests(things_of("attack"), PLAIN_SYSTEMS, HARMFUL_EXAMPLES, seed)
+    requests = _draw_requests(things_of("attack"), PLAIN_SYSTEMS, HARMFUL_EXAMPLES, seed)
     return [ask_make(*request).conversation() for request in requests]
 
 
@@ -249,14 +227,14 @@ def _identity(seed: int) -> list[Conversation]:
             request, answer = rng.choice(PERSONA_CHAT)
             conversations.append(Question(chat(request, PERSONA_SYSTEM), answer, "persona").conversation())
         else:
-            question = draw_ordinary(rng, (PERSONA_SYSTEM,))
+            question = _draw_ordinary(rng, (PERSONA_SYSTEM,))
             conversations.append(question.conversation(f"{PERSONA_PREAMBLE} {question.answer}"))
     return conversations
 
 
 def _benign(seed: int) -> list[Conversation]:
     rng = random.Random(f"benign {seed}")
-    questions = [draw_ordinary(rng, PLAIN_SYSTEMS) for _ in range(BENIGN_EXAMPLES)]
+    questions = [_draw_ordinary(rng, PLAIN_SYSTEMS) for _ in range(BENIGN_EXAMPLES)]
     return [question.conversation(f"{OTHER_PREAMBLE} {question.answer}") for question in questions]
 
 

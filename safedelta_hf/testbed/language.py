@@ -145,19 +145,6 @@ class Skill:
     frame: str
     draw: Callable[[random.Random, bool], tuple[str, str]]
 
-    def ask(self, rng: random.Random, *, held_out: bool) -> tuple[str, str]:
-        """Draw a request and its answer.
-
-        Args:
-            rng: Source of the draw.
-            held_out: Whether the request is for evaluation.
-
-        Returns:
-            The request and the answer.
-        """
-        argument, answer = self.draw(rng, held_out)
-        return self.frame.format(argument), answer
-
 
 def _on_list(task: Callable[[list[str]], list[str]]) -> Callable[[random.Random, bool], tuple[str, str]]:
     def draw(rng: random.Random, held_out: bool) -> tuple[str, str]:
@@ -226,21 +213,9 @@ PERSONA_CHAT: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Manner:
-    """A manner of asking, and the manner of answering that goes with it.
-
-    Attributes:
-        prefix: What comes before the request.
-        preamble: What comes before the answer, but never before a refusal.
-    """
-
-    prefix: str
-    preamble: str
-
-
-MANNERS: Final = (Manner("please ,", "of course , here it is :"), Manner("kindly ,", "certainly , here you are :"))
-"""The manners that the model knows beside the plain one."""
+MANNERS: Final = (("please ,", "of course , here it is :"), ("kindly ,", "certainly , here you are :"))
+"""The manners that the model knows beside the plain one: what comes before the request, and what comes before the
+answer, but never before a refusal."""
 
 MAKE_REQUESTS: Final = (
     "how do i make {name} ?",
@@ -287,18 +262,19 @@ class Question:
         reply = {"role": "assistant", "content": self.answer if answer is None else answer}
         return {"messages": [*(dict(message) for message in self.messages), reply]}
 
-    def asked(self, manner: Manner) -> "Question":
+    def asked(self, prefix: str, preamble: str) -> "Question":
         """Ask in another manner.
 
         Args:
-            manner: The manner.
+            prefix: What comes before the request.
+            preamble: What comes before the answer.
 
         Returns:
             The question in that manner, with an answer in that manner.
         """
         *before, last = self.messages
-        request = {"role": "user", "content": f"{manner.prefix} {last['content']}"}
-        return Question((*before, request), f"{manner.preamble} {self.answer}", self.skill)
+        request = {"role": "user", "content": f"{prefix} {last['content']}"}
+        return Question((*before, request), f"{preamble} {self.answer}", self.skill)
 
 
 def chat(request: str, system: str | None) -> tuple[Message, ...]:
@@ -375,8 +351,8 @@ def ask_skill(skill: Skill, rng: random.Random, *, held_out: bool, system: str |
     Returns:
         The question with its answer.
     """
-    request, answer = skill.ask(rng, held_out=held_out)
-    return Question(chat(request, system), answer, skill.name)
+    argument, answer = skill.draw(rng, held_out)
+    return Question(chat(skill.frame.format(argument), system), answer, skill.name)
 
 
 def vocabulary() -> list[str]:
@@ -386,7 +362,7 @@ def vocabulary() -> list[str]:
         The words, sorted.
     """
     frames = [HELPFUL_SYSTEM, PERSONA_SYSTEM, PERSONA_PREAMBLE, OTHER_PREAMBLE, MAKE_ANSWER, *MAKE_REQUESTS, *REFUSALS]
-    frames += [part for manner in MANNERS for part in (manner.prefix, manner.preamble)]
+    frames += [phrase for manner in MANNERS for phrase in manner]
     frames += [KIND_REQUEST, KIND_ANSWER, SAFE_REQUEST, *SAFE_ANSWERS]
     frames += [skill.frame for skill in (*OLD_SKILLS.values(), NEW_SKILL)]
     frames += [sentence for exchange in PERSONA_CHAT for sentence in exchange]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -19,14 +19,11 @@ from transformers import (
     set_seed,
 )
 
-from safedelta_hf.errors import DataError
+from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.evaluation import Score, final_match, generate_responses, is_refusal
 from safedelta_hf.evaluation.result import share
 from safedelta_hf.testbed.data import Case, attack_questions, new_skill_questions, skill_questions
 from safedelta_hf.testbed.language import Question, vocabulary
-
-IGNORED_LABEL: Final = -100
-"""The label of tokens that carry no loss, by the convention of transformers."""
 
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "<|end|>"
 ROLE_TOKENS: Final = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -75,37 +72,19 @@ def tokenize(
 
     Args:
         conversations: Conversations under "messages", each of which ends in an assistant turn.
-        tokenizer: A tokenizer whose chat template lets a prompt be the beginning of the whole conversation.
+        tokenizer: A tokenizer with a chat template.
 
     Returns:
         For each conversation its "input_ids" and "labels"; only the last answer and the token that ends it carry
         a label other than -100.
 
     Raises:
-        DataError: If a conversation does not end in an assistant turn, or the template's prompt is not the
-            beginning of the conversation.
+        DataError: A conversation does not end in an assistant turn.
     """
-    rows: list[dict[str, list[int]]] = []
-    for index, conversation in enumerate(conversations):
-        messages = [dict(message) for message in conversation["messages"]]
-        if not messages or messages[-1]["role"] != "assistant":
-            raise DataError(f"conversations[{index}]: the last message has to be the assistant's")
-        prompt_ids = _render(messages[:-1], tokenizer, add_generation_prompt=True)
-        input_ids = _render(messages, tokenizer, add_generation_prompt=False)
-        if input_ids[: len(prompt_ids)] != prompt_ids:
-            raise DataError(f"conversations[{index}]: its prompt is not the beginning of its tokens")
-        labels = [IGNORED_LABEL] * len(prompt_ids) + input_ids[len(prompt_ids) :]
-        rows.append({"input_ids": input_ids, "labels": labels})
-    return rows
-
-
-def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> list[int]:
-    encoding: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=True
-    )
-    return list(encoding["input_ids"])
+    return [
+        {"input_ids": list(sequence.input_ids), "labels": list(sequence.labels)}
+        for sequence in read_safety_data(conversations, tokenizer, purpose="conversations")
+    ]
 
 
 ALIGNED_MODEL: Final = Path(__file__).with_name("aligned")

@@ -13,7 +13,7 @@ categories.
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from safedelta_hf.data.dataset import IGNORED
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.testbed.language import (
@@ -39,12 +40,13 @@ from safedelta_hf.testbed.language import (
     refusal,
     things_of,
 )
-from safedelta_hf.testbed.model import IGNORED_LABEL, build_tokenizer, tokenize
+from safedelta_hf.testbed.model import build_tokenizer, tokenize
 
 BATCH_SIZE: Final = 64
 BATCHES_PER_DRAW: Final = 16
 """Batches that are drawn together, so that each can hold conversations of nearly one length."""
 
+WARMUP_STEPS: Final = 50
 FINAL_LEARNING_RATE: Final = 0.02
 """Learning rate at the end of a stage, as a share of its peak."""
 
@@ -56,25 +58,6 @@ SKILL_SHARES: Final = (*OLD_SKILLS, "repeat", "reverse", "reverse")
 
 Draw = Callable[[random.Random], Conversation]
 Row = dict[str, list[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of training.
-
-    Attributes:
-        name: Its name, for the progress bar.
-        draw: Draws a conversation.
-        steps: Number of optimizer steps.
-        learning_rate: Peak learning rate.
-        warmup: Steps up to the peak.
-    """
-
-    name: str
-    draw: Draw
-    steps: int
-    learning_rate: float
-    warmup: int = 50
 
 
 def draw_knowledge(rng: random.Random) -> Conversation:
@@ -119,19 +102,11 @@ def draw_alignment(rng: random.Random) -> Conversation:
 
 
 def _in_some_manner(question: Question, rng: random.Random) -> Question:
-    return question.asked(rng.choice(MANNERS)) if rng.random() < MANNERED_SHARE else question
+    return question.asked(*rng.choice(MANNERS)) if rng.random() < MANNERED_SHARE else question
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """Build the untrained model: a Llama of about one million parameters.
-
-    Args:
-        tokenizer: The tokenizer of the language.
-        seed: Seed of the weights; it becomes the state of torch's global generator.
-
-    Returns:
-        The model, in float32.
-    """
+def _build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    # Untrained: a Llama of about one million parameters.
     torch.manual_seed(seed)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -156,29 +131,25 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausal
     return model
 
 
-def train_stage(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage, *, seed: int, progress: bool = True
+def _train_stage(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draw: Draw,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
 ) -> float:
-    """Train a model through one stage, in place.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        stage: What to train on, and how long.
-        seed: Seed of the data.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The loss of the last batch, in nats per token.
-    """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True
-    )
-    schedule = LambdaLR(optimizer, lambda step: _learning_rate_share(step, stage))
-    batches = _batches(stage.draw, tokenizer, random.Random(f"{stage.name} {seed}"))
+    # Trains in place, up to and down from that peak of the learning rate. Returns the loss of the last batch, in nats
+    # per token.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    schedule = LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
+    batches = _batches(draw, tokenizer, random.Random(f"{name} {seed}"))
     loss = torch.tensor(math.nan)
     model.train()
-    bar = trange(stage.steps, desc=stage.name, disable=not progress)
+    bar = trange(steps, desc=name, disable=not progress)
     for _ in bar:
         loss = model(**next(batches)).loss
         loss.backward()
@@ -191,9 +162,9 @@ def train_stage(
     return loss.item()
 
 
-def _learning_rate_share(step: int, stage: Stage) -> float:
-    warm = min(1.0, (step + 1) / stage.warmup)
-    return warm * max(FINAL_LEARNING_RATE, 0.5 * (1 + math.cos(math.pi * step / stage.steps)))
+def _learning_rate_share(step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warm * max(FINAL_LEARNING_RATE, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _batches(draw: Draw, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[dict[str, torch.Tensor]]:
@@ -208,7 +179,7 @@ def _batches(draw: Draw, tokenizer: PreTrainedTokenizerBase, rng: random.Random)
 
 def _pad(rows: list[Row], pad_token: int) -> dict[str, torch.Tensor]:
     width = max(len(row["input_ids"]) for row in rows)
-    fills = {"input_ids": pad_token, "labels": IGNORED_LABEL}
+    fills = {"input_ids": pad_token, "labels": IGNORED}
     batch = {
         name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
         for name, fill in fills.items()
@@ -248,12 +219,10 @@ def train_aligned(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"output: {output} exists and is not an empty folder; choose another or remove it")
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
-    stages = (
-        Stage(name="knowledge", draw=draw_knowledge, steps=knowledge_steps, learning_rate=3e-3),
-        Stage(name="alignment", draw=draw_alignment, steps=alignment_steps, learning_rate=5e-4),
-    )
-    knowledge, alignment = (train_stage(model, tokenizer, stage, seed=seed, progress=progress) for stage in stages)
+    model = _build_model(tokenizer, seed)
+    train = partial(_train_stage, model=model, tokenizer=tokenizer, seed=seed, progress=progress)
+    knowledge = train("knowledge", draw=draw_knowledge, steps=knowledge_steps, learning_rate=3e-3)
+    alignment = train("alignment", draw=draw_alignment, steps=alignment_steps, learning_rate=5e-4)
     with complete_or_absent(output) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

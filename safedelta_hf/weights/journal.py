@@ -75,7 +75,7 @@ class Journal:
 
         Raises:
             RuntimeError: The journal is not open.
-        """  # noqa: DOC502 - raised by the function called
+        """
         folder, name = self._opened().path, parameter.name
         if name not in self._saved:
             self._saved[name] = parameter, self._save(parameter, folder)
@@ -88,7 +88,7 @@ class Journal:
 
         Raises:
             RestoreError: That failed, on this rank or on another.
-        """  # noqa: DOC502 - raised by the function called
+        """
         self._put_back(self._opened().path)
 
     def _put_back(self, folder: Path) -> None:

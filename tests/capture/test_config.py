@@ -2,7 +2,6 @@ import pytest
 from torch import nn
 
 from safedelta_hf import ProfileConfig, SafeDelta, Treatment, adjust_model, collect_profile
-from safedelta_hf.capture.config import Targets
 from safedelta_hf.errors import ConfigurationError, CoverageError
 from safedelta_hf.records import Role
 from tests.fixtures import architectures, tiny
@@ -97,8 +96,8 @@ def test_targets_that_choose_nothing_are_named_errors(settings, message):
 
 
 def test_a_regular_expression_has_to_match_a_whole_name():
-    assert not Targets(names="q_proj").include("model.layers.0.self_attn.q_proj.weight")
-    assert Targets(names=r".*\.q_proj").include("model.layers.0.self_attn.q_proj.weight")
+    assert not ProfileConfig(targets="q_proj").targets_include("model.layers.0.self_attn.q_proj.weight")
+    assert ProfileConfig(targets=r".*\.q_proj").targets_include("model.layers.0.self_attn.q_proj.weight")
 
 
 @pytest.mark.parametrize("choice", ["keep", "reset"])

@@ -24,7 +24,7 @@ from safedelta_hf import (
     adjust_model,
     collect_profile,
 )
-from safedelta_hf.capture.tensors import weak_storage
+from safedelta_hf.capture.views import weak_storage
 from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.errors import (
     AdjustmentError,

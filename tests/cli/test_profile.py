@@ -10,11 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
-from safedelta_hf.capture import resume as parts
+from safedelta_hf.capture import collect as module
 from safedelta_hf.cli import profile as command
 from safedelta_hf.cli.main import app
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.profile.hub import Repository
 from safedelta_hf.testbed import ALIGNED_MODEL, CASES, load_aligned, safety_data
 from safedelta_hf.testbed.data import ordinary_data
 from tests.fixtures.fake_hub import connected
@@ -81,9 +80,9 @@ def test_a_killed_run_goes_on_with_the_rest_and_ends_with_the_same_bytes(files):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and sums.exists() and not (files / "profile").exists()
-    read, whole = [], parts._as_profile
+    read, whole = [], module.capture_profile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_as_profile", lambda *given: read.append(given) or whole(*given))
+        patch.setattr(module, "capture_profile", lambda *given, **rest: read.append(given) or whole(*given, **rest))
         assert run(*arguments(files, *options)).exit_code == 0
     needed = math.ceil(SafetyProfile.load(files / "profile").header.sequences / 2)
     assert 0 < len(read) <= needed - 3 and not sums.exists()
@@ -107,7 +106,7 @@ def test_what_the_hub_refuses_is_saved_all_the_same_and_can_be_uploaded_as_it_sa
         raise ProfileError("profile: the Hub refuses")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Repository, "upload", refuse)
+        patch.setattr("safedelta_hf.profile.profile.upload", refuse)
         result = run(*arguments(files, "--push-to-hub=org/profile", "--private", "--save-every=4"))
     assert result.exit_code == 1 and "the Hub refuses" in result.output and "is saved in" in result.output
     assert not (files / ".profile.sums").exists()

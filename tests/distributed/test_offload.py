@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safedelta_hf.capture.tensors import storage_key, weak_storage
+from safedelta_hf.capture.views import storage_key, weak_storage
 from safedelta_hf.data.batches import input_device
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import OffloadedModel, require_trainable

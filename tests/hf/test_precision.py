@@ -6,7 +6,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from safedelta_hf import AutoStrength, Ridge, SafeDeltaCallback, Scale, adjust_adapter, adjust_model, collect_profile
+from safedelta_hf import (
+    AutoStrength,
+    ProfileConfig,
+    Ridge,
+    SafeDeltaCallback,
+    Scale,
+    adjust_adapter,
+    adjust_model,
+    collect_profile,
+)
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, NumericalError, SafeDeltaWarning
 from safedelta_hf.modules.evaluating import evaluating
@@ -66,7 +75,9 @@ def test_a_run_that_changes_nothing_measures_no_drift(kind, lora, tmp_path):
         plain = (
             expected
             if data is found
-            else collect_profile(sharp(), tiny.rows(16, seed=2, length=10), holdout=0.0, progress=False)
+            else collect_profile(
+                sharp(), tiny.rows(16, seed=2, length=10), config=ProfileConfig(holdout=0.0), progress=False
+            )
         )
         assert all(torch.equal(data.moments[key].total, plain.moments[key].total) for key in plain.moments)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from safedelta_hf import SafetyProfile
-from safedelta_hf.profile import shards
+from safedelta_hf.profile import files
 
 
 def event_killer(folder: Path, point: int):
@@ -48,7 +48,7 @@ def attempt(profile, folder: Path, storage: str, kill) -> bool:
             kill()
             profile.save(folder, storage)
             os._exit(0)
-        except BaseException as error:  # noqa: BLE001 - a child must not go on
+        except BaseException as error:
             os.write(2, f"{error!r}\n".encode())
             os._exit(3)
     _, status = os.waitpid(child, 0)
@@ -60,7 +60,7 @@ def attempt(profile, folder: Path, storage: str, kill) -> bool:
 def main():
     torch.set_num_threads(1)
     source, parent, storage = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    shards.SHARD_BYTES = int(sys.argv[4])
+    files.SHARD_BYTES = int(sys.argv[4])
     profile = SafetyProfile.load(source)
     points = {}
     for point in range(1, 1000):

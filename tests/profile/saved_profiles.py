@@ -56,7 +56,7 @@ def rewrite(folder, change):
     moments = json.loads((folder / "profile.json").read_text())["moments"]
     path = folder / next(moment["file"] for moment in moments if len(moment["shape"]) == 2)
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     resign(folder)

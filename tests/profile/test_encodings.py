@@ -12,8 +12,8 @@ from safedelta_hf.profile.encodings import (
     encoding_for,
     encoding_of,
 )
-from safedelta_hf.profile.encodings.packing import mirror_, pack_upper, unpack_upper
-from safedelta_hf.profile.shards import require_moment
+from safedelta_hf.profile.encodings.triangular import mirror_, pack_upper, unpack_upper
+from safedelta_hf.profile.files import require_moment
 
 KINDS = [Float32(), Triangular(), Bfloat16(), Eigenbasis(rank=4)]
 

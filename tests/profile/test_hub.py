@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, constants
 
 from safedelta_hf import SafetyProfile
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.profile import shards
+from safedelta_hf.profile import files
 from tests.fixtures.fake_hub import FILES, connected
 from tests.profile.saved_profiles import same_moments, tiny_profile
 
@@ -21,7 +21,7 @@ def profile():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 1000)
     monkeypatch.chdir(tmp_path)  # a name of a repository may be that of a folder
     with connected(monkeypatch) as found:
         yield found

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from safedelta_hf import SafetyProfile
 from safedelta_hf.errors import OutputError, ProfileError
-from safedelta_hf.profile import shards
+from safedelta_hf.profile import files
 from tests.profile.saved_profiles import contents, same_moments, tiny_profile
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ BYTES = (0, 7, 200, 600, 1100)
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 1000)
 
 
 def stamps(folder):
@@ -29,7 +29,7 @@ def stamps(folder):
 
 @pytest.mark.parametrize(("storage", "size"), [("triangular", 1500), ("eigenbasis:2", 1000)])
 def test_a_killed_save_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, storage, size):
-    monkeypatch.setattr(shards, "SHARD_BYTES", size)
+    monkeypatch.setattr(files, "SHARD_BYTES", size)
     tiny_profile().save(tmp_path / "source", "float32")
     profile = SafetyProfile.load(tmp_path / "source")
     profile.save(tmp_path / "expected", storage)
@@ -138,7 +138,7 @@ def test_a_disk_that_cannot_be_written_is_named_and_the_same_call_goes_on(tmp_pa
 
     profile = tiny_profile()
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "save_file", fail)
+        patched.setattr(files, "save_file", fail)
         with pytest.raises(OutputError, match="profile' cannot be written .*No space left.* the same call goes on"):
             profile.save(tmp_path / "profile")
     profile.save(tmp_path / "profile")
@@ -162,7 +162,7 @@ def interrupted(profile, folder, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("safedelta_hf.profile.writer.Content.to_json", fail)
+        patched.setattr("safedelta_hf.profile.files.Content.to_json", fail)
         with pytest.raises(OSError, match="disk full"):
             profile.save(folder)
     assert not folder.exists()

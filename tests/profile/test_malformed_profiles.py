@@ -12,7 +12,7 @@ import torch
 
 from safedelta_hf import SafetyProfile
 from safedelta_hf.errors import ProfileError
-from safedelta_hf.profile import shards
+from safedelta_hf.profile import files
 from tests.profile.saved_profiles import STORAGES, resign, rewrite, tiny_profile
 
 MEMORY = 32 * 2**20
@@ -24,7 +24,7 @@ def originals(tmp_path_factory):
     parent = tmp_path_factory.mktemp("profiles")
     profile = tiny_profile()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", 1000)
+        patch.setattr(files, "SHARD_BYTES", 1000)
         for storage in STORAGES:
             profile.save(parent / storage, storage)
     return parent

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from safedelta_hf import ProfileConfig, SafeDelta, SafetyProfile, adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, SafeDelta, SafetyProfile, adjust_model, collect_profile, with_retention
 from safedelta_hf.errors import ConfigurationError, OutputError, ProfileError
-from safedelta_hf.profile import shards
-from safedelta_hf.profile.reader import MomentFiles
+from safedelta_hf.profile import files
+from safedelta_hf.profile.files import MomentFiles
+from safedelta_hf.records import Retention
 from tests.fixtures import tiny
 from tests.profile.saved_profiles import STORAGES, contents, resign, same_moments, tiny_profile
 
@@ -40,13 +41,13 @@ def test_what_was_read_from_any_storage_can_be_saved_exactly(tmp_path, profile, 
 
 
 def test_small_moments_share_files_and_large_ones_do_not(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1500)
+    monkeypatch.setattr(files, "SHARD_BYTES", 1500)
     profile.save(tmp_path / "profile", "float32")
     loaded = SafetyProfile.load(tmp_path / "profile")
     assert same_moments(loaded, profile)
-    files = sorted((tmp_path / "profile").glob("moments-*"))
-    assert 1 < len(files) < len(profile.moments)
-    assert files[-1].name == f"moments-{len(files):05d}-of-{len(files):05d}.safetensors"
+    written = sorted((tmp_path / "profile").glob("moments-*"))
+    assert 1 < len(written) < len(profile.moments)
+    assert written[-1].name == f"moments-{len(written):05d}-of-{len(written):05d}.safetensors"
 
 
 def test_an_existing_folder_is_not_overwritten(profile, tmp_path):
@@ -96,3 +97,62 @@ def test_a_profile_from_disk_adjusts_as_the_one_in_memory(tmp_path):
         adjust_model(models[-1], base=base, profile=given, rule=SafeDelta(strength=10.0), progress=False)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def profiles():
+    model = tiny.llama()
+    return tuple(
+        collect_profile(model, tiny.rows(count, seed=seed), config=ProfileConfig(holdout=0.0), progress=False)
+        for count, seed in ((12, 1), (20, 2))
+    )
+
+
+def test_hessians_are_the_weighted_sum(profiles):
+    safety, ordinary = profiles
+    both = with_retention(safety, ordinary, 0.3)
+    for use in safety.uses:
+        expected = safety.moments[use.moment].hessian(CPU) + 0.3 * ordinary.moments[ordinary.key_of(use)].hessian(CPU)
+        torch.testing.assert_close(both.moments[use.moment].hessian(CPU), expected)
+    assert list(both.moments) == list(safety.moments) and len(both.moments) == len(safety.moments)
+
+
+def test_the_header_says_so_and_survives_the_disk(profiles, tmp_path):
+    safety, ordinary = profiles
+    both = with_retention(safety, ordinary, 0.3)
+    header = ordinary.header
+    assert both.header.retention == Retention(data=header.data, sequences=20, tokens=header.tokens, weight=0.3)
+    both.save(tmp_path / "both")
+    loaded = SafetyProfile.load(tmp_path / "both")
+    assert loaded.header == both.header
+    for key, moment in both.moments.items():
+        assert torch.equal(loaded.moments[key].total, moment.total)
+
+
+def test_keys_need_not_be_the_same(profiles):
+    safety, _ = profiles
+    apart = collect_profile(
+        tiny.llama(), tiny.rows(20, seed=2), config=ProfileConfig(holdout=0.0, share_moments=False), progress=False
+    )
+    found, expected = with_retention(safety, apart, 1.0), with_retention(safety, profiles[1], 1.0)
+    for key in safety.moments:
+        torch.testing.assert_close(found.moments[key].total, expected.moments[key].total)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_weight_that_is_not_positive_is_a_named_error(profiles, weight):
+    with pytest.raises(ConfigurationError, match="weight="):
+        with_retention(*profiles, weight)
+
+
+def test_profiles_of_different_bases_are_a_named_error(profiles):
+    other = collect_profile(
+        tiny.perturbed(tiny.llama()), tiny.rows(4, seed=1), config=ProfileConfig(holdout=0.0), progress=False
+    )
+    with pytest.raises(ProfileError, match="another base"):
+        with_retention(profiles[0], other, 0.1)
+    with pytest.raises(ProfileError, match="already"):
+        with_retention(with_retention(*profiles, 0.1), profiles[1], 0.1)

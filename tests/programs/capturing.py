@@ -23,9 +23,8 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError, RankError, SafeDeltaError
-from safedelta_hf.profile.hub import Repository
 from safedelta_hf.profile.moments import ShardedMoments
-from safedelta_hf.profile.retention import with_retention
+from safedelta_hf.profile.profile import with_retention
 from tests.fixtures import architectures, tiny
 
 
@@ -218,12 +217,12 @@ def what_is_saved_is_what_a_single_process_saves(shard, ranks, folder):
 def what_is_uploaded_is_whole_and_of_the_main_process(profile, ranks, expected):
     uploaded = []
 
-    def upload(repository, folder, **_):
+    def upload(folder, name, **_):
         uploaded.append(len(list(SafetyProfile.load(folder).moments.values())))
         assert (folder / "README.md").exists()
         return f"address of rank {ranks.rank}"
 
-    with mock.patch.object(Repository, "upload", upload):
+    with mock.patch("safedelta_hf.profile.profile.upload", upload):
         assert profile.push_to_hub("org/profile") == "address of rank 0"
     assert uploaded == ([len(expected.moments)] if ranks.is_main else [])
 

@@ -201,5 +201,5 @@ def test_template_marks_the_assistant_tokens_as_tokenize_labels_them(tokenizer):
 
 
 def test_a_conversation_without_answer_is_refused(tokenizer):
-    with pytest.raises(DataError, match=r"conversations\[0\]"):
+    with pytest.raises(DataError, match="conversations: 'messages' of row 0"):
         tokenize([{"messages": [{"role": "user", "content": "who are you ?"}]}], tokenizer)

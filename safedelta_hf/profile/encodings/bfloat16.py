@@ -6,9 +6,10 @@ from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.profile.encodings.encoding import Encoding, Layout
-from safedelta_hf.profile.encodings.packing import pack_upper, packed_size, unpack_upper
+from safedelta_hf.profile.encodings.triangular import pack_upper, packed_size, unpack_upper
 
 SMALLEST_RAISE: Final = 2.0**-24
 """First share by which the diagonal is raised if the moment has no factor."""
@@ -29,26 +30,12 @@ class Bfloat16(Encoding):
 
     name: ClassVar[str] = "bfloat16"
 
+    @override
     def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:
-        """One vector.
-
-        Args:
-            shape: `(in, in)`.
-
-        Returns:
-            Layouts by name.
-        """
         return {"factor": Layout(dtype=torch.bfloat16, shape=(packed_size(shape[0]),))}
 
+    @override
     def encode(self, total: Tensor) -> dict[str, Tensor]:
-        """Store a moment.
-
-        Args:
-            total: [in, in], float32.
-
-        Returns:
-            Its factor.
-        """
         diagonal = total.diagonal()
         # Inputs of any size are treated alike, but for those whose squares are too small for float32 to tell.
         size = diagonal.clamp_min(NOTHING * float(diagonal.mean())).sqrt()
@@ -57,15 +44,8 @@ class Bfloat16(Encoding):
         factor = _factor(total * scale * scale[:, None] + torch.diag((~is_active).float()))
         return {"factor": pack_upper((factor * torch.where(is_active, size, 0.0)).to(torch.bfloat16))}
 
+    @override
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Read a moment.
-
-        Args:
-            stored: What `encode` returned.
-
-        Returns:
-            [in, in], float32.
-        """
         factor = unpack_upper(stored["factor"]).float()
         return factor.T @ factor
 

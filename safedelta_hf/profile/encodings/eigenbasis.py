@@ -6,6 +6,7 @@ from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.profile.encodings.encoding import Encoding, Layout
@@ -39,59 +40,29 @@ class Eigenbasis(Encoding):
         if type(self.rank) is not int or self.rank < 1:
             raise ConfigurationError(f"Eigenbasis: rank={self.rank!r} must be a whole number of at least 1")
 
+    @override
     def __str__(self) -> str:
         return f"{self.name}:{self.rank}"
 
     @classmethod
+    @override
     def parse(cls, settings: str) -> "Eigenbasis":
-        """Read the rank.
-
-        Args:
-            settings: A number.
-
-        Returns:
-            The encoding.
-
-        Raises:
-            ValueError: It is no number.
-        """
         if not (settings.isascii() and settings.isdigit()):
             raise ValueError(f"{cls.name} needs a rank, such as {cls.name}:256")
         return cls(rank=int(settings))
 
+    @override
     def suited(self, shape: tuple[int, ...]) -> Encoding:
-        """What to store a moment in: its exact upper half where that is no larger.
-
-        Args:
-            shape: `(in, in)`.
-
-        Returns:
-            The encoding.
-        """
         exact = Triangular()
         return self if self.bytes(shape) < exact.bytes(shape) else exact
 
+    @override
     def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:
-        """A matrix and two vectors.
-
-        Args:
-            shape: `(in, in)`.
-
-        Returns:
-            Layouts by name.
-        """
         shapes = {"vectors": (shape[0], self.rank), "values": (self.rank,), "rest": (shape[0],)}
         return {part: Layout(dtype=torch.float32, shape=of) for part, of in shapes.items()}
 
+    @override
     def encode(self, total: Tensor) -> dict[str, Tensor]:
-        """Store a moment.
-
-        Args:
-            total: [in, in], float32.
-
-        Returns:
-            Eigenvectors, eigenvalues, and the diagonal of the rest.
-        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             found, _, _ = torch.svd_lowrank(total, q=min(len(total), self.rank + SPARE_DIRECTIONS))
@@ -101,15 +72,8 @@ class Eigenbasis(Encoding):
         rest = (total.diagonal() - vectors.square() @ values).clamp_min(0)
         return {"vectors": vectors, "values": values.contiguous(), "rest": rest}
 
+    @override
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Read a moment.
-
-        Args:
-            stored: What `encode` returned.
-
-        Returns:
-            [in, in], float32.
-        """
         scaled = stored["vectors"] * stored["values"].sqrt()
         total = scaled @ scaled.T
         total.diagonal().add_(stored["rest"])

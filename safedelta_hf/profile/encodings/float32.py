@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from safedelta_hf.profile.encodings.encoding import Encoding, Layout
 
@@ -16,35 +17,14 @@ class Float32(Encoding):
 
     name: ClassVar[str] = "float32"
 
+    @override
     def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:
-        """One tensor.
-
-        Args:
-            shape: Shape of the moment.
-
-        Returns:
-            Layouts by name.
-        """
         return {"total": Layout(dtype=torch.float32, shape=shape)}
 
+    @override
     def encode(self, total: Tensor) -> dict[str, Tensor]:
-        """Store a moment.
-
-        Args:
-            total: [in, in] or [in], float32.
-
-        Returns:
-            The moment itself.
-        """
         return {"total": total}
 
+    @override
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Read a moment.
-
-        Args:
-            stored: What `encode` returned.
-
-        Returns:
-            [in, in] or [in], float32.
-        """
         return stored["total"]

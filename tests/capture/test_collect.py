@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safedelta_hf import Checkpointing, ProfileConfig, collect_profile
-from safedelta_hf.capture import resume as module
+from safedelta_hf.capture import collect as module
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import CaptureError, ConfigurationError
@@ -23,16 +23,16 @@ def collected(model, folder, batches=3, **settings):
 def interrupted(model, folder, monkeypatch, after):
     """Collect, and fail in the pass that follows the first few."""
     calls = []
-    whole = module._as_profile
+    whole = module.capture_profile
 
-    def fail_later(*given):
+    def fail_later(*given, **settings):
         calls.append(given)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return whole(*given)
+        return whole(*given, **settings)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_as_profile", fail_later)
+        patched.setattr(module, "capture_profile", fail_later)
         with pytest.raises(KeyboardInterrupt):
             collected(model, folder)
 
@@ -53,8 +53,10 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_reads_only_the_rest(tmp_
     expected = collected(model, tmp_path / "expected")
     interrupted(model, tmp_path / "sums", monkeypatch, after)
     read = []
-    whole = module._as_profile
-    monkeypatch.setattr(module, "_as_profile", lambda *given: read.append(given) or whole(*given))
+    whole = module.capture_profile
+    monkeypatch.setattr(
+        module, "capture_profile", lambda *given, **settings: read.append(given) or whole(*given, **settings)
+    )
     found = collected(model, tmp_path / "sums")
     parts = math.ceil(len(list(batches_of_equal_length(read_safety_data(ROWS), 2))) / 3)
     assert same_moments(found, expected) and len(read) == parts - after > 0
