@@ -206,5 +206,5 @@ def trains_dense(model: ShardedModel) -> Callable[[str], bool]:
     Returns:
         Whether they will, by canonical name; False for all that an adapter tunes.
     """
-    is_adapted = trained_adapter(model.model) is not None
-    return lambda name: not is_adapted and (name not in model.all_names or model.shard(name).is_whole)
+    is_adapted, own = trained_adapter(model.model) is not None, frozenset(model.names)
+    return lambda name: not is_adapted and (name not in own or model.shard(name).is_whole)
