@@ -172,7 +172,7 @@ def collect_profile(
         if config.holdout and not aside:
             raise DataError(
                 f"{purpose}: holdout={config.holdout} sets none of {len(sequences)} examples aside; give more, or "
-                "holdout=0"
+                "ProfileConfig(holdout=0)"
             )
         _require_same(sequences + aside, ranks, purpose)
         made_of = {
@@ -235,5 +235,5 @@ def _require_same_sharing(one: SafetyProfile, other: SafetyProfile) -> None:
             if twin != use.moment and (twin is not None or use.moment in there.moments):
                 raise CaptureError(
                     f"{use.parameter}: it shares its inputs with other layers in some parts of the data and not in "
-                    "others; pass share_moments=False"
+                    "others; pass ProfileConfig(share_moments=False)"
                 )

@@ -73,7 +73,7 @@ def capture_profile(
             storage = MomentStorage(config.budget, config.offload_folder)
             observed, sums = _observed(watched, batches, title, storage, share_moments=False)
         if observed.unshared:
-            raise CaptureError(f"{observed.unshared}; pass share_moments=False")
+            raise CaptureError(f"{observed.unshared}; pass ProfileConfig(share_moments=False)")
         uses = observed.covered(tuple(watched.matrices), watched.chosen)
         untargeted = observed.untargeted(watched.chosen)
         _require_products(watched.module, uses, untargeted, config)
