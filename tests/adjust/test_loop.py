@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from safedelta_hf import (
     AutoStrength,
@@ -135,6 +134,8 @@ def test_a_rule_that_weighs_the_task_needs_its_profile(profile, task):
 
 
 def with_lora():
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(3)
     model = get_peft_model(refusing.base(), LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
     return refusing.fine_tuned(model, count=12)
