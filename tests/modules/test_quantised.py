@@ -76,5 +76,7 @@ def test_bitsandbytes_codes_are_the_same_before_and_after_a_forward_pass_reorder
     layer.eval()
     with torch.no_grad():
         layer(torch.randn(2, 64))
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this processor computes with the codes in their order")
     (after,) = stored_tensors(layer.weight)
     assert torch.equal(before.flatten(), after.flatten())
