@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from safedelta_hf.adjust.plan import check_moments
+from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.records import Role, Treatment
+from safedelta_hf.rules import Ridge
 from tests.fixtures import adapters, tiny
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -18,11 +19,11 @@ def profile():
 
 
 def checked(profile, name, **changes):
-    """Plan with one use changed, and check the moments of its parameter."""
+    """Plan with one use changed, and check its parameter."""
     uses = tuple(replace(use, **changes) if use.parameter == name else use for use in profile.uses)
     plan = plan_model(tiny.llama(), replace(profile, uses=uses), Treatment())
     (entry,) = (entry for entry in plan.entries if entry.parameter == name)
-    check_moments(entry, profile.moments)
+    check_entries([entry], profile, Ridge(strength=1.0), None, is_dense=lambda name: True)
     return entry
 
 

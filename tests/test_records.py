@@ -9,23 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedelta_hf.deltas.dense import as_strided
-from safedelta_hf.deltas.sharded import own_view
-from safedelta_hf.distributed.model import Shard
-from safedelta_hf.records import MatrixView, Role, Use, moment_key
-
-SIZES = st.integers(1, 6)
-MATRIX = st.tuples(SIZES, SIZES)
-ANY = st.lists(SIZES, min_size=1, max_size=4).map(tuple)
-SHAPES = {
-    Role.LINEAR: MATRIX,
-    Role.HEAD: MATRIX,
-    Role.CONV1D: MATRIX,
-    Role.EMBEDDING: MATRIX,
-    Role.SCALE: ANY,
-    Role.OFFSET: ANY,
-    Role.BIAS: ANY,
-    Role.CONVOLUTION: st.lists(SIZES, min_size=3, max_size=5).map(tuple),
-}
+from safedelta_hf.records import MatrixView, Role, moment_key
+from tests.fixtures.problems import SHAPES_BY_ROLE, SIZES
 
 
 def written_out(values, role):
@@ -48,7 +33,7 @@ def same_memory(one, other):
 @pytest.mark.parametrize("role", list(Role))
 @given(data=st.data())
 def test_the_view_of_each_role_is_its_matrix_written_out(role, data):
-    values = torch.zeros(data.draw(SHAPES[role]))
+    values = torch.zeros(data.draw(SHAPES_BY_ROLE[role]))
     view = role.view(values.shape)
     assert same_memory(as_strided(values, view), written_out(values, role))
     assert view.covers(values.numel()) and view.fits(values.numel())
@@ -94,40 +79,6 @@ def test_views_of_the_same_entries_in_the_same_order_are_equal(rows, columns, tr
     seen = view.transposed if transposed else view
     assert seen.covers(rows * columns) and not seen.covers(rows * columns + 1)
     assert not replace(seen, start=1).covers(rows * columns) and not replace(seen, start=1).fits(rows * columns)
-
-
-@pytest.mark.parametrize("role", list(Role))
-@given(data=st.data())
-def test_what_the_processes_have_of_a_matrix_is_the_matrix(role, data):
-    shape = torch.Size(data.draw(SHAPES[role]))
-    values = torch.arange(shape.numel()).reshape(shape)
-    view = data.draw(st.sampled_from([role.view(shape), *parts_of(shape)]))
-    matrix, found = as_strided(values, view), torch.full((view.rows, view.columns), -1)
-    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, shape[0]), max_size=3))), shape[0]]
-    use = Use(parameter="w", role=role, moment="w", view=view, shape=tuple(shape))
-    shares = []
-    for start, stop in itertools.pairwise(cuts):
-        share = own_view(use, shape, Shard(start=start, stop=stop, size=shape[0]))
-        shares.append(share)
-        if share is not None:
-            own_part, columns = share
-            own = as_strided(values[start:stop].contiguous(), own_part)
-            if own.numel():
-                rows = [int((matrix[:, columns][:, 0] == first).nonzero()) for first in own[:, 0]]
-                found[rows, columns] = own
-    if any(share is None for share in shares):
-        assert not role.is_diagonal and shares == [None] * len(shares)
-        assert any(len({int(entry) // shape[1:].numel() for entry in row}) > 1 for row in matrix)
-    else:
-        assert torch.equal(found, matrix)
-
-
-def parts_of(shape):
-    """Slices along the first dimension, their transposes, and columns of the whole."""
-    size = shape[1:].numel()
-    slices = [MatrixView.contiguous(shape[1], size // shape[1], start=size * n) for n in range(shape[0]) if shape[1:]]
-    columns = MatrixView(start=size - 1, rows=shape[0], columns=1, row_stride=size, column_stride=1)
-    return [*slices, *(view.transposed for view in slices), columns, columns.transposed]
 
 
 def test_a_view_fits_as_long_as_its_last_entry_is_one_of_the_parameter():
