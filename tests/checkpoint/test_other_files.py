@@ -2,6 +2,7 @@
 
 import pytest
 
+from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.plan import plan_checkpoint
 from tests.checkpoint.test_adjust import INDEX, copied
 from tests.fixtures import checkpoints
@@ -50,3 +51,39 @@ def test_everything_beside_the_weights_is_copied_but_for_other_weights_and_the_t
     weights = {name for name in found if name.startswith("model-") or name == INDEX}
     assert found.keys() - weights == wanted | set(kept)
     assert all(found[name] == source[name] for name in found if not name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("config.json", True),
+        ("tokenizer.model", True),
+        ("code.py", True),
+        ("sub/vocab.txt", True),
+        ("MODEL.SAFETENSORS", False),
+        ("sub/other.Bin", False),
+        ("optimizer.pt", False),
+        ("model-00001-of-00002.safetensors.part", False),
+        ("trainer_state.json", False),
+        (".cache/anything.json", False),
+        ("sub/checkpoint-12/config.json", False),
+        ("runs/events.json", False),
+        (".gitattributes", True),
+    ],
+)
+def test_a_file_belongs_to_the_model_unless_it_holds_weights_or_is_of_the_training(name, kept, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    copied, left = other_files(tmp_path, frozenset())
+    assert (copied == (name,) and left == ()) if kept else (copied == () and len(left) == 1)
+    assert kept or name.startswith(left[0])
+
+
+def test_weights_themselves_are_in_neither_list_and_every_other_name_in_one(tmp_path):
+    for name in ("b.json", "a.json", "model.safetensors", "stale.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "gone.json").symlink_to("nowhere")
+    (tmp_path / "linked.json").symlink_to("a.json")
+    (tmp_path / "folder").symlink_to(tmp_path, target_is_directory=True)
+    found = other_files(tmp_path, frozenset({"model.safetensors"}))
+    assert found == (("a.json", "b.json", "linked.json"), ("folder", "gone.json", "stale.safetensors"))

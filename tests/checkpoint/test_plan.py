@@ -6,7 +6,7 @@ import pytest
 
 from safedelta_hf import Ridge, TaskRidge, adjust_checkpoint
 from safedelta_hf.checkpoint.plan import plan_checkpoint
-from safedelta_hf.errors import CheckpointError, ConfigurationError, ProfileError
+from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError, ProfileError
 from tests.checkpoint.test_adjust import copied
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import RULE, contents
@@ -76,3 +76,20 @@ def test_an_adapter_is_not_taken_for_a_model(case):
         case.adjust()
     with pytest.raises(CheckpointError, match="no folder"):
         case.adjust(tuned=case.folder / "nowhere")
+
+
+def test_what_is_left_is_what_is_not_finished(case):
+    plan = plan_checkpoint(**case.paths, rule=RULE)
+    names = [entry.parameter for entry in plan.entries]
+    assert [entry.parameter for entry in plan.left(names[:3]).entries] == names[3:]
+    assert plan.left([]).entries == plan.entries and plan.left(names).entries == ()
+    assert plan.names == (*names, *plan.pair.others) and not plan.is_begun
+    case.work.mkdir()
+    assert plan.is_begun and "begun by an earlier run" in plan.table()
+
+
+def test_the_files_of_the_base_are_named_as_those_of_the_base(case):
+    with pytest.raises(BaseWeightsError, match="^base: .*holds neither"):
+        plan_checkpoint(**case.paths | {"base": case.folder / "profile"}, rule=RULE)
+    with pytest.raises(CheckpointError, match="^tuned: .*is no folder"):
+        plan_checkpoint(**case.paths | {"tuned": case.folder / "nowhere"}, rule=RULE)
