@@ -13,27 +13,22 @@ from safedelta_hf import (
     Dare,
     ModelStock,
     ProfileConfig,
-    Ridge,
     SafeDelta,
     SafeMerge,
     SafetyProfile,
     TaskRidge,
     Ties,
     Treatment,
-    adjust_checkpoint,
     adjust_model,
     collect_profile,
 )
 from safedelta_hf.capture.views import weak_storage
-from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.errors import (
     AdjustmentError,
     BaseWeightsError,
     CheckpointError,
     ConfigurationError,
     CoverageError,
-    NumericalError,
-    ProfileError,
     SafeDeltaError,
 )
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
@@ -232,60 +227,6 @@ def test_a_weight_that_neither_profile_nor_base_knows_is_refused(case):
         case.adjust()
 
 
-def test_everything_beside_the_weights_is_copied_but_for_other_weights_and_the_trainer(case):
-    kept = ["README.md", "modeling_custom.py", "tokenizer.model", "assets/prompts/one.txt", "added/tokens.json"]
-    left = [
-        "pytorch_model.bin",
-        "pytorch_model-00001-of-00002.bin",
-        "pytorch_model.bin.index.json",
-        "model.fp16.safetensors",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state_0.pth",
-        "training_args.bin",
-        "trainer_state.json",
-        "latest",
-        "tf_model.h5",
-        "flax_model.msgpack",
-        "model-q4.gguf",
-        "original/consolidated.00.pth",
-    ]
-    folders = ["global_step12/mp_rank_00.txt", "checkpoint-5/config.json", "runs/one/events", ".git/config"]
-    for name in kept + left + folders:
-        (case.tuned / name).parent.mkdir(parents=True, exist_ok=True)
-        (case.tuned / name).write_text(name)
-    (case.tuned / "loop").symlink_to(case.tuned, target_is_directory=True)
-    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    plan = plan_checkpoint(**case.paths, rule=RULE)
-    assert set(plan.copied) == wanted | set(kept)
-    assert set(plan.left_out) == {*left, *(name.split("/")[0] for name in folders), "loop"}
-    case.adjust()
-    found, source = contents(case.output), contents(case.tuned)
-    weights = {name for name in found if name.startswith("model-") or name == INDEX}
-    assert found.keys() - weights == wanted | set(kept)
-    assert all(found[name] == source[name] for name in found if not name.endswith(".safetensors"))
-
-
-def test_the_plan_reads_no_tensor_and_writes_nothing(case, monkeypatch):
-    monkeypatch.setattr("safedelta_hf.weights.safetensors_files.SafetensorsFiles.read", None)
-    before = contents(case.folder)
-    for folder in (case.base, case.tuned, case.folder / "profile"):
-        for path in folder.glob("*.safetensors"):
-            wipe_data(path)
-    wiped = contents(case.folder)
-    plan = plan_checkpoint(**case.paths, rule=RULE)
-    assert {entry.parameter for entry in plan.entries} == set(case.profile.header.base)
-    table = plan.table()
-    assert all(name in table for name in case.profile.header.base) and "begun" not in table
-    assert contents(case.folder) == wiped != before
-
-
-def wipe_data(path):
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    path.write_bytes(content[:start] + bytes(len(content) - start))
-
-
 def test_the_weights_of_one_parameter_are_held_at_a_time(case, monkeypatch):
     checkpoints.rename(case.tuned, {})
     read, held, most = SafetensorsFiles.read, [], [0]
@@ -314,11 +255,6 @@ def test_files_that_are_links_as_in_the_hub_cache_are_read_and_copied(case, tmp_
     assert not any(path.is_symlink() for path in case.output.iterdir())
 
 
-def test_a_measured_strength_is_refused_before_anything_is_read(case):
-    with pytest.raises(ConfigurationError, match="strength='auto' measures a model in memory.*give a number"):
-        adjust_checkpoint(base="nowhere", tuned="nowhere", output=case.output, profile="nowhere", rule=Ridge())
-
-
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_a_device_that_is_not_there_is_a_named_error(device, case):
     with pytest.raises(ConfigurationError, match=f"device='{device}' cannot be used here"):
@@ -332,45 +268,6 @@ def test_it_computes_on_an_accelerator(case, tmp_path):
     case.adjust(output=tmp_path / "host")
     found, wanted = tensors(case.output), tensors(tmp_path / "host")
     assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
-
-
-def test_a_rule_that_weighs_the_task_needs_its_profile(case):
-    with pytest.raises(ProfileError, match="pass task="):
-        case.adjust(rule=TaskRidge(strength=1.0))
-    assert not case.work.exists()
-
-
-@pytest.mark.parametrize("place", ["base", "tuned", "profile", "tuned/inner/one"])
-def test_an_output_in_an_input_is_refused(place, case):
-    before = contents(case.folder)
-    with pytest.raises(ConfigurationError, match="lies in"):
-        case.adjust(output=case.folder / place)
-    assert contents(case.folder) == before
-
-
-def test_an_output_that_exists_is_refused(case):
-    case.output.mkdir()
-    with pytest.raises(CheckpointError, match="exists already"):
-        case.adjust()
-    assert not case.work.exists() and not list(case.output.iterdir())
-
-
-def test_a_diverged_fine_tune_is_refused(case):
-    checkpoints.rename(case.tuned, {})
-    path = case.tuned / "model.safetensors"
-    stored = load_file(path)
-    stored["model.norm.weight"][2] = float("nan")
-    save_file(stored, path)
-    with pytest.raises(NumericalError, match=r"^model\.norm\.weight: .*diverged"):
-        case.adjust()
-    assert not case.output.exists() and not case.work.exists()
-
-
-def test_another_base_is_refused(case):
-    checkpoints.save(tiny.perturbed(MODELS["untied"](), seed=11), case.base)
-    with pytest.raises(BaseWeightsError, match="is not that of the base model whose safety profile"):
-        case.adjust()
-    assert not case.output.exists() and not case.work.exists()
 
 
 def test_another_architecture_is_refused_from_headers(cases, tmp_path):
@@ -455,16 +352,6 @@ def test_a_profile_of_a_quantised_base_is_refused(case):
     header = replace(case.profile.header, dtypes={**case.profile.header.dtypes, name: "uint8"})
     with pytest.raises(CheckpointError, match=rf"^{name}: .*uint8.*before it was quantised"):
         case.adjust(profile=replace(case.profile, header=header))
-
-
-def test_an_adapter_is_not_taken_for_a_model(case):
-    shutil.rmtree(case.tuned)
-    case.tuned.mkdir()
-    (case.tuned / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="folder of an adapter: use adjust_adapter_files"):
-        case.adjust()
-    with pytest.raises(CheckpointError, match="no folder"):
-        case.adjust(tuned=case.folder / "nowhere")
 
 
 def test_a_full_disk_is_a_named_error_and_the_next_run_goes_on(case, monkeypatch):

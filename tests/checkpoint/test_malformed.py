@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
-from safedelta_hf.weights.safetensors_files import LARGEST_INDEX, SafetensorsFiles
+from safedelta_hf.weights.safetensors_files import LARGEST_INDEX
 from tests.fixtures import checkpoints, tiny
 from tests.fixtures.checkpoints import contents, tensors
 
@@ -473,14 +473,6 @@ def test_a_tensor_that_the_profile_does_not_know_is_refused_or_not_read(damage, 
     with limited_memory():
         case.adjust()
     assert contents(case.output) == contents(originals["file"].folder / "expected")
-
-
-def test_a_tensor_of_a_type_that_is_not_read_is_named(tmp_path):
-    for name, bits in {"U16": 16, "U32": 32, "U64": 64, "C64": 64, "F8_E8M0": 8}.items():
-        header = {"scale": {"dtype": name, "shape": [3], "data_offsets": [0, 3 * bits // 8]}}
-        joined(tmp_path / SINGLE, json.dumps(header).encode(), bytes(3 * bits // 8))
-        with pytest.raises(CheckpointError, match=f"^scale: stored as {name} in '.*{SINGLE}'.*; save the model"):
-            SafetensorsFiles(tmp_path).read("scale")
 
 
 def test_there_are_at_least_200_variants():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from safedelta_hf.cli.main import app
 from safedelta_hf.evaluation import Evaluation
 from safedelta_hf.testbed import ALIGNED_MODEL, attack_questions, load_aligned, safety_data, skill_questions
-from tests.evaluation.test_judge import train_judge
+from tests.evaluation.test_scoring import train_judge
 from tests.fixtures import tiny
 
 

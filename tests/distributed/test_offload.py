@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safedelta_hf.capture.views import storage_key, weak_storage
-from safedelta_hf.data.batches import input_device
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import OffloadedModel, require_trainable
 from safedelta_hf.distributed.open_model import open_model
@@ -283,13 +282,6 @@ def test_weights_kept_in_another_dtype_read_as_the_model_computes_with_them():
         assert torch.equal(logits(model), logits(twin))
         moved(opened)
         moved(whole)
-
-
-def test_inputs_go_where_the_model_runs(tmp_path):
-    model = offloaded("disk", tmp_path)
-    assert next(model.parameters()).is_meta
-    assert input_device(model) == torch.device("cpu")
-    assert input_device(cpu_offload(nn.Linear(4, 4), execution_device="cuda:1")) == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -129,22 +129,6 @@ def test_tensorboard_shows_the_metrics_although_its_writer_was_closed(tmp_path, 
     assert found["train/safedelta/kept_share"] == pytest.approx(callback.report.metrics()["safedelta/kept_share"])
 
 
-def test_keep_tuned_holds_the_weights_before_the_adjustment(tmp_path):
-    model = tiny.llama()
-    tiny.trainer(model, SafeDeltaCallback(ROWS, RULE, keep_tuned=tmp_path / "tuned"), tmp_path / "run").train()
-    assert tiny.same(tiny.weights(loaded(tmp_path / "tuned")), trained(tiny.llama(), tmp_path / "plain"))
-
-
-def test_keep_tuned_never_overwrites(tmp_path):
-    (tmp_path / "tuned").mkdir()
-    (tmp_path / "tuned" / "model.safetensors").write_text("precious")
-    trainer = tiny.trainer(tiny.llama(), SafeDeltaCallback(ROWS, keep_tuned=tmp_path / "tuned"), tmp_path / "run")
-    with pytest.raises(ConfigurationError, match="exists already"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    assert (tmp_path / "tuned" / "model.safetensors").read_text() == "precious"
-
-
 def test_a_frozen_model_stays_bit_identical_and_the_report_says_so(tmp_path, monkeypatch):
     model, warnings = tiny.llama(), []
     monkeypatch.setattr("safedelta_hf.hf.callback.logger.warning", lambda text, *args: warnings.append(text % args))
@@ -445,27 +429,3 @@ def test_exactly_one_source_of_moments_is_needed(given):
 def test_a_callback_that_has_not_seen_training_says_so():
     with pytest.raises(BaseWeightsError, match="has not seen training start"):
         SafeDeltaCallback(ROWS).adjust(tiny.llama())
-
-
-def test_tuned_weights_that_cannot_be_kept_are_rescued_elsewhere(tmp_path, monkeypatch):
-    from safedelta_hf.hf import callback as module
-
-    def full(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(module, "save_tuned", full)
-    model = tiny.llama()
-    with pytest.raises(AdjustmentError, match="OSError while saving the tuned weights") as raised:
-        tiny.trainer(model, SafeDeltaCallback(ROWS, keep_tuned=tmp_path / "tuned"), tmp_path / "run").train()
-    rescued = tmp_path / "run" / "tuned-not-adjusted-4-1"
-    assert str(rescued) in raised.value.__notes__[0]
-    assert tiny.same(tiny.weights(loaded(rescued)), tiny.weights(model))
-
-
-def test_processes_that_torch_does_not_know_are_refused():
-    from types import SimpleNamespace
-
-    from safedelta_hf.hf.trainer_facts import require_supported
-
-    with pytest.raises(ConfigurationError, match="8 processes, of which torch.distributed knows 1"):
-        require_supported(SimpleNamespace(world_size=8))

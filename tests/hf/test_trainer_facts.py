@@ -1,0 +1,137 @@
+"""Facts of a run are read off what a Trainer passes, and off nothing else."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from safedelta_hf.errors import AdjustmentError, ConfigurationError, CoverageError, DataError
+from safedelta_hf.hf.trainer_facts import (
+    bare,
+    foreign_errors_named,
+    is_pruned,
+    log_metrics,
+    output_dir,
+    require_supported,
+    shows_progress,
+    trained_adapter,
+    trains_dense,
+)
+
+
+def test_processes_that_torch_does_not_know_are_refused():
+    with pytest.raises(ConfigurationError, match="8 processes, of which torch.distributed knows 1"):
+        require_supported(SimpleNamespace(world_size=8))
+
+
+def state(**changes):
+    return TrainerState(**{"global_step": 3, "max_steps": 9, "is_hyper_param_search": True} | changes)
+
+
+def control(stops):
+    return TrainerControl(should_training_stop=stops)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stops", "pruned"),
+    [
+        ({}, False, True),
+        ({}, True, False),  # somebody asked for it, as early stopping does
+        ({"global_step": 9}, False, False),
+        ({"is_hyper_param_search": False}, False, False),
+    ],
+)
+def test_a_trial_is_pruned_if_it_ends_before_its_last_step_and_nobody_asked(changes, stops, pruned):
+    assert is_pruned(state(**changes), control(stops)) is pruned
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_main_process_alone_shows_progress_and_only_if_wanted(main, disabled):
+    shown = shows_progress(SimpleNamespace(disable_tqdm=disabled), state(is_world_process_zero=main))
+    assert shown is (main and not disabled)
+
+
+def test_a_compiled_model_is_the_one_that_was_compiled():
+    model = nn.Linear(2, 2)
+    assert bare(torch.compile(model)) is model is bare(model)
+    with pytest.raises(ConfigurationError, match="passed no model"):
+        bare(None)
+
+
+def test_a_model_without_adapters_trains_none():
+    assert trained_adapter(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("names", [[], ["one"], ["one", "two"]])
+def test_of_several_adapters_one_has_to_be_chosen(names):
+    model = nn.Linear(2, 2)
+    model.peft_config, model.active_adapters = {"one": None, "two": None}, names
+    if len(names) == 1:
+        assert trained_adapter(model) == "one"
+        return
+    with pytest.raises(ConfigurationError, match=rf"{len(names)} are active: .*set_adapter\(name\)"):
+        trained_adapter(model)
+
+
+def test_a_trainer_without_a_folder_writes_where_it_runs():
+    assert output_dir(SimpleNamespace(output_dir=None)) == Path()
+    assert output_dir(SimpleNamespace(output_dir="there")) == Path("there")
+
+
+def test_foreign_errors_get_a_name_and_own_ones_keep_theirs():
+    with pytest.raises(CoverageError, match="^mine$"), foreign_errors_named("adjusting"):
+        raise CoverageError("mine")
+    with pytest.raises(KeyboardInterrupt), foreign_errors_named("adjusting"):
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(AdjustmentError, match=r"^OutOfMemoryError while adjusting \(full\); all is well$") as raised,
+        foreign_errors_named("adjusting", "all is well"),
+    ):
+        raise torch.OutOfMemoryError("full")
+    assert not isinstance(raised.value, RuntimeError) and isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(DataError, match="ValueError while reading"), foreign_errors_named("reading", kind=DataError):
+        raise ValueError
+
+
+class Heard(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+class Logs(TrainerCallback):
+    def on_train_end(self, args, state, control, **_):
+        log_metrics({"loss": 1.0}, args, state, control)
+
+
+@pytest.mark.parametrize("epoch", [None, 2.0])
+def test_metrics_reach_the_history_and_every_callback(epoch):
+    heard, now = Heard(), state(epoch=epoch)
+    handler = CallbackHandler([heard, Logs()], nn.Identity(), None, None, None)
+    handler.on_train_end(None, now, control(False))
+    logs = {"loss": 1.0} | ({} if epoch is None else {"epoch": epoch})
+    assert heard.logs == [logs] and now.log_history == [logs | {"step": 3}]
+
+
+def test_without_a_trainer_metrics_go_to_the_history_alone(monkeypatch):
+    warnings, now = [], state()
+    monkeypatch.setattr("safedelta_hf.hf.trainer_facts.logger.warning", warnings.append)
+    log_metrics({"loss": 1.0}, None, now, control(False))
+    assert now.log_history[0]["loss"] == 1.0 and "not called by a Trainer" in warnings[0]
+
+
+def test_an_adapter_trains_nothing_dense_and_a_whole_model_all_that_is_here_whole():
+    model = nn.Linear(2, 2)
+    opened = SimpleNamespace(
+        model=model, names=("weight", "bias"), shard=lambda name: SimpleNamespace(is_whole=name == "weight")
+    )
+    assert [trains_dense(opened)(name) for name in ("weight", "bias", "computed")] == [True, False, True]
+    model.peft_config, model.active_adapters = {"one": None}, ["one"]
+    assert not any(trains_dense(opened)(name) for name in ("weight", "bias", "computed"))
