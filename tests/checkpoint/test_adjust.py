@@ -46,12 +46,7 @@ def cases(tmp_path_factory):
 
 @pytest.fixture
 def case(cases, tmp_path):
-    return copied(cases["untied"], tmp_path)
-
-
-def copied(case, folder):
-    shutil.copytree(case.folder, folder, dirs_exist_ok=True)
-    return checkpoints.Case(folder, case.model, case.profile)
+    return cases["untied"].copy_to(tmp_path)
 
 
 def expected(case, folder, shards="4KB", **settings):
@@ -69,7 +64,7 @@ def weight_files(folder):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_output_is_the_adjusted_model_as_save_pretrained_writes_it(kind, cases, tmp_path):
-    case = copied(cases[kind], tmp_path)
+    case = cases[kind].copy_to(tmp_path)
     before = {name: contents(path) for name, path in case.paths.items() if path.exists()}
     report = case.adjust()
     wanted = expected(case, tmp_path / "expected")
@@ -149,7 +144,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 @pytest.mark.parametrize("in_base", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)])
 @pytest.mark.parametrize("in_tuned", [(HEAD,), (EMBEDDING, HEAD)])
 def test_a_tied_weight_is_found_under_every_name_and_written_under_those_it_had(in_base, in_tuned, cases, tmp_path):
-    case = copied(cases["tied"], tmp_path)
+    case = cases["tied"].copy_to(tmp_path)
     expected(case, tmp_path / "expected")
     checkpoints.rename(case.base, {EMBEDDING: in_base})
     checkpoints.rename(case.tuned, {EMBEDDING: in_tuned})
@@ -163,7 +158,7 @@ def test_a_tied_weight_is_found_under_every_name_and_written_under_those_it_had(
 
 
 def test_a_tied_weight_that_is_stored_twice_and_differs_is_refused(cases, tmp_path):
-    case = copied(cases["tied"], tmp_path)
+    case = cases["tied"].copy_to(tmp_path)
     checkpoints.rename(case.tuned, {EMBEDDING: (EMBEDDING, HEAD)})
     path = case.tuned / "model.safetensors"
     stored = load_file(path)
@@ -271,7 +266,7 @@ def test_it_computes_on_an_accelerator(case, tmp_path):
 
 
 def test_another_architecture_is_refused_from_headers(cases, tmp_path):
-    case = copied(cases["gpt2"], tmp_path)
+    case = cases["gpt2"].copy_to(tmp_path)
     with pytest.raises(CheckpointError, match="GPT2LMHeadModel.* not in"):
         case.adjust(base=cases["untied"].base, tuned=cases["untied"].tuned)
 
@@ -304,7 +299,7 @@ def test_experts_are_found_and_written_as_transformers_saves_them(key, base_form
 
 @pytest.mark.parametrize("damage", ["no configuration", "another", "malformed", "endless", "an expert missing", "cast"])
 def test_experts_whose_layout_is_not_known_are_refused_with_the_way_out(damage, cases, tmp_path):
-    case = copied(cases["mixtral"], tmp_path)
+    case = cases["mixtral"].copy_to(tmp_path)
     shutil.rmtree(case.tuned)
     case.model.save_pretrained(case.tuned)
     config = case.tuned / "config.json"

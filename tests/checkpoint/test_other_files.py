@@ -4,19 +4,8 @@ import pytest
 
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.plan import plan_checkpoint
-from tests.checkpoint.test_adjust import INDEX, copied
-from tests.fixtures import checkpoints
+from tests.checkpoint.test_adjust import INDEX
 from tests.fixtures.checkpoints import RULE, contents
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return checkpoints.case(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def case(whole, tmp_path):
-    return copied(whole, tmp_path)
 
 
 def test_everything_beside_the_weights_is_copied_but_for_other_weights_and_the_trainer(case):

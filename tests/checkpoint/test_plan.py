@@ -7,19 +7,7 @@ import pytest
 from safedelta_hf import Ridge, TaskRidge, adjust_checkpoint
 from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError, ProfileError
-from tests.checkpoint.test_adjust import copied
-from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import RULE, contents
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return checkpoints.case(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def case(whole, tmp_path):
-    return copied(whole, tmp_path)
 
 
 def test_the_plan_reads_no_tensor_and_writes_nothing(case, monkeypatch):

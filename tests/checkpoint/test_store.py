@@ -9,19 +9,8 @@ from safetensors.torch import load_file, save_file
 from safedelta_hf.checkpoint.store import CheckpointStore
 from safedelta_hf.errors import BaseWeightsError, NumericalError
 from safedelta_hf.weights.digest import digest
-from tests.checkpoint.test_adjust import copied
 from tests.fixtures import checkpoints, tiny
 from tests.fixtures.checkpoints import MODELS
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return checkpoints.case(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def case(whole, tmp_path):
-    return copied(whole, tmp_path)
 
 
 def test_a_diverged_fine_tune_is_refused(case):

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -17,8 +16,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def case(made, tmp_path):
-    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
-    return checkpoints.Case(tmp_path, made.model, made.profile)
+    return made.copy_to(tmp_path)
 
 
 def apply(case, *options, **paths):
