@@ -1,0 +1,1 @@
+"""Defences while training and in the training data, around any Trainer."""
