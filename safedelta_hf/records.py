@@ -346,9 +346,12 @@ class ParameterRecord:
         reason: Why, where it was not adjusted.
         roles: How the forward pass uses it.
         delta_energy: Squared norm of tuned minus base.
-        lost_energy: Squared norm of tuned minus adjusted. Compensation counts as lost, so it may exceed the delta's.
+        lost_energy: Squared norm of tuned minus adjusted, as in all figures the weights that were written. Compensation
+            and rounding count as lost, so it may exceed the delta's.
         tuned_loss: Quadratic safety loss of the fine-tuned delta, over all uses; None without a moment.
         adjusted_loss: The same of the adjusted delta.
+        unrounded_loss: What it was before it was rounded to the data type of the weights; None where that is float32
+            or finer.
         notes: Numerical trouble met on the way, such as a retry in float64.
         aliases: Other names of the same (tied) parameter.
         originals: Parameters that it is computed from, if any; the notes say what became of them.
@@ -363,6 +366,7 @@ class ParameterRecord:
     lost_energy: float = 0.0
     tuned_loss: float | None = None
     adjusted_loss: float | None = None
+    unrounded_loss: float | None = None
     notes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     originals: tuple[str, ...] = ()

@@ -13,6 +13,9 @@ from rich.table import Column, Table
 from safedelta_hf.folders import write_whole
 from safedelta_hf.records import ParameterRecord, RuleRecord, StrengthSearch
 
+ROUNDING_SHARE = 0.01
+"""Share of the fine-tuned model's safety loss that rounding may bring back without a warning."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -49,14 +52,32 @@ class Report:
     @property
     def warning(self) -> str:
         """What has to be known before anything else; empty if there is nothing."""
-        return "" if self.search is None else self.search.warning
+        if self.search is not None:
+            return self.search.warning  # refusals were measured with the weights as they were rounded
+        return self._rounding_warning
+
+    @property
+    def _rounding_warning(self) -> str:
+        metrics = self.metrics()
+        tuned, adjusted = metrics["safedelta/quadratic_loss_tuned"], metrics["safedelta/quadratic_loss_adjusted"]
+        by_rounding = adjusted - metrics.get("safedelta/quadratic_loss_unrounded", adjusted)
+        if by_rounding <= max(adjusted / 2, ROUNDING_SHARE * tuned):
+            return ""
+        return (
+            f"MOST OF THE SAFETY LOSS THAT IS LEFT COMES FROM ROUNDING: {adjusted / tuned:.2%} of the fine-tuned "
+            f"model's, of which {by_rounding / tuned:.2%} because the weights' data type cannot hold what was kept. "
+            "Measure refusals before you use this model. Weights in float32 (bf16=True of the TrainingArguments trains "
+            "them in mixed precision) leave it out; a stricter strength, or 'auto', makes up for it."
+        )
 
     def metrics(self) -> dict[str, float]:
         """The scalars that tell how much was kept and what it costs in safety.
 
         Returns:
             Values by name, each prefixed with `safedelta/`. `kept_share` is `1 - |D - D*|^2 / |D|^2`: 1 where the delta
-            is kept whole, 0 at the base, negative where compensation moved the weights further than it kept them.
+            is kept whole, 0 at the base, negative where compensation or rounding moved the weights further than it
+            kept them. All are those of the weights that were written, but for `quadratic_loss_unrounded`, there where
+            the weights are coarser than float32.
         """
         delta = sum(record.delta_energy for record in self.parameters)
         lost = sum(record.lost_energy for record in self.parameters)
@@ -70,6 +91,10 @@ class Report:
             "quadratic_loss_adjusted": adjusted,
             "quadratic_loss_share": adjusted / tuned if tuned else 0.0,
         }
+        if any(record.unrounded_loss is not None for record in self.parameters):
+            # What was not rounded counts as it is.
+            finer = (r.adjusted_loss if r.unrounded_loss is None else r.unrounded_loss for r in self.parameters)
+            values["quadratic_loss_unrounded"] = sum(loss or 0.0 for loss in finer)
         counts = {
             f"parameters_{name}": float(self.outcomes[name]) for name in ("adjusted", "kept", "reset", "unchanged")
         }
@@ -165,11 +190,15 @@ class Report:
         if not metrics["safedelta/delta_energy"]:
             return f"Parameters: {counts}. The fine-tuning changed nothing, so nothing was adjusted."
         found = "" if self.search is None else f" {self.search.summary}"
+        tuned, finer = metrics["safedelta/quadratic_loss_tuned"], metrics.get("safedelta/quadratic_loss_unrounded")
+        rounding = (
+            "" if finer is None or not tuned else f"; {finer / tuned:.2%} before rounding to the weights' data type"
+        )
         return (
             f"Parameters: {counts}. Kept {metrics['safedelta/kept_share']:.1%} of the delta's energy; quadratic "
             f"safety loss {metrics['safedelta/quadratic_loss_tuned']:.4g} as tuned, "
             f"{metrics['safedelta/quadratic_loss_adjusted']:.4g} as adjusted "
-            f"({metrics['safedelta/quadratic_loss_share']:.2%}).{found}"
+            f"({metrics['safedelta/quadratic_loss_share']:.2%}{rounding}).{found}"
         )
 
 

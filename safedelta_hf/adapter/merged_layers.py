@@ -64,14 +64,17 @@ class MergedDelta(LoraDelta):
         assert isinstance(delta, DenseDelta), "a merged layer has a dense delta"
         base = self.layer.get_base_layer()
         is_embedding = isinstance(base, nn.Embedding)
-        matrix = delta.values.T if is_embedding or isinstance(base, Conv1D) else delta.values
+        values = delta.values
+        matrix = values.T if is_embedding or isinstance(base, Conv1D) else values
         up, down = best_factors(matrix, self.rank)
         module = ADAPTER_PREFIX + self.parameter.removesuffix(".weight")
         ends = (".lora_embedding_A", ".lora_embedding_B") if is_embedding else (".lora_A.weight", ".lora_B.weight")
         norm = float(matrix.norm())
         left_out = float((matrix - up @ down).norm()) / norm if norm else 0.0
+        product = (up @ down).T if matrix is not values else up @ down
         return Adjusted(
             {module + end: factor for end, factor in zip(ends, (down, up), strict=True)},
+            delta.keeping(product.contiguous()),
             (f"rank {down.shape[0]} leaves out {left_out:.2%} of the norm of the adjusted delta",),
         )
 

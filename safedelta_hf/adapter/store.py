@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor
 from typing_extensions import override
 
-from safedelta_hf.adjust.store import WeightStore
+from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.deltas.dense import Delta, require_finite
 from safedelta_hf.deltas.lora_deltas import LoraDelta
 from safedelta_hf.distributed.model import ShardedModel
@@ -62,11 +62,11 @@ class AdapterStore(WeightStore):
         return self._deltas[name].delta()
 
     @override
-    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
+    def write(self, name: str, delta: Delta) -> Written:
         adjusted = self._deltas[name].adjusted(delta)
         for own, value in adjusted.tensors.items():
             self.replace(own, value)
-        return adjusted.notes
+        return Written(adjusted.delta, adjusted.notes)
 
     @abstractmethod
     def replace(self, name: str, value: Tensor) -> None:

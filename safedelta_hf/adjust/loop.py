@@ -13,6 +13,7 @@ from safedelta_hf.adjust.plan import check_entries, check_rule, require_number
 from safedelta_hf.adjust.search import search_strength
 from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.core.curvature import quadratic_loss
+from safedelta_hf.core.rounding import is_coarse
 from safedelta_hf.data.refusals import Drift
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.ranks import Ranks
@@ -61,6 +62,7 @@ class Adjustment:
         tuned = [entry for entry in entries if store.is_tuned(entry.parameter)]
         self._merging = check_entries(tuned, profile, rule, task, is_dense=store.is_dense)
         self._tuned = {entry.parameter: entry for entry in tuned}
+        self._tuned_losses: dict[str, float] = {}
 
     def at(self, rule: Rule, factors: FactorCache | None = None) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
@@ -120,8 +122,6 @@ class Adjustment:
             return base.drift(running, quantile=auto.quantile)
 
         search = replace(search_strength(rule, auto, measure, len(held_out.sequences)), noise=noise)
-        if search.warning and self._ranks.is_main:
-            warnings.warn(f"{rule.name}: {search.warning}", SafeDeltaWarning, stacklevel=4)
         if search.strength not in records:
             apply(search.strength)
         return search, records[search.strength]
@@ -140,18 +140,35 @@ class Adjustment:
             return self._write(entry, delta, outcome="kept")
         if entry.action is not Action.ADJUST:
             return self._write(entry, delta.zero(), outcome="reset")
+        if entry.parameter not in self._tuned_losses:  # the same at every strength
+            self._tuned_losses[entry.parameter] = _loss(entry, delta, factors)
         if self._merging is None:
             adjusted, notes = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:
             adjusted, notes = self._merging.merged(rule, entry, delta)
-        losses = {"tuned_loss": _loss(entry, delta, factors), "adjusted_loss": _loss(entry, adjusted, factors)}
-        return self._write(entry, adjusted, outcome="adjusted", notes=notes, **losses)
+        unrounded = None
+        if is_coarse(delta.dtype):
+            unrounded = _loss(entry, adjusted, factors)
+            adjusted, note = _rounded(entry, adjusted, factors)
+            notes += (note,)
+        return self._write(entry, adjusted, factors, outcome="adjusted", notes=notes, unrounded_loss=unrounded)
 
-    def _write(self, entry: PlanEntry, delta: Delta, *, notes: tuple[str, ...] = (), **values: Any) -> ParameterRecord:  # noqa: ANN401
-        # Measured before it is written: a delta may look at the very weight that is overwritten.
+    def _write(
+        self,
+        entry: PlanEntry,
+        delta: Delta,
+        factors: FactorCache | None = None,
+        *,
+        notes: tuple[str, ...] = (),
+        **values: Any,  # noqa: ANN401
+    ) -> ParameterRecord:
+        # All figures are those of what the weights carry afterwards.
+        delta, remarks = self._store.write(entry.parameter, delta)
+        if factors is not None:
+            values["tuned_loss"] = self._tuned_losses[entry.parameter]
+            values["adjusted_loss"] = _loss(entry, delta, factors)
         energies = {"delta_energy": delta.tuned_energy, "lost_energy": delta.lost_energy}
-        notes += self._store.write(entry.parameter, delta)
-        return _record(entry, **values, **energies, notes=notes)
+        return _record(entry, **values, **energies, notes=notes + remarks)
 
 
 def _transformed(
@@ -164,6 +181,31 @@ def _transformed(
         delta = delta.transformed(use, transform)
         notes += transform.notes
     return delta, notes
+
+
+def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, str]:
+    """Round a delta to the data type of its weights in whichever way costs less safety.
+
+    Args:
+        entry: Plan of the parameter.
+        delta: What is kept of it.
+        factors: The moments.
+
+    Returns:
+        What the weights can hold of it, and which way it was.
+    """
+    nearest, fed = delta.rounded(), delta
+    for use in entry.uses:
+        factors.hold(_together(entry, use), delta.device)
+        factor = factors.rounding(use)
+        if factor is not None:
+            fed = fed.rounded_along(use, factor)
+    name = str(delta.dtype).removeprefix("torch.")
+    if fed is not delta:
+        fed = fed.rounded()
+        if _loss(entry, fed, factors) < _loss(entry, nearest, factors):
+            return fed, f"rounded to {name}, errors fed on"
+    return nearest, f"rounded to the nearest {name}"
 
 
 def _loss(entry: PlanEntry, delta: Delta, factors: FactorCache) -> float:
@@ -226,7 +268,10 @@ def adjust_weights(
             search, records = None, loop.at(rule)
         else:
             search, records = loop.measured(rule, rule.auto)
-    return report_of(records, rule, profile, architecture=store.architecture, base=store.source, search=search)
+    report = report_of(records, rule, profile, architecture=store.architecture, base=store.source, search=search)
+    if report.warning and ranks.is_main:
+        warnings.warn(f"{rule.name}: {report.warning}", SafeDeltaWarning, stacklevel=3)
+    return report
 
 
 def report_of(

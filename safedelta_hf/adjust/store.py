@@ -2,10 +2,23 @@
 
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import NamedTuple
 
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.records import ParameterRecord
+
+
+class Written(NamedTuple):
+    """What became of a delta that was written.
+
+    Attributes:
+        delta: What the weights carry of it, in their data types.
+        notes: What there is to say about it.
+    """
+
+    delta: Delta
+    notes: tuple[str, ...] = ()
 
 
 class WeightStore(ABC):
@@ -68,7 +81,7 @@ class WeightStore(ABC):
         """
 
     @abstractmethod
-    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
+    def write(self, name: str, delta: Delta) -> Written:
         """Keep what a delta has become.
 
         Args:
@@ -76,7 +89,7 @@ class WeightStore(ABC):
             delta: From `delta`, adjusted.
 
         Returns:
-            What there is to say about it.
+            What the weights now carry of it.
         """
 
     def finish(self, record: ParameterRecord) -> None:  # noqa: B027 - most stores have nothing to do

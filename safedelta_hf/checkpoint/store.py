@@ -5,7 +5,7 @@ from types import TracebackType
 import torch
 from typing_extensions import override
 
-from safedelta_hf.adjust.store import WeightStore
+from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
@@ -68,11 +68,12 @@ class CheckpointStore(WeightStore):
         return DenseDelta(self._pair.read(name).to(self._device), base)
 
     @override
-    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
+    def write(self, name: str, delta: Delta) -> Written:
         assert isinstance(delta, DenseDelta), "the deltas of a checkpoint are dense"
-        for stored, value in self._pair.split(name, delta.weight().contiguous()):
+        written = delta.rounded()
+        for stored, value in self._pair.split(name, written.weight().contiguous()):
             self._output.write(stored, value)
-        return ()
+        return Written(written)
 
     @override
     def restore(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.records import MatrixView, Use
@@ -19,6 +20,11 @@ class Delta(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it is."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights that carry it are kept in."""
         ...
 
     @property
@@ -62,6 +68,26 @@ class Delta(Protocol):
         """
         ...
 
+    def rounded(self) -> "Delta":
+        """What the data type of the weights holds of it, each entry rounded to the nearest.
+
+        Returns:
+            A delta of the same weights; they carry it exactly.
+        """
+        ...
+
+    def rounded_along(self, use: Use, factor: Tensor) -> "Delta":
+        """The same, with the errors made up for in inputs that one use sees beside (`core.rounding`).
+
+        Args:
+            use: Which rows.
+            factor: `R` [in, in], upper triangular, of the use's damped Hessian `R R^T`.
+
+        Returns:
+            A delta of the same weights, of which `rounded` changes nothing that the use sees.
+        """
+        ...
+
 
 class DenseDelta(Delta):
     """A delta held as one tensor, in the shape of its parameter.
@@ -77,11 +103,17 @@ class DenseDelta(Delta):
         # Shared with every delta that is made of this one.
         self._delta = (self._tuned.to(torch.float32) - self._base.to(torch.float32)).contiguous()
         self._adjusted = self._delta
+        self._weight: Tensor | None = None
 
     @property
     @override
     def device(self) -> torch.device:
         return self._tuned.device
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self._tuned.dtype
 
     @property
     def values(self) -> Tensor:
@@ -140,7 +172,7 @@ class DenseDelta(Delta):
             A new delta of the same weights.
         """
         result = copy.copy(self)
-        result._adjusted = values
+        result._adjusted, result._weight = values, None
         return result
 
     def adjusted_to(self, values: Tensor, uses: Sequence[Use]) -> "DenseDelta":
@@ -160,13 +192,49 @@ class DenseDelta(Delta):
             as_strided(kept, use.view).copy_(as_strided(values, use.view))
         return self.keeping(kept)
 
+    @override
+    def rounded(self) -> "DenseDelta":
+        return self.held_as(self.weight())
+
+    @override
+    def rounded_along(self, use: Use, factor: Tensor) -> "DenseDelta":
+        wanted = self.wanted()
+        round_rows_(wanted, use.view, self.dtype, factor)
+        return self.keeping(wanted.sub_(self.base))
+
+    def held_as(self, weight: Tensor) -> "DenseDelta":
+        """The delta that a weight carries.
+
+        Args:
+            weight: In the data type and shape of the parameter.
+
+        Returns:
+            A new delta, whose `weight` this is.
+        """
+        result = self.keeping(weight.to(torch.float32) - self.base)
+        result._weight = weight
+        return result
+
+    def wanted(self) -> Tensor:
+        """The weight that would carry all of what is kept.
+
+        Returns:
+            A new tensor, float32, contiguous; that of the fine-tuned weight where the delta is kept.
+        """
+        tuned = self._tuned.to(torch.float32)
+        return torch.where(self._adjusted == self._delta, tuned, self.base + self._adjusted).contiguous()
+
     def weight(self) -> Tensor:
         """The weight that carries what is kept.
 
         Returns:
-            A new tensor in the dtype of the fine-tuned weight.
+            A tensor in the dtype of the fine-tuned weight, each entry rounded to the nearest; bit-identical to tuned or
+            base where the delta is kept or dropped whole.
         """
-        return recombine(self._tuned, self._base, self._delta, self._adjusted)
+        if self._weight is not None:
+            return self._weight
+        kept = self._adjusted == self._delta
+        return torch.where(kept, self._tuned, (self.base + self._adjusted).to(self.dtype))
 
     @property
     def _is_unadjusted(self) -> bool:
@@ -239,19 +307,17 @@ def as_strided(values: Tensor, view: MatrixView) -> Tensor:
     return values.view(-1).as_strided((view.rows, view.columns), strides, values.storage_offset() + view.start)
 
 
-def recombine(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
-    """Weight that carries an adjusted delta; bit-identical to tuned or base where the delta is kept or dropped whole.
+def round_rows_(weight: Tensor, view: MatrixView, dtype: torch.dtype, factor: Tensor) -> None:
+    """Round a matrix in a weight in place, the error of each column fed into those after it.
 
     Args:
-        tuned: Fine-tuned weight, in the dtype of the model.
-        base: Base weight on the same device.
-        delta: Tuned minus base, float32.
-        adjusted: What is kept of it, float32.
-
-    Returns:
-        A new tensor in the dtype of the fine-tuned weight.
+        weight: float32, contiguous, any shape.
+        view: The matrix.
+        dtype: What to round to.
+        factor: `R` [columns, columns], upper triangular, of the damped Hessian `R R^T` of its inputs.
     """
-    return torch.where(adjusted == delta, tuned, (base.to(torch.float32) + adjusted).to(tuned.dtype))
+    rows = as_strided(weight, view)
+    rows.copy_(round_columns(rows, dtype, factor))
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

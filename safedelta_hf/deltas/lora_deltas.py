@@ -5,8 +5,8 @@ adjusted one. Where the tensors are held, and who replaces them, is not its conc
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,18 +14,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.deltas.dense import Delta, DenseDelta
-from safedelta_hf.deltas.low_rank import FactoredDelta, StackedDelta, distance, energy
+from safedelta_hf.deltas.low_rank import FactoredDelta, StackedDelta
 
 
 class Adjusted(NamedTuple):
     """What an adapter has to hold for an adjusted delta.
 
     Attributes:
-        tensors: New values of the adapter's own tensors, by name.
+        tensors: New values of the adapter's own tensors, by name, in their data types.
+        delta: What they carry of it.
         notes: What there is to say about it.
     """
 
     tensors: Mapping[str, Tensor]
+    delta: Delta
     notes: tuple[str, ...] = ()
 
 
@@ -91,7 +93,8 @@ class FullDelta(LoraDelta):
     @override
     def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, DenseDelta), "a whole parameter has a dense delta"
-        return Adjusted(dict.fromkeys(self.tensors, delta.weight()))
+        written = delta.rounded()
+        return Adjusted(dict.fromkeys(self.tensors, written.weight()), written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,9 @@ class BiasDelta(LoraDelta):
     @override
     def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, DenseDelta), "a bias has a dense delta"
-        return Adjusted(dict.fromkeys(self.tensors, delta.weight() / self.scaling))
+        ((name, own),) = self.tensors.items()
+        offset = own.detach() if delta.is_whole else (delta.weight() / self.scaling).to(own.dtype)
+        return Adjusted({name: offset}, delta.held_as(offset.float() * self.scaling))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +136,17 @@ class TokenRowsDelta(LoraDelta):
     @override
     def delta(self) -> DenseDelta:
         (rows,) = self.tensors.values()
-        base = self.base.detach()
+        base = self.base.detach().to(torch.promote_types(self.base.dtype, rows.dtype))  # so that no row is rounded
         return DenseDelta(base.index_copy(0, self.indices, rows.detach().to(base)), base)
 
     @override
     def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, DenseDelta), "an embedding has a dense delta"
+        ((name, own),) = self.tensors.items()
+        weight = delta.weight()
         # No rule mixes tokens, so the delta is still zero everywhere else.
-        return Adjusted(dict.fromkeys(self.tensors, delta.weight()[self.indices]))
+        rows = weight[self.indices].to(own.dtype)
+        return Adjusted({name: rows}, delta.held_as(weight.index_copy(0, self.indices, rows.to(weight))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +166,18 @@ class LowRankDelta(LoraDelta):
 
     @override
     def delta(self) -> FactoredDelta:
-        down, up = (tensor.flatten(1) for tensor in self.tensors.values())
+        # Copied, since the tensors may be those that are written over.
+        down, up = (tensor.detach().clone().flatten(1) for tensor in self.tensors.values())
         return FactoredDelta(down.T, up.T, self.scaling) if self.transposed else FactoredDelta(up, down, self.scaling)
 
     @override
     def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, FactoredDelta), "a LoRA pair has a factored delta"
-        left, right = delta.factors
+        written = delta.rounded()
+        left, right = written.factors
         pair = (left.T, right.T) if self.transposed else (right, left)
-        shaped = (value.reshape(own.shape) for own, value in zip(self.tensors.values(), pair, strict=True))
-        return _adjusted_pair(self, tuple(shaped), [delta])
+        named = zip(self.tensors.items(), pair, strict=True)
+        return Adjusted({name: value.reshape(own.shape).to(own.dtype) for (name, own), value in named}, written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +198,7 @@ class ExpertsDelta(LoraDelta):
     @override
     def delta(self) -> StackedDelta:
         experts, first, second = self.shape
-        down, up = self.tensors.values()
+        down, up = (tensor.detach().clone() for tensor in self.tensors.values())
         downs = down.reshape(experts, -1, down.shape[1])
         ups = up.reshape(len(up), -1, experts).permute(2, 0, 1)
         pairs = ((down.T, up.T) if self.transposed else (up, down) for down, up in zip(downs, ups, strict=True))
@@ -197,30 +207,13 @@ class ExpertsDelta(LoraDelta):
     @override
     def adjusted(self, delta: Delta) -> Adjusted:
         assert isinstance(delta, StackedDelta), "a stack has a delta for each matrix"
-        lefts, rights = zip(*(one.factors for one in delta.products), strict=True)
+        written = delta.rounded()
+        lefts, rights = zip(*(one.factors for one in written.products), strict=True)
         left, right = torch.stack(lefts), torch.stack(rights)
         down, up = (left.mT, right.mT) if self.transposed else (right, left)
         values = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
-        return _adjusted_pair(self, values, delta.products)
-
-
-def _adjusted_pair(
-    pair: LowRankDelta | ExpertsDelta, values: Sequence[Tensor], exact: Sequence[FactoredDelta]
-) -> Adjusted:
-    # Rounded to the data type of the adapter, and what that costs is told.
-    tensors = {name: value.to(own.dtype) for (name, own), value in zip(pair.tensors.items(), values, strict=True)}
-    dtype = next(iter(tensors.values())).dtype
-    if dtype in (torch.float32, torch.float64):
-        return Adjusted(tensors)
-    delta = replace(pair, tensors=tensors).delta()
-    written = delta.products if isinstance(delta, StackedDelta) else (delta,)
-    factors = [(one.factors, other.factors) for one, other in zip(written, exact, strict=True)]
-    moved = sum(distance(one, other, pair.scaling) for one, other in factors)
-    if not moved:
-        return Adjusted(tensors)
-    share = (moved / sum(energy(*other, pair.scaling) for _, other in factors)) ** 0.5
-    name = str(dtype).removeprefix("torch.")
-    return Adjusted(tensors, (f"rounding to {name} moved the adjusted delta by {share:.1%} of its norm",))
+        named = zip(self.tensors.items(), values, strict=True)
+        return Adjusted({name: value.to(own.dtype) for (name, own), value in named}, written)
 
 
 def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, ...]:

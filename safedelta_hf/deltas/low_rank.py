@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.errors import AdapterError
@@ -83,6 +84,11 @@ class FactoredDelta(Delta):
 
     @property
     @override
+    def dtype(self) -> torch.dtype:
+        return self._tuned[1].dtype
+
+    @property
+    @override
     def tuned_energy(self) -> float:
         return energy(*self._tuned, self._scaling)
 
@@ -109,6 +115,22 @@ class FactoredDelta(Delta):
     def zero(self) -> "FactoredDelta":
         left, right = self._adjusted
         return FactoredDelta(*self._tuned, self._scaling, (left, torch.zeros_like(right)))
+
+    @override
+    def rounded(self) -> "FactoredDelta":
+        pairs = zip(self._adjusted, self._tuned, strict=True)
+        left, right = (value.to(tuned.dtype).float() for value, tuned in pairs)
+        return FactoredDelta(*self._tuned, self._scaling, (left, right))
+
+    @override
+    def rounded_along(self, use: Use, factor: Tensor) -> "FactoredDelta":
+        # Of `s L R` the inputs stand in one factor; an error in one of its rows reaches the outputs through the other.
+        left, right = self._adjusted
+        if self._is_transposed(use.view):
+            kept = (round_columns(left.T, self._tuned[0].dtype, factor).T.float(), right)
+        else:
+            kept = (left, round_columns(right, self._tuned[1].dtype, factor).float())
+        return FactoredDelta(*self._tuned, self._scaling, kept)
 
     def _is_transposed(self, view: MatrixView) -> bool:
         first, second = len(self._tuned[0]), self._tuned[1].shape[1]
@@ -140,6 +162,11 @@ class StackedDelta(Delta):
 
     @property
     @override
+    def dtype(self) -> torch.dtype:
+        return self.products[0].dtype
+
+    @property
+    @override
     def tuned_energy(self) -> float:
         return sum(one.tuned_energy for one in self.products)
 
@@ -155,12 +182,23 @@ class StackedDelta(Delta):
     @override
     def transformed(self, use: Use, transform: Transform) -> "StackedDelta":
         number = self._number(use)
-        changed = self.products[number].transformed(use, transform)
-        return StackedDelta((*self.products[:number], changed, *self.products[number + 1 :]), self._size)
+        return self._with(number, self.products[number].transformed(use, transform))
 
     @override
     def zero(self) -> "StackedDelta":
         return StackedDelta([one.zero() for one in self.products], self._size)
+
+    @override
+    def rounded(self) -> "StackedDelta":
+        return StackedDelta([one.rounded() for one in self.products], self._size)
+
+    @override
+    def rounded_along(self, use: Use, factor: Tensor) -> "StackedDelta":
+        number = self._number(use)
+        return self._with(number, self.products[number].rounded_along(use, factor))
+
+    def _with(self, number: int, product: FactoredDelta) -> "StackedDelta":
+        return StackedDelta((*self.products[:number], product, *self.products[number + 1 :]), self._size)
 
     def _number(self, use: Use) -> int:
         if use.view.entries > self._size or use.view.start % self._size:

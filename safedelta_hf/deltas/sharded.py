@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.transform import DeltaMatrix, Transform
-from safedelta_hf.deltas.dense import Delta, DenseDelta, DenseMatrix, as_strided
+from safedelta_hf.deltas.dense import Delta, DenseDelta, DenseMatrix, as_strided, round_rows_
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.records import MatrixView, Use
@@ -35,6 +35,11 @@ class ShardedDelta(Delta):
     @override
     def device(self) -> torch.device:
         return self._own.device
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self._own.dtype
 
     @property
     @override
@@ -67,6 +72,22 @@ class ShardedDelta(Delta):
     def zero(self) -> "ShardedDelta":
         return self._with(self._own.zero())
 
+    @override
+    def rounded(self) -> "ShardedDelta":
+        return self._with(self._own.rounded())
+
+    @override
+    def rounded_along(self, use: Use, factor: Tensor) -> "ShardedDelta":
+        own = own_view(use, self._shape, self._shard)
+        wanted = self._own.wanted()
+        if own is None:
+            whole = self._assembled(wanted)
+            round_rows_(whole, use.view, self.dtype, factor)
+            wanted = whole[self._shard.start : self._shard.stop]
+        else:
+            round_rows_(wanted, own[0], self.dtype, factor)
+        return self._with(self._own.keeping((wanted - self._own.base).contiguous()))
+
     def weight(self) -> Tensor:
         """The slices of the weight that carries what is kept.
 
@@ -78,9 +99,10 @@ class ShardedDelta(Delta):
     def _with(self, own: DenseDelta) -> "ShardedDelta":
         return ShardedDelta(own, self._shape, self._shard, self._ranks)
 
-    def _assembled(self) -> Tensor:
+    def _assembled(self, values: Tensor | None = None) -> Tensor:
         assert self._shard.group is not None, "a whole parameter has a dense delta"
-        return self._ranks.assembled(self._own.values, self._shard.start, self._shard.size, self._shard.group)
+        values = self._own.values if values is None else values
+        return self._ranks.assembled(values, self._shard.start, self._shard.size, self._shard.group)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum_(tensor, self._shard.group)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from safedelta_hf.adjust.store import WeightStore
+from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.model import ShardedModel
@@ -79,20 +79,21 @@ class ModelStore(WeightStore):
         return DenseDelta(weight.computed(), weight.computed(self._base_originals(name)))
 
     @override
-    def write(self, name: str, delta: Delta) -> tuple[str, ...]:
+    def write(self, name: str, delta: Delta) -> Written:
         weight = self._computed.get(name)
         if weight is None:
             assert isinstance(delta, DenseDelta | ShardedDelta), "a model's deltas are dense"
-            self._journal.replace(self._model.parameter(name), delta.weight())
-            return ()
+            written = delta.rounded()
+            self._journal.replace(self._model.parameter(name), written.weight())
+            return Written(written)
         assert isinstance(delta, DenseDelta), "a computed weight is whole"
         if delta.is_whole:
-            return ("its originals are as tuned",)
+            return Written(delta, ("its originals are as tuned",))
         originals = self._base_originals(name) if delta.is_zero else weight.inverted(delta.weight())
         for original, value in originals.items():
             self._journal.replace(self._model.parameter(original), value)
         remark = "are those of the base" if delta.is_zero else f"were set by {weight.kind}"
-        return (f"its originals {remark}",)
+        return Written(delta.held_as(weight.computed(originals)), (f"its originals {remark}",))
 
     def _base_weight(self, name: str) -> Tensor:
         weight = self._base.read(name, self._model.shard(name))

@@ -75,19 +75,22 @@ def test_the_lora_of_a_layer_means_its_delta_but_for_what_the_note_says_is_left_
     layer = make()
     change = torch.randn(layer.weight.shape)
     delta = delta_of(layer, change, rank)
-    tensors, (note,) = delta.adjusted(delta.delta())
+    tensors, written, (note,) = delta.adjusted(delta.delta())
     down, up = (tensors[f"base_model.model.up{end}"].double() for end in ends)
     expected = change.double().T if inputs_first else change.double()
     values = torch.linalg.svdvals(expected)
     share = 100 * float(values[rank:].norm() / values.norm())
     assert float((up @ down - expected).norm() / expected.norm()) == pytest.approx(share / 100, abs=1e-4)
+    torch.testing.assert_close(
+        written.values.double(), (up @ down).T if inputs_first else up @ down, rtol=1e-5, atol=1e-6
+    )
     told = re.fullmatch(rf"rank {rank} leaves out (\S+)% of the norm of the adjusted delta", note)
     assert float(told.group(1)) == pytest.approx(share, abs=0.02)
 
 
 def test_a_delta_of_nothing_is_left_out_by_no_rank():
     delta = delta_of(nn.Linear(4, 6), torch.zeros(6, 4))
-    tensors, (note,) = delta.adjusted(delta.delta())
+    tensors, _, (note,) = delta.adjusted(delta.delta())
     assert not any(tensor.any() for tensor in tensors.values()) and "leaves out 0.00%" in note
 
 

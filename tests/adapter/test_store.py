@@ -57,7 +57,7 @@ def test_all_that_was_replaced_is_handed_over_once_the_block_has_succeeded():
     tuned = pair()
     store, finished = in_files(tuned, pair("down.weight"))
     with store:
-        assert store.write("up.weight", store.delta("up.weight").zero()) == ()
+        assert store.write("up.weight", store.delta("up.weight").zero()).notes == ()
         assert finished == []
     (replaced,) = finished
     assert torch.equal(replaced["a"], torch.zeros(2, 5)) and torch.equal(replaced["b"], tuned.tensors["b"])
@@ -84,13 +84,16 @@ def test_what_was_replaced_before_a_restore_is_not_handed_over():
     assert [set(tensors) for tensors in finished] == [{"n"}]
 
 
-def test_rounding_is_told_by_the_write():
+def test_the_write_tells_what_the_types_of_the_adapter_hold():
     half = {"a": torch.randn(2, 5).bfloat16(), "b": torch.randn(4, 2).bfloat16()}
-    store, _ = in_files(pair(**half))
-    delta = store.delta("up.weight")
-    changed = type(delta)(*half.values().__reversed__(), 1.0, tuple(factor / 3 for factor in delta.factors))
-    (note,) = store.write("up.weight", changed)
-    assert note.startswith("rounding to bfloat16 moved")
+    store, finished = in_files(pair(**half))
+    with store:
+        delta = store.delta("up.weight")
+        changed = type(delta)(*half.values().__reversed__(), 1.0, tuple(factor / 3 for factor in delta.factors))
+        written = store.write("up.weight", changed).delta
+    ((replaced,),) = (finished,)
+    assert torch.equal(written.values, replaced["b"].float() @ replaced["a"].float())
+    assert not torch.equal(written.values, changed.values)
 
 
 @pytest.fixture

@@ -22,11 +22,18 @@ from safedelta_hf import (
 )
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
-from safedelta_hf.adjust.store import WeightStore
+from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError, ConfigurationError, CoverageError, NumericalError, ProfileError
+from safedelta_hf.errors import (
+    AdapterError,
+    ConfigurationError,
+    CoverageError,
+    NumericalError,
+    ProfileError,
+    SafeDeltaWarning,
+)
 from safedelta_hf.records import Role, Treatment
 from tests.fixtures import by_hand, oracles, refusing, tiny
 
@@ -216,7 +223,7 @@ class Store(WeightStore):
         if name == self.fails_at:
             raise OSError(f"no room for {name}")
         self.now[name] = delta.weight()
-        return (f"wrote {name}",)
+        return Written(delta.rounded(), (f"wrote {name}",))
 
     def finish(self, record):
         self.finished.append(record)
@@ -340,3 +347,38 @@ def test_a_strength_cannot_be_measured_where_no_model_runs():
     with pytest.raises(ConfigurationError, match=r"none here; give a number: rule=Ridge\(strength="):
         adjusted(store, Ridge(), profile)
     assert store.events == ["entered", ConfigurationError] and store.now == store.tuned
+
+
+@pytest.mark.parametrize("rule", [Ridge(strength=2.0), SafeDelta(strength=10.0), Scale(strength=1.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_figure_is_that_of_the_weights_that_were_written(dtype, rule):
+    base = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+    tuned = {name: (weight + 0.02 * torch.randn(weight.shape)).to(dtype) for name, weight in base.items()}
+    store, profile = Store(tuned, base), small_profile()
+    report = adjusted(store, rule, profile)
+    for record in report.parameters:
+        name = record.parameter
+        before, after = (weights[name].double() - base[name].double() for weights in (tuned, store.now))
+        assert store.now[name].dtype == dtype
+        assert record.lost_energy == pytest.approx(float((before - after).square().sum()), rel=1e-5)
+        if record.outcome == "adjusted":
+            hessian = hessian_of(profile, name)
+            rows = (before, after) if before.ndim == 2 else (before[None], after[None])
+            assert (record.tuned_loss, record.adjusted_loss) == pytest.approx(
+                [oracles.loss(values, hessian) for values in rows], rel=1e-4
+            )
+            assert record.unrounded_loss is not None and "round" in record.notes[0]
+
+
+def test_where_rounding_brings_the_loss_back_it_is_said_first():
+    base = {name: (1 + torch.rand(shape)).bfloat16() for name, shape in SHAPES.items()}
+    # All entries of a scale moved by one step; what the rule takes off them is less than half of it.
+    tuned = {name: weight + 2**-7 * (name == "norm") for name, weight in base.items()}
+    with pytest.warns(SafeDeltaWarning, match="MOST OF THE SAFETY LOSS THAT IS LEFT COMES FROM ROUNDING"):
+        report = adjusted(Store(tuned, base), Scale(strength=0.8))
+    assert report.summary().startswith("WARNING: MOST OF THE SAFETY LOSS") and "before rounding" in report.summary()
+    metrics = report.metrics()
+    assert metrics["safedelta/quadratic_loss_unrounded"] < metrics["safedelta/quadratic_loss_adjusted"] / 2
+    finer = {name: weight.float() for name, weight in tuned.items()}, {n: w.float() for n, w in base.items()}
+    report = adjusted(Store(*finer), Scale(strength=0.8))
+    assert not report.warning and "safedelta/quadratic_loss_unrounded" not in report.metrics()

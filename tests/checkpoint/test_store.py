@@ -95,7 +95,7 @@ def test_a_delta_is_that_of_the_files_and_what_is_written_stands_under_every_nam
     output, tuned = Output(), BASE + torch.randn(3, 4)
     made = store(BASE, tuned, output)
     delta = made.delta("w")
-    assert made.is_dense("w") and made.write("w", delta) == ()
+    assert made.is_dense("w") and made.write("w", delta).notes == ()
     assert [name for name, _ in output.written] == ["w", "twin"]
     assert all(torch.equal(value, tuned) and value.is_contiguous() for _, value in output.written)
 

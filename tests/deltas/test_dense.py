@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from safedelta_hf.adjust.plan import unreached
+from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import Dense
-from safedelta_hf.deltas.dense import DenseDelta, DenseMatrix, recombine
+from safedelta_hf.deltas.dense import DenseDelta, DenseMatrix
 from safedelta_hf.records import MatrixView, Role, Use
 
 SHAPES = {
@@ -110,7 +111,7 @@ def test_what_is_kept_is_bit_identical_to_tuned_and_what_is_dropped_to_base(dtyp
     tuned = (base.float() + 1e-3 * torch.randn(40, 40)).to(dtype)
     delta = tuned.float() - base.float()
     kept = torch.arange(40) % 2 == 0
-    result = recombine(tuned, base, delta, torch.where(kept, delta, 0.0))
+    result = DenseDelta(tuned, base).keeping(torch.where(kept, delta, 0.0)).weight()
     assert result.dtype == dtype
     assert torch.equal(result[:, kept], tuned[:, kept])
     assert torch.equal(result[:, ~kept], base[:, ~kept])
@@ -139,3 +140,28 @@ def test_adjusting_a_delta_leaves_the_one_that_it_was_made_of():
     assert torch.equal(twice.weight()[0], tuned[0]) and torch.equal(twice.weight()[2], base[2])
     assert torch.equal(delta.values, tuned - base) and delta.lost_energy == 0 and delta.is_whole
     assert torch.equal(delta.weight(), tuned) and torch.equal(delta.zero().weight(), base) and delta.zero().is_zero
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_rounded_delta_is_what_its_weight_carries(dtype):
+    base, tuned = torch.randn(6, 5).to(dtype), torch.randn(6, 5).to(dtype)
+    half = DenseDelta(tuned, base).keeping((tuned - base).float() / 3)
+    rounded = half.rounded()
+    assert rounded.weight().dtype == dtype
+    assert torch.equal(rounded.values, rounded.weight().float() - base.float())
+    assert torch.equal(rounded.rounded().weight(), rounded.weight())
+    assert DenseDelta(tuned, base).rounded().is_whole and half.zero().rounded().is_zero
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_errors_of_rounding_stay_in_the_matrix_that_a_use_reads(number, dtype):
+    base, tuned = torch.randn(3, 4, 5).to(dtype), torch.randn(3, 4, 5).to(dtype)
+    view = MatrixView.contiguous(4, 5, start=20 * number)
+    use = Use(parameter="w", role=Role.LINEAR, moment="w", view=view, shape=(3, 4, 5))
+    factor = torch.linalg.cholesky(torch.eye(5) + torch.ones(5, 5)).T.contiguous()
+    half = DenseDelta(tuned, base).keeping((tuned.float() - base.float()) / 3)
+    fed, nearest = half.rounded_along(use, factor).rounded().weight(), half.rounded().weight()
+    others = [one for one in range(3) if one != number]
+    assert torch.equal(fed[others], nearest[others]) and not torch.equal(fed[number], nearest[number])
+    assert torch.equal(fed[number], round_columns(half.wanted()[number], dtype, factor))

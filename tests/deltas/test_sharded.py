@@ -149,3 +149,24 @@ def parts_of(shape):
     slices = [MatrixView.contiguous(shape[1], size // shape[1], start=size * n) for n in range(shape[0]) if shape[1:]]
     columns = MatrixView(start=size - 1, rows=shape[0], columns=1, row_stride=size, column_stride=1)
     return [*slices, *(view.transposed for view in slices), columns, columns.transposed]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("role", [Role.LINEAR, Role.CONV1D, Role.CONVOLUTION])
+def test_slices_are_rounded_as_the_whole_is(role, cuts, dtype):
+    use = use_of(role, SHAPES[role])
+    tuned, base = (values.to(dtype) for values in pair(SHAPES[role]))
+    size = use.view.columns
+    factor = torch.linalg.cholesky(torch.eye(size) + torch.ones(size, size)).T.contiguous()
+    change = Dense(matrix=torch.eye(size) / 3)
+
+    def work(shard, ranks):
+        delta = own(tuned, base, shard, ranks).transformed(use, change)
+        return delta.rounded().weight(), delta.rounded_along(use, factor).rounded().weight()
+
+    nearest, fed = (torch.cat(weights) for weights in zip(*on_shards(cuts, work), strict=True))
+    whole = DenseDelta(tuned, base).transformed(use, change)
+    assert torch.equal(nearest, whole.rounded().weight()) and nearest.dtype == dtype
+    assert torch.equal(fed, whole.rounded_along(use, factor).rounded().weight())
+    assert not torch.equal(fed, nearest)

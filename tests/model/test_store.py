@@ -90,7 +90,8 @@ def test_what_is_written_stays_where_the_block_succeeds(dtype, base, tmp_path):
     tuned = moved(base, "up.weight", "down.bias", dtype=dtype)
     before, store = tiny.weights(tuned), store_of(tuned, base, tmp_path)
     with store:
-        assert store.write("up.weight", store.delta("up.weight").zero()) == ()
+        written = store.write("up.weight", store.delta("up.weight").zero())
+        assert written.notes == () and written.delta.is_zero
         store.write("down.bias", store.delta("down.bias"))
     after = tiny.weights(tuned)
     assert torch.equal(after["up.weight"], base.up.weight)
@@ -164,8 +165,9 @@ def test_the_originals_of_a_computed_weight_are_set_so_that_it_carries_its_delta
     delta = store.delta("up.weight")
     torch.testing.assert_close(delta.values, torch.full((16, 8), 0.5))
     with store:
-        (told,) = store.write("up.weight", change(delta))
+        written, (told,) = store.write("up.weight", change(delta))
     assert note in told
+    assert torch.equal(written.values, tuned.up.weight - base.up.weight)
     torch.testing.assert_close(tuned.up.weight, base.up.weight + change(delta).values)
     with pytest.raises(RuntimeError), store:
         store.write("up.weight", change(store.delta("up.weight")).zero())
