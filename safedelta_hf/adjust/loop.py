@@ -137,38 +137,28 @@ class Adjustment:
     def _adjust(self, entry: PlanEntry, rule: Rule, factors: FactorCache) -> ParameterRecord:
         delta = self._store.delta(entry.parameter)
         if entry.action is Action.KEEP:
-            return self._write(entry, delta, outcome="kept")
+            return self._write(entry, delta, "kept")
         if entry.action is not Action.ADJUST:
-            return self._write(entry, delta.zero(), outcome="reset")
+            return self._write(entry, delta.zero(), "reset")
         if entry.parameter not in self._tuned_losses:  # the same at every strength
             self._tuned_losses[entry.parameter] = _loss(entry, delta, factors)
         if self._merging is None:
             adjusted, notes = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:
             adjusted, notes = self._merging.merged(rule, entry, delta)
-        unrounded = None
+        losses: dict[str, float] = {"tuned_loss": self._tuned_losses[entry.parameter]}
         if is_coarse(delta.dtype):
-            unrounded = _loss(entry, adjusted, factors)
-            adjusted, note = _rounded(entry, adjusted, factors)
+            losses["unrounded_loss"] = _loss(entry, adjusted, factors)
+            adjusted, losses["adjusted_loss"], note = _rounded(entry, adjusted, factors)
             notes += (note,)
-        return self._write(entry, adjusted, factors, outcome="adjusted", notes=notes, unrounded_loss=unrounded)
+        written, remarks = self._store.write(entry.parameter, adjusted)
+        if written is not adjusted or "adjusted_loss" not in losses:
+            losses["adjusted_loss"] = _loss(entry, written, factors)
+        return _record(entry, written, outcome="adjusted", notes=notes + remarks, **losses)
 
-    def _write(
-        self,
-        entry: PlanEntry,
-        delta: Delta,
-        factors: FactorCache | None = None,
-        *,
-        notes: tuple[str, ...] = (),
-        **values: Any,  # noqa: ANN401
-    ) -> ParameterRecord:
-        # All figures are those of what the weights carry afterwards.
-        delta, remarks = self._store.write(entry.parameter, delta)
-        if factors is not None:
-            values["tuned_loss"] = self._tuned_losses[entry.parameter]
-            values["adjusted_loss"] = _loss(entry, delta, factors)
-        energies = {"delta_energy": delta.tuned_energy, "lost_energy": delta.lost_energy}
-        return _record(entry, **values, **energies, notes=notes + remarks)
+    def _write(self, entry: PlanEntry, delta: Delta, outcome: str) -> ParameterRecord:
+        written, notes = self._store.write(entry.parameter, delta)
+        return _record(entry, written, outcome=outcome, notes=notes)
 
 
 def _transformed(
@@ -183,7 +173,7 @@ def _transformed(
     return delta, notes
 
 
-def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, str]:
+def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, float, str]:
     """Round a delta to the data type of its weights in whichever way costs less safety.
 
     Args:
@@ -192,7 +182,7 @@ def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delt
         factors: The moments.
 
     Returns:
-        What the weights can hold of it, and which way it was.
+        What the weights can hold of it, its quadratic loss, and which way it was.
     """
     nearest, fed = delta.rounded(), delta
     for use in entry.uses:
@@ -200,12 +190,13 @@ def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delt
         factor = factors.rounding(use)
         if factor is not None:
             fed = fed.rounded_along(use, factor)
-    name = str(delta.dtype).removeprefix("torch.")
+    name, loss = str(delta.dtype).removeprefix("torch."), _loss(entry, nearest, factors)
     if fed is not delta:
         fed = fed.rounded()
-        if _loss(entry, fed, factors) < _loss(entry, nearest, factors):
-            return fed, f"rounded to {name}, errors fed on"
-    return nearest, f"rounded to the nearest {name}"
+        lower = _loss(entry, fed, factors)
+        if lower < loss:
+            return fed, lower, f"rounded to {name}, errors fed on"
+    return nearest, loss, f"rounded to the nearest {name}"
 
 
 def _loss(entry: PlanEntry, delta: Delta, factors: FactorCache) -> float:
@@ -221,7 +212,9 @@ def _together(entry: PlanEntry, use: Use) -> Sequence[Use]:
     return entry.uses if use.view.covers(math.prod(entry.shape)) else (use,)
 
 
-def _record(entry: PlanEntry, **values: Any) -> ParameterRecord:  # noqa: ANN401
+def _record(entry: PlanEntry, written: Delta | None = None, **values: Any) -> ParameterRecord:  # noqa: ANN401
+    if written is not None:
+        values |= {"delta_energy": written.tuned_energy, "lost_energy": written.lost_energy}
     described = {
         "parameter": entry.parameter,
         "shape": entry.shape,

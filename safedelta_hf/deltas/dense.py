@@ -194,7 +194,7 @@ class DenseDelta(Delta):
 
     @override
     def rounded(self) -> "DenseDelta":
-        return self.held_as(self.weight())
+        return self if self._weight is not None else self.held_as(self.weight())
 
     @override
     def rounded_along(self, use: Use, factor: Tensor) -> "DenseDelta":
