@@ -7,18 +7,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
+import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
+from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, STRENGTH_HELP, chosen_rule, one_line_errors, one_of
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import write_whole
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.rules import Rule
 from safedelta_hf.testbed import (
+    CASES,
     Case,
     behaviour_scores,
     fine_tune,
@@ -209,3 +213,19 @@ def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
     axes.set_title(title)
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=150)
+
+
+def demo(
+    case: Annotated[str, typer.Option(help=f"What to fine-tune on: {', '.join(CASES)}.")] = "benign",
+    rule: Annotated[str | None, typer.Option(help=f"{RULE_HELP} {DEFAULT_RULE_HELP}")] = None,
+    strength: Annotated[str, typer.Option(help=STRENGTH_HELP)] = "auto",
+    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA on all linear layers.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.", min=0, max=2**32 - 1)] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for figure, figures and report.")] = Path("safedelta-demo"),
+) -> None:
+    """Fine-tune the tiny model that comes with the package, with the callback, and show what it does to refusals."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with one_line_errors():
+        chosen_case = one_of(CASES, case, "--case")
+        chosen = chosen_rule(rule, strength, task=chosen_case)
+        run_demo(chosen_case, rule=chosen, seed=seed, output=output, echo=typer.echo, lora=lora)

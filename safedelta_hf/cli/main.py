@@ -1,48 +1,96 @@
 """The `safedelta` command."""
 
-from pathlib import Path
-from typing import Annotated
+import importlib
+from types import MappingProxyType
+from typing import Annotated, Any, Final
 
 import typer
-from transformers.utils import logging
+from typer.core import TyperCommand, TyperGroup
+from typing_extensions import override
 
-from safedelta_hf.cli.apply import apply
-from safedelta_hf.cli.compare import comparison
-from safedelta_hf.cli.demo import run_demo
-from safedelta_hf.cli.evaluate import evaluate
-from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, STRENGTH_HELP, chosen_rule, one_line_errors, one_of
-from safedelta_hf.cli.profile import profile
-from safedelta_hf.testbed import CASES
+from safedelta_hf import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+COMMANDS: Final = MappingProxyType(
+    {
+        "demo": (
+            "safedelta_hf.cli.demo:demo",
+            "Fine-tune the tiny model that comes with the package, with the callback, and show what it does to "
+            "refusals.",
+        ),
+        "profile": (
+            "safedelta_hf.cli.profile:profile",
+            "Collect the profile of a base model once, for every fine-tune of it.",
+        ),
+        "apply": (
+            "safedelta_hf.cli.apply:apply",
+            "Adjust a saved adapter (--adapter) or a model (--base and --tuned), files to files.",
+        ),
+        "eval": (
+            "safedelta_hf.cli.evaluate:evaluate",
+            "Measure what a model refuses, what it should not refuse, and what it can do.",
+        ),
+        "compare": (
+            "safedelta_hf.cli.compare:comparison",
+            "Compare rules over strengths, and baselines: attack success against utility, as JSON, table and plot.",
+        ),
+    }
+)
+"""Where each command is, and what it is for; read before anything that takes seconds to import."""
+
+SETTINGS: Final = {"add_completion": False, "pretty_exceptions_enable": False}
+
+
+class LazyCommands(TyperGroup):
+    """Commands whose modules are imported when they are called."""
+
+    @override
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return list(COMMANDS)
+
+    @override
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+        if cmd_name in self.commands or cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])  # enough to be listed
+
+    @override
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if args[0] in COMMANDS:
+            self.commands[args[0]] = loaded(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def loaded(name: str) -> Any:  # noqa: ANN401 - a command of click
+    """Import a command.
+
+    Args:
+        name: One of `COMMANDS`.
+
+    Returns:
+        The command, with its options.
+    """
+    module, function = COMMANDS[name][0].split(":")
+    alone = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
+    alone.command(name)(getattr(importlib.import_module(module), function))
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(cls=LazyCommands, no_args_is_help=True, **SETTINGS)  # type: ignore[arg-type]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
-def safedelta() -> None:
-    """Fine-tune an aligned language model and keep its refusals."""
-
-
-@app.command()
-def demo(
-    case: Annotated[str, typer.Option(help=f"What to fine-tune on: {', '.join(CASES)}.")] = "benign",
-    rule: Annotated[str | None, typer.Option(help=f"{RULE_HELP} {DEFAULT_RULE_HELP}")] = None,
-    strength: Annotated[str, typer.Option(help=STRENGTH_HELP)] = "auto",
-    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA on all linear layers.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.", min=0, max=2**32 - 1)] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for figure, figures and report.")] = Path("safedelta-demo"),
+def safedelta(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_tell_version)
+    ] = False,
 ) -> None:
-    """Fine-tune the tiny model that comes with the package, with the callback, and show what it does to refusals."""
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with one_line_errors():
-        chosen_case = one_of(CASES, case, "--case")
-        chosen = chosen_rule(rule, strength, task=chosen_case)
-        run_demo(chosen_case, rule=chosen, seed=seed, output=output, echo=typer.echo, lora=lora)
-
-
-app.command("profile")(profile)
-app.command("apply")(apply)
-app.command("eval")(evaluate)
-app.command("compare")(comparison)
+    """Fine-tune an aligned language model and keep its refusals."""
 
 
 if __name__ == "__main__":

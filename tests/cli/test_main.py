@@ -1,0 +1,64 @@
+"""The command itself: its list of commands, and what it takes to show it."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+import safedelta_hf
+from safedelta_hf.cli.main import COMMANDS, app
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
+
+
+def imported_by(code):
+    ending = f"; import sys; print([name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", code + ending]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import safedelta_hf",
+        "from safedelta_hf.cli.main import app; app(['--help'], standalone_mode=False)",
+        "from safedelta_hf.cli.main import app; app(['--version'], standalone_mode=False)",
+    ],
+)
+def test_nothing_that_takes_seconds_is_imported_before_it_is_used(code):
+    assert imported_by(code) == "[]"
+
+
+def test_every_public_name_is_there():
+    assert list(safedelta_hf.__all__) == sorted(safedelta_hf.__all__) and "__version__" in safedelta_hf.__all__
+    assert all(getattr(safedelta_hf, name) is not None for name in safedelta_hf.__all__)
+    assert set(safedelta_hf.__all__) <= set(dir(safedelta_hf)) | {"__version__"}
+    with pytest.raises(AttributeError, match="nothing"):
+        safedelta_hf.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_listed_as_its_own_help_begins(name):
+    place, summary = COMMANDS[name]
+    module, function = place.split(":")
+    said = inspect.getdoc(getattr(importlib.import_module(module), function))
+    assert said.splitlines()[0] == summary
+    shown = CliRunner().invoke(app, [name, "--help"])
+    assert shown.exit_code == 0 and "--output" in shown.output
+
+
+def test_help_lists_every_command_and_an_unknown_one_is_an_error():
+    shown = CliRunner().invoke(app, ["--help"])
+    assert all(name in shown.output for name in COMMANDS)
+    unknown = CliRunner().invoke(app, ["repair"])
+    assert unknown.exit_code == 2 and "No such command" in unknown.output
+
+
+def test_the_version_is_told_by_the_option_and_by_the_module():
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == version("safedelta-hf")
+    command = [sys.executable, "-m", "safedelta_hf", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == version("safedelta-hf")
