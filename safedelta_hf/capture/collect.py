@@ -20,13 +20,15 @@ from safedelta_hf.capture.reading import capture_profile
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import (
-    ProcessingClass,
     SafetySequence,
     digest_of,
     read_safety_data,
+    responses_of,
     tokenizer_digest,
 )
+from safedelta_hf.data.phrases import SAFETY_DATA, warn_unless_refusals
 from safedelta_hf.data.refusals import HeldOut, split
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
@@ -125,7 +127,7 @@ def collect_profile(
     *,
     config: ProfileConfig | None = None,
     checkpointing: Checkpointing | None = None,
-    purpose: str = "safety data",
+    purpose: str = SAFETY_DATA,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
@@ -136,15 +138,15 @@ def collect_profile(
 
     Args:
         model: The base (aligned) model, opened or not; it is left as it was. Adapters on it are disabled meanwhile.
-        safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, or the path of
-            a JSON-lines file, in any form that TRL takes.
+        safety_dataset: Harmful prompts with the responses of a safe model: a Dataset, a list of dicts, a file, or a
+            data set of the Hub, as `read_safety_data` takes them.
         processing_class: Tokenizer or processor; not needed for tokenised data.
         config: How the data is read, and of which weights; `ProfileConfig()` if None.
         checkpointing: Keep what is summed in a folder every so many batches, so that a killed run goes on there: the
             same call goes on where it stopped. The moments are read from that folder until it is removed. For one
             process.
         purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
-            the same way.
+            the same way. Of safety data a warning tells where its responses hardly are refusals of this model.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar, on the main process.
 
@@ -187,6 +189,9 @@ def collect_profile(
 
         profile = read(sequences) if checkpointing is None else checkpointing.collect(sequences, config, read, made_of)
         held_out = HeldOut.measured(opened, aside, config.batch_size) if aside else None
+        if purpose == SAFETY_DATA and ranks.is_main:
+            losses = () if held_out is None else held_out.losses
+            warn_unless_refusals(responses_of(sequences + aside, processing_class), losses)
         return replace(profile, held_out=held_out)
 
 

@@ -9,14 +9,15 @@ from typing import Annotated, Any, Final
 import typer
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from safedelta_hf.capture.collect import Checkpointing, collect_profile
 from safedelta_hf.capture.config import ALL_LINEAR, ProfileConfig
 from safedelta_hf.cli.options import one_line_errors, one_of
 from safedelta_hf.data.dataset import read_safety_data
-from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
+from safedelta_hf.data.phrases import SAFETY_DATA
+from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.folders import require_absent
 from safedelta_hf.profile.encodings import ENCODINGS, Encoding, encoding_of
 from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_retention
@@ -99,9 +100,9 @@ def profile(
         )
         require_absent(output)
         tokenizer = _loaded(AutoTokenizer, model)
-        _require_readable(source, tokenizer, max_length, purpose)
+        read_safety_data(source, tokenizer, max_length, purpose=purpose)
         if ordinary_data is not None:
-            _require_readable(ordinary_data, tokenizer, max_length, "ordinary data")
+            read_safety_data(ordinary_data, tokenizer, max_length, purpose="ordinary data")
         loaded: PreTrainedModel = _loaded(AutoModelForCausalLM, model, dtype=dtype, device_map=device)
         sums = output.with_name(f".{output.name}.sums")
         checkpointing = None if save_every is None else Checkpointing(sums, every=save_every)
@@ -133,7 +134,7 @@ def _source(
     safety_data: Path | None, task_data: Path | None, ordinary_data: Path | None, holdout: float | None
 ) -> tuple[Path, str]:
     if safety_data is not None and task_data is None:
-        return safety_data, "safety data"
+        return safety_data, SAFETY_DATA
     if task_data is None or safety_data is not None:
         raise ConfigurationError("give one of --safety-data and --task-data; each makes a profile of its own")
     if ordinary_data is not None or holdout is not None:
@@ -151,13 +152,6 @@ def _loaded(kind: Any, name: str, **how: str) -> Any:  # noqa: ANN401 - a model 
     except (OSError, ValueError, RuntimeError) as error:
         device = f" on --device {how['device_map']!r}" if how else ""
         raise ConfigurationError(f"--model {name!r} cannot be loaded as a language model{device} ({error})") from error
-
-
-def _require_readable(data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int | None, purpose: str) -> None:
-    try:
-        read_safety_data(data, tokenizer, max_length, purpose=purpose)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{purpose}: {str(data)!r} cannot be read ({error}); give a JSON-lines file") from error
 
 
 def _require_name(repository: str | None) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
+from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
@@ -211,7 +212,7 @@ class ModelScenario(Scenario):
         self._processing_class, self._questions = processing_class, questions
         self._settings = settings or EvaluationSettings()
         self._digests = {"base": model_digest(base, processing_class), "tuned": model_digest(tuned, processing_class)}
-        self._profile = self._profiled(safety_data, "safety data", None)
+        self._profile = self._profiled(safety_data, SAFETY_DATA, None)
         self._task = None if task_data is None else self._profiled(task_data, "task data", 0.0)
         self._ordinary = None if ordinary_data is None else self._profiled(ordinary_data, "ordinary data", 0.0)
         self._tuned = TunedModel(tuned)

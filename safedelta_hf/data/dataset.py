@@ -4,19 +4,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
+from safedelta_hf.data.forms import IGNORED, Turn, answered, in_known_form, is_tokenised, tools_of, turns_of
+from safedelta_hf.data.phrases import SAFETY_DATA
+from safedelta_hf.data.rows import read_rows
+from safedelta_hf.data.templates import (
+    ProcessingClass,
+    conversation_tokens,
+    template_of,
+    text_tokens,
+    tokenizer_of,
+)
 from safedelta_hf.errors import DataError
-
-ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
-
-IGNORED = -100
-"""Label of a token that is not part of the response."""
-
-FORMS = "'messages', 'prompt' + 'completion', 'text', or 'input_ids' (+ 'labels')"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +39,33 @@ def read_safety_data(
     processing_class: ProcessingClass | None = None,
     max_length: int | None = None,
     *,
-    purpose: str = "safety data",
+    purpose: str = SAFETY_DATA,
 ) -> list[SafetySequence]:
     """Tokenise safety data: prompts together with the responses of a safe model, usually refusals.
 
     Task data and ordinary data are read in the same way.
 
     Args:
-        source: A `datasets.Dataset`, a list of dicts, or the path of a JSON-lines file, whose rows hold `messages`,
-            `prompt` + `completion`, `text`, or `input_ids` (+ `labels`), as in TRL.
+        source: A `datasets.Dataset`, any iterable of dicts, a file (JSON lines, a JSON array, CSV, Parquet)
+            or the name of a data set on the Hub. Rows hold `messages`, `prompt` + `completion`, `text`, or `input_ids`
+            (+ `labels`), as in TRL; preferences, whose chosen response counts; or ShareGPT's or Alpaca's columns.
         processing_class: Tokenizer, or processor with a `tokenizer`; not needed for tokenised rows.
         max_length: Sequences are cut to this many tokens, at the end; None leaves them whole.
         purpose: What errors call the data.
 
     Returns:
-        The sequences, in the order of the source.
+        The sequences, in the order of the source; without responses that are marked as undesirable.
 
     Raises:
-        DataError: There are no rows, a row has no known form, no response, or none left within `max_length`.
+        DataError: There are no rows, a row has no known form, no response, or none left within `max_length`, or the
+            chat template rejects it or leaves words out.
     """
-    tokenizer = _tokenizer_of(processing_class)
     try:
-        sequences = _cut([_tokenise(number, row, tokenizer) for number, row in enumerate(_rows(source))], max_length)
+        read = [_tokenise(row, place, processing_class) for place, row in read_rows(source)]
+        sequences = [sequence for sequence in read if sequence is not None]
+        if read and not sequences:
+            raise DataError(f"all {len(read)} rows are marked as undesirable; there is no response to preserve")
+        sequences = _cut(sequences, max_length)
     except DataError as error:
         raise error.at(purpose) from error
     return sequences
@@ -101,22 +108,32 @@ def tokenizer_digest(processing_class: ProcessingClass | None) -> str | None:
     Returns:
         A hexadecimal SHA-256 digest, or None without a tokenizer.
     """
-    tokenizer = _tokenizer_of(processing_class)
+    tokenizer = tokenizer_of(processing_class)
     if tokenizer is None:
         return None
     content = [
         sorted(tokenizer.get_vocab().items()),
         sorted(map(str, tokenizer.all_special_tokens)),
-        tokenizer.chat_template,
+        template_of(processing_class),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _tokenizer_of(processing_class: ProcessingClass | None) -> PreTrainedTokenizerBase | None:
-    if isinstance(processing_class, ProcessorMixin):
-        tokenizer: PreTrainedTokenizerBase = processing_class.tokenizer
-        return tokenizer
-    return processing_class
+def responses_of(sequences: Sequence[SafetySequence], processing_class: ProcessingClass | None) -> list[str]:
+    """The responses as text.
+
+    Args:
+        sequences: Tokenised examples.
+        processing_class: Tokenizer, or processor with a `tokenizer`, or None.
+
+    Returns:
+        The text of each, without special tokens; nothing without a tokenizer.
+    """
+    tokenizer: Any = tokenizer_of(processing_class)
+    if tokenizer is None:
+        return []
+    said = ([label for label in sequence.labels if label != IGNORED] for sequence in sequences)
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
 
 
 def _require_responses(sequences: Sequence[SafetySequence], complaint: str) -> None:
@@ -128,94 +145,80 @@ def _require_responses(sequences: Sequence[SafetySequence], complaint: str) -> N
         raise DataError(f"{len(without)} of {len(sequences)} rows {complaint} (rows {shown})")
 
 
-def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    if not isinstance(source, str | Path):
-        return source
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(f"there is no file {str(path)!r}; give a JSON-lines file, a Dataset or a list")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path.name} line {number} is not JSON ({error})") from error
-    return rows
-
-
-def _tokenise(number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> SafetySequence:
-    if not isinstance(row, Mapping):
-        raise DataError(f"row {number} is a {type(row).__name__}, not a dict with {FORMS}")
-    if row.get("input_ids") is not None:
-        return _from_tokens(number, row)
-    if tokenizer is None:
+def _tokenise(row: Any, place: str, processing_class: ProcessingClass | None) -> SafetySequence | None:  # noqa: ANN401
+    if isinstance(row, Mapping) and not is_tokenised(row) and tokenizer_of(processing_class) is None:
         raise DataError(
-            f"row {number} is not tokenised and there is no tokenizer; "
+            f"{place} is not tokenised and there is no tokenizer; "
             "pass processing_class=tokenizer (to the Trainer or to the callback)"
         )
-    if row.get("messages") is not None:
-        messages = list(row["messages"])
-        if not messages or messages[-1].get("role") != "assistant" or not messages[-1].get("content"):
-            raise DataError(f"'messages' of row {number} must end with a non-empty assistant turn")
-        return _from_turns(number, messages[:-1], messages, row, tokenizer)
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return _from_text(prompt, completion, tokenizer)
-        return _from_turns(number, list(prompt), [*prompt, *completion], row, tokenizer)
-    if row.get("text") is not None:
-        return _from_text("", row["text"], tokenizer)
-    raise DataError(f"row {number} has the keys {sorted(row)}; expected {FORMS}")
-
-
-def _from_tokens(number: int, row: Mapping[str, Any]) -> SafetySequence:
-    input_ids = tuple(int(token) for token in row["input_ids"])
-    labels = input_ids if row.get("labels") is None else tuple(int(label) for label in row["labels"])
-    mask = [1] * len(input_ids) if row.get("attention_mask") is None else list(row["attention_mask"])
-    if not len(labels) == len(input_ids) == len(mask):
+    found = in_known_form(row, place)
+    if found is None:
+        return None
+    if "input_ids" in found:
+        return _from_tokens(found, processing_class)
+    assert processing_class is not None, "it has a tokenizer"
+    if "messages" in found:
+        messages = turns_of(found["messages"], place, "'messages'")
+        if not answered(messages):
+            raise DataError(f"'messages' of {place} must end with a non-empty assistant turn")
+        return _from_turns(messages[:-1], messages[-1:], found, place, processing_class)
+    prompt, completion = found.get("prompt", ""), found.get("completion", found.get("text"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise DataError(f"{place} has a blank response; give the text to preserve")
+        return _from_text(prompt, completion, place, processing_class)
+    kinds = {type(part).__name__ for part in (prompt, completion) if not hasattr(part, "__iter__")}
+    if kinds or isinstance(prompt, str) != isinstance(completion, str):
         raise DataError(
-            f"row {number} has {len(input_ids)} input_ids but {len(labels)} labels and {len(mask)} attention_mask"
+            f"{place}: its prompt is a {type(prompt).__name__} and its response a {type(completion).__name__}; give "
+            "both as text, or both as lists of messages"
         )
+    before, response = turns_of(prompt, place, "'prompt'"), turns_of(completion, place, "'completion'")
+    if not answered(response):
+        raise DataError(f"'completion' of {place} must end with a non-empty assistant turn")
+    return _from_turns(before, response, found, place, processing_class)
+
+
+def _from_tokens(row: Mapping[str, Any], processing_class: ProcessingClass | None) -> SafetySequence:
+    input_ids, labels = row["input_ids"], row["labels"]
+    mask = row.get("attention_mask") or _unpadded(input_ids, tokenizer_of(processing_class))
     read = [place for place, seen in enumerate(mask) if seen]  # padding is no text
     return SafetySequence(
         input_ids=tuple(input_ids[place] for place in read), labels=tuple(labels[place] for place in read)
     )
 
 
+def _unpadded(input_ids: Sequence[int], tokenizer: Any) -> list[bool]:  # noqa: ANN401 - or None
+    # Which tokens of a row without an attention mask are text. Where the padding token has another meaning as well,
+    # one of it at an end of the row is no padding.
+    padding = getattr(tokenizer, "pad_token_id", None)
+    shared = padding in (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "bos_token_id", None))
+    before = sum(1 for _ in takewhile(lambda token: token == padding, input_ids))
+    after = sum(1 for _ in takewhile(lambda token: token == padding, reversed(input_ids)))
+    if shared:
+        before, after = before if before > 1 else 0, max(after - 1, 0)
+    return [before <= place < len(input_ids) - after for place in range(len(input_ids))]
+
+
 def _from_turns(
-    number: int,
-    prompt: list[Mapping[str, Any]],
-    messages: list[Mapping[str, Any]],
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Turn], response: list[Turn], row: Mapping[str, Any], place: str, processing_class: ProcessingClass
 ) -> SafetySequence:
-    if not tokenizer.chat_template:
+    if not template_of(processing_class):
         raise DataError(
-            f"row {number} is conversational but the tokenizer has no chat template; "
+            f"{place} is conversational but the tokenizer has no chat template; "
             "set tokenizer.chat_template, or give 'prompt' and 'completion' as plain strings"
         )
-    extra = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-
-    def tokens(turns: list[Mapping[str, Any]], *, opens_response: bool) -> list[int]:
-        encoded: Any = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=opens_response,
-            **extra,
-        )
-        return list(encoded["input_ids"])
-
-    return _mark_response(tokens(prompt, opens_response=True), tokens(messages, opens_response=False))
+    if not prompt:
+        raise DataError(f"{place} has no turn before the response; give the request that it answers")
+    return _mark_response(*conversation_tokens(processing_class, prompt, response, tools_of(row, place), place))
 
 
-def _from_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> SafetySequence:
-    before: list[int] = tokenizer(prompt)["input_ids"] if prompt else []
-    whole: list[int] = tokenizer(prompt + completion)["input_ids"]
-    if completion and tokenizer.eos_token_id is not None and whole[-1:] != [tokenizer.eos_token_id]:
-        whole = [*whole, tokenizer.eos_token_id]
+def _from_text(prompt: str, completion: str, place: str, processing_class: ProcessingClass) -> SafetySequence:
+    before = text_tokens(processing_class, prompt, place) if prompt else []
+    whole = text_tokens(processing_class, prompt + completion, place)
+    end = getattr(tokenizer_of(processing_class), "eos_token_id", None)
+    if completion and end is not None and whole[-1:] != [end]:
+        whole = [*whole, end]
     return _mark_response(before, whole)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import arguments_of, forward_guard, input_device, require_fit, share_of
-from safedelta_hf.data.dataset import IGNORED, SafetySequence
+from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.modules.evaluating import coarsest, evaluating, precision_seen, rounding_otherwise, without_adapters

@@ -1,5 +1,6 @@
 """How a model behaves: what it refuses, what it should not refuse, and what it can do."""
 
+from safedelta_hf.data.phrases import REFUSAL_PHRASES, is_refusal
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
@@ -7,7 +8,6 @@ from safedelta_hf.evaluation.likelihood import Likelihood, Reference, is_degener
 from safedelta_hf.evaluation.questions import Prompt, Questions, read_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score
 from safedelta_hf.evaluation.scoring import (
-    REFUSAL_PHRASES,
     Judge,
     ModelJudge,
     attack_success_rate,
@@ -15,7 +15,6 @@ from safedelta_hf.evaluation.scoring import (
     exact_match,
     final_answer,
     final_match,
-    is_refusal,
 )
 
 __all__ = [

@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from safedelta_hf.data.dataset import read_safety_data, responses_of
+from safedelta_hf.data.phrases import is_refusal, warn_unless_refusals
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import harness_scores, require_tasks
-from safedelta_hf.evaluation.likelihood import Reference, incoherent, refusal_likelihood
+from safedelta_hf.evaluation.likelihood import Reference, incoherent, likelihood_of
 from safedelta_hf.evaluation.questions import EvaluationSettings, Prompt, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score, average, share
-from safedelta_hf.evaluation.scoring import Judge, TaskScore, is_refusal, judgements
+from safedelta_hf.evaluation.scoring import Judge, TaskScore, judgements
 from safedelta_hf.folders import RunLog
 
 T = TypeVar("T")
@@ -24,7 +27,7 @@ RESULTS: Final = "results.json"
 
 def evaluate_model(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     questions: Questions,
     *,
     reference: Reference | None = None,
@@ -37,7 +40,7 @@ def evaluate_model(
 
     Args:
         model: A causal language model, adapters included, on any device; it is left as it was.
-        processing_class: Its tokenizer, with a chat template and a padding token.
+        processing_class: Its tokenizer, or its processor, with a chat template and a padding token.
         questions: What to ask, and what scores the responses.
         reference: What tells language from gibberish; without it only loops and empty responses are found.
         max_new_tokens: Length limit of a response, in tokens.
@@ -87,7 +90,7 @@ class _Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: ProcessingClass,
         settings: EvaluationSettings,
         output: Path | None,
         *,
@@ -113,16 +116,19 @@ class _Run:
                     *({"index": index, "prompt": prompts[index].text, "response": text} for index, text in new.items())
                 )
 
-        return generate_responses(
-            self.model,
-            self.processing_class,
-            [prompt.messages for prompt in prompts],
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_size=self.settings.batch_size,
-            known={} if log is None else dict(log.entries),
-            on_batch=keep,
-            progress=self.progress,
-        )
+        try:
+            return generate_responses(
+                self.model,
+                self.processing_class,
+                [prompt.messages for prompt in prompts],
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.settings.batch_size,
+                known={} if log is None else dict(log.entries),
+                on_batch=keep,
+                progress=self.progress,
+            )
+        except DataError as error:
+            raise error.at(kind) from error
 
     def verdicts(
         self, kind: str, prompts: Sequence[Prompt], responses: Sequence[str], judge: Judge
@@ -211,9 +217,9 @@ def _benign_scores(run: _Run, prompts: Sequence[Prompt], reference: Reference | 
 
 
 def _refusal_scores(run: _Run, refusals: str | Path | Iterable[Mapping[str, Any]]) -> dict[str, Score]:
-    found = refusal_likelihood(
-        run.model, refusals, run.processing_class, batch_size=run.settings.batch_size, progress=run.progress
-    )
+    sequences = read_safety_data(refusals, run.processing_class, purpose="refusals")
+    warn_unless_refusals(responses_of(sequences, run.processing_class), purpose="refusals")
+    found = likelihood_of(run.model, sequences, batch_size=run.settings.batch_size, progress=run.progress)
     run.prompts["refusals"] = found.data
     return {
         "refusal_nll": average(found.losses, "nats/token"),

@@ -11,17 +11,18 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.data.batches import require_fit
-from safedelta_hf.data.dataset import ProcessingClass, tokenizer_digest
+from safedelta_hf.data.dataset import tokenizer_digest
+from safedelta_hf.data.templates import ProcessingClass, prompt_tokens, template_of, tokenizer_of
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.modules.evaluating import evaluating
 from safedelta_hf.weights.digest import digest
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]
 
 
 def generate_responses(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     conversations: Sequence[Chat],
     *,
     max_new_tokens: int = 32,
@@ -40,7 +41,7 @@ def generate_responses(
 
     Args:
         model: A causal language model, on any device.
-        processing_class: Its tokenizer, with a chat template and a padding token.
+        processing_class: Its tokenizer, or its processor, with a chat template and a padding token.
         conversations: Chats that end in a user turn; each is a sequence of messages with "role" and "content".
         max_new_tokens: Length limit of a response, in tokens.
         batch_size: Chats per call of ``model.generate``.
@@ -53,19 +54,22 @@ def generate_responses(
 
     Raises:
         ConfigurationError: If a limit is below 1, or the tokenizer lacks a chat template or a padding token.
-        DataError: If a chat is empty, does not end in a user turn, or is longer than the model takes.
+        DataError: If a chat is empty, does not end in a user turn, is rejected by the chat template, or is longer
+            than the model takes.
     """
-    _check_settings(processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    tokenizer = _checked(processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size)
     _check_chats(conversations)
-    prompts = [prompt_tokens(processing_class, chat) for chat in conversations]
+    prompts = [
+        prompt_tokens(processing_class, chat, f"conversations[{index}]") for index, chat in enumerate(conversations)
+    ]
     require_fit(model, prompts, "conversations")
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     responses = dict(known or {})
     batches = [batch for batch in batches if not responses.keys() >= set(batch)]
-    with _generating(model, processing_class):
+    with _generating(model, tokenizer):
         for batch in tqdm(batches, desc="Generating", unit="batch", disable=not progress):
-            answers = _answer_batch(model, processing_class, [prompts[index] for index in batch], max_new_tokens)
+            answers = _answer_batch(model, tokenizer, [prompts[index] for index in batch], max_new_tokens)
             new = {index: text for index, text in zip(batch, answers, strict=True) if index not in responses}
             responses.update(new)
             if on_batch is not None:
@@ -73,36 +77,22 @@ def generate_responses(
     return [responses[index] for index in range(len(prompts))]
 
 
-def _check_settings(processing_class: PreTrainedTokenizerBase, **counts: int) -> None:
+def _checked(processing_class: ProcessingClass, **counts: int) -> PreTrainedTokenizerBase:
     for name, value in counts.items():
         if value < 1:
             raise ConfigurationError(f"{name}: must be at least 1, got {value}")
-    if not processing_class.chat_template:
+    tokenizer = tokenizer_of(processing_class)
+    if tokenizer is None or not template_of(processing_class):
         raise ConfigurationError("processing_class: the tokenizer needs a chat template, and has none")
-    if processing_class.pad_token_id is None:
+    if tokenizer.pad_token_id is None:
         raise ConfigurationError("processing_class: the tokenizer needs a padding token; set its pad_token")
+    return tokenizer
 
 
 def _check_chats(conversations: Sequence[Chat]) -> None:
     for index, chat in enumerate(conversations):
         if not chat or chat[-1].get("role") != "user":
             raise DataError(f"conversations[{index}]: a chat to be answered has to end in a user turn")
-
-
-def prompt_tokens(processing_class: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
-    """Render a chat up to where the response begins.
-
-    Args:
-        processing_class: A tokenizer with a chat template.
-        chat: A chat that ends in a user turn.
-
-    Returns:
-        Token ids.
-    """
-    encoding: Any = processing_class.apply_chat_template(
-        [dict(message) for message in chat], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoding["input_ids"])
 
 
 def _answer_batch(

@@ -1,13 +1,14 @@
 """Tasks of the Language Model Evaluation Harness, where `lm_eval` is installed."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from safedelta_hf.data.templates import ProcessingClass, template_of, tokenizer_of
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.result import CONFIDENCE, Score, normal_deviate
 from safedelta_hf.modules.evaluating import evaluating
@@ -65,7 +66,7 @@ def require_tasks(tasks: HarnessTasks) -> Any:  # noqa: ANN401 - a class of a pa
 
 def harness_scores(
     model: nn.Module,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     tasks: HarnessTasks,
     *,
     batch_size: int = 8,
@@ -75,7 +76,7 @@ def harness_scores(
 
     Args:
         model: A causal language model, adapters included; it is left as it was.
-        processing_class: Its tokenizer.
+        processing_class: Its tokenizer, or its processor.
         tasks: What to run.
         batch_size: Examples per forward pass.
         manager: What `require_tasks` returned for these tasks, if it was called; it takes seconds.
@@ -90,14 +91,18 @@ def harness_scores(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    tokenizer: Any = tokenizer_of(processing_class)
+    if tokenizer is not processing_class:  # the harness asks the tokenizer for the template
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template_of(processing_class)
     with evaluating(model):
-        wrapped = HFLM(pretrained=model, tokenizer=processing_class, batch_size=batch_size)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         results = lm_eval.simple_evaluate(
             model=wrapped,
             tasks=list(tasks.names),
             task_manager=manager,
             limit=tasks.limit,
-            apply_chat_template=processing_class.chat_template is not None,
+            apply_chat_template=tokenizer.chat_template is not None,
             log_samples=False,
         )
     return scores_of(results)

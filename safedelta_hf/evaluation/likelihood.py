@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safedelta_hf.data.dataset import IGNORED, ProcessingClass, SafetySequence, digest_of, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, digest_of, read_safety_data
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import response_losses
+from safedelta_hf.data.templates import ProcessingClass, prompt_tokens, tokenizer_of
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.evaluation.questions import Prompt
 
 UPPER = 0.95
@@ -75,7 +76,25 @@ def refusal_likelihood(
         DataError: The data is empty, has no responses, or does not fit the model.
         NumericalError: The model's loss is NaN or Inf.
     """
-    sequences = read_safety_data(refusals, processing_class, max_length)
+    return likelihood_of(
+        model, read_safety_data(refusals, processing_class, max_length), batch_size=batch_size, progress=progress
+    )
+
+
+def likelihood_of(
+    model: nn.Module, sequences: Sequence[SafetySequence], *, batch_size: int = 8, progress: bool = False
+) -> Likelihood:
+    """Measure how likely a model finds responses that are tokenised.
+
+    Args:
+        model: A causal language model, adapters included, on any device; it is left as it was.
+        sequences: Tokenised examples.
+        batch_size: Sequences per forward pass, at most.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The loss of each example.
+    """
     losses = response_losses(
         ShardedModel(model), sequences, batch_size=batch_size, progress=progress, desc="Refusal likelihood"
     )
@@ -123,7 +142,7 @@ class Reference:
         return LOSS_SHARE * log(len(self.processing_class)) if self.limit is None else self.limit
 
 
-def is_degenerate(response: str, processing_class: PreTrainedTokenizerBase) -> bool:
+def is_degenerate(response: str, processing_class: ProcessingClass) -> bool:
     """Tell whether a response says nothing, or goes round in a loop.
 
     Args:
@@ -144,7 +163,7 @@ def is_degenerate(response: str, processing_class: PreTrainedTokenizerBase) -> b
 def incoherent(
     prompts: Sequence[Prompt],
     responses: Sequence[str],
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     reference: Reference | None = None,
     *,
     batch_size: int = 8,
@@ -179,8 +198,9 @@ def incoherent(
     return found
 
 
-def _tokens(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    return list(processing_class(text, add_special_tokens=False)["input_ids"])
+def _tokens(text: str, processing_class: ProcessingClass) -> list[int]:
+    tokenizer: Any = tokenizer_of(processing_class)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _sequence(prompt: Prompt, response: str, processing_class: PreTrainedTokenizerBase) -> SafetySequence:

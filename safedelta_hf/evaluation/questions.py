@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safedelta_hf.data.forms import text_of, turns_of, turns_of_row
+from safedelta_hf.data.rows import kept, read_rows
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.harness import HarnessTasks
 from safedelta_hf.evaluation.scoring import Judge, TaskScore
@@ -32,33 +34,33 @@ class Prompt:
     @property
     def text(self) -> str:
         """What the user said last."""
-        return str(self.messages[-1]["content"])
+        return text_of(self.messages[-1])
 
 
 def read_prompts(source: PromptSource, name: str = "prompts") -> list[Prompt]:
     """Read prompts from a file, or from rows in memory.
 
-    A row holds `messages` (a chat that ends in a user turn; the last turn is dropped where it is the assistant's), or
-    `prompt` (a string, or such a chat). A row that is a string is a prompt itself. In a file each line is a row: JSON
-    where it begins with a brace, else plain text. Blank lines are skipped.
+    A row holds `messages` (a chat that ends in a user turn; the last turn is dropped where it is the assistant's),
+    `prompt` (a string, or such a chat), or ShareGPT's or Alpaca's columns. A row that is a string is a prompt itself.
+    In a file of text each line is a row: JSON where it begins with a brace, else plain text. Blank lines are skipped.
 
     Args:
-        source: Path of the file, or rows; prompts that were read before are taken as they are.
+        source: Path of a file, name of a data set on the Hub, or rows, as for safety data; prompts that were read
+            before are taken as they are.
         name: What the prompts are for, for messages.
 
     Returns:
         The prompts, in their order.
 
     Raises:
-        DataError: There is no such file, a line is not what it should be, or there is no prompt.
+        DataError: There is no such file, a row is not what it should be, or there is no prompt.
     """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        prompts = [_prompt(row, f"{name}: {path.name} line {line}") for line, row in _lines(path, name)]
-    else:
-        prompts = [_prompt(row, f"{name}: row {number}") for number, row in enumerate(source)]
-    if not prompts:
-        raise DataError(f"{name}: there are no prompts; give at least one")
+    try:
+        prompts = [_prompt(row, place) for place, row in read_rows(source, plain=True)]
+        if not prompts:
+            raise DataError("there are no prompts; give at least one")
+    except DataError as error:
+        raise error.at(name) from error
     return prompts
 
 
@@ -75,28 +77,6 @@ def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _lines(path: Path, name: str) -> Iterable[tuple[int, Any]]:
-    if not path.is_file():
-        raise DataError(f"{name}: there is no file {str(path)!r}; give a file with one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: {path.name} is not UTF-8 text ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text.startswith("{"):
-            if text:
-                yield number, text
-            continue
-        try:
-            yield number, json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name}: {path.name} line {number} begins with a brace but is not JSON ({error}); "
-                'write a prompt that begins so as {"prompt": "..."}'
-            ) from error
-
-
 def _prompt(row: Any, place: str) -> Prompt:  # noqa: ANN401
     if isinstance(row, Prompt):
         return row
@@ -104,28 +84,17 @@ def _prompt(row: Any, place: str) -> Prompt:  # noqa: ANN401
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is a {type(row).__name__}, not text or a dict with {FORMS}")
-    turns = row.get("messages")
-    if turns is None:
+    asked = turns_of_row(row, place)
+    if asked is None:
         given = row.get("prompt")
-        turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    if turns is None:
-        raise DataError(f"{place} has the keys {sorted(map(str, row))}; expected {FORMS}")
-    return Prompt(messages=_asked(turns, place), row=row)
-
-
-def _asked(turns: Any, place: str) -> tuple[Mapping[str, Any], ...]:  # noqa: ANN401
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not all(map(_is_message, turns)):
-        raise DataError(f"{place}: a chat is a list of messages, each with 'role' and 'content'")
-    asked = list(turns)
+        if given is None:
+            raise DataError(f"{place} has the keys {sorted(map(str, row))}; expected {FORMS}")
+        asked = turns_of([{"role": "user", "content": given}] if isinstance(given, str) else given, place, "'prompt'")
     if asked and asked[-1]["role"] == "assistant":
         asked.pop()
-    if not asked or asked[-1]["role"] != "user" or not str(asked[-1]["content"]).strip():
+    if not asked or asked[-1]["role"] != "user" or not text_of(asked[-1]).strip():
         raise DataError(f"{place}: a prompt has to end in a user turn with some text")
-    return tuple(asked)
-
-
-def _is_message(turn: Any) -> bool:  # noqa: ANN401
-    return isinstance(turn, Mapping) and "role" in turn and turn.get("content") is not None
+    return Prompt(messages=tuple(asked), row=row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +160,7 @@ class Questions:
         """
         sources = {"harmful": harmful, "benign": benign, "task": task}
         read = {name: None if source is None else read_prompts(source, name) for name, source in sources.items()}
-        return cls(**read, refusals=refusals, score=score, judge=judge, harness=harness)
+        return cls(**read, refusals=kept(refusals), score=score, judge=judge, harness=harness)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import TrainerState
 
-from safedelta_hf.data.dataset import ProcessingClass, tokenizer_digest
+from safedelta_hf.data.dataset import tokenizer_digest
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ProfileError

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from safedelta_hf.adapter.adjust import adjust_adapter, require_adjustable
 from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import require_trainable
 from safedelta_hf.distributed.open_model import open_model

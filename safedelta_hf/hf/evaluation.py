@@ -1,6 +1,6 @@
 """Evaluation during training, as a Trainer callback."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -17,7 +16,9 @@ from transformers import (
 )
 from typing_extensions import override
 
-from safedelta_hf.data.dataset import ProcessingClass, SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.rows import kept
+from safedelta_hf.data.templates import ProcessingClass, tokenizer_of
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError, EvaluationError
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
@@ -51,7 +52,7 @@ class EvaluationCallback(TrainerCallback):
         examples: How many of each kind to use at most, the first ones; None for all.
         max_new_tokens: Length limit of a response, in tokens.
         batch_size: Prompts or responses per forward pass.
-        processing_class: Tokenizer; the Trainer's own if None.
+        processing_class: Tokenizer or processor; the Trainer's own if None.
 
     Attributes:
         evaluation: The last one; None before the first.
@@ -85,7 +86,7 @@ class EvaluationCallback(TrainerCallback):
         self._examples = examples
         self._settings = EvaluationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
         self._processing_class = processing_class
-        self._refusals = list(refusals) if isinstance(refusals, Iterator) else refusals
+        self._refusals = kept(refusals)
         asked = Questions.read(
             harmful=harmful, benign=benign, refusals=self._refusals, task=task, score=score, judge=judge
         )
@@ -107,7 +108,7 @@ class EvaluationCallback(TrainerCallback):
         # Check what would otherwise fail in the middle of training.
         with Ranks.of_run().together():
             self._usable(args, model)
-            self._questions(self._tokenizer(processing_class))
+            self._questions(self._processing(processing_class))
 
     @override
     def on_step_end(
@@ -156,20 +157,20 @@ class EvaluationCallback(TrainerCallback):
         # One process asks; the others hold the same weights, and wait as long as it takes.
         ranks = Ranks.of_run()
         with ranks.together():
-            usable, tokenizer = self._usable(args, model), self._tokenizer(processing_class)
+            usable, processing = self._usable(args, model), self._processing(processing_class)
             found = None
-            if state.is_world_process_zero and not (only_if_changed and self._is_of(usable, tokenizer)):
-                found = self._evaluated(usable, tokenizer, args, state)
+            if state.is_world_process_zero and not (only_if_changed and self._is_of(usable, processing)):
+                found = self._evaluated(usable, processing, args, state)
             found = ranks.broadcast(found, owner=0)
         if found is not None:
             self.evaluation = found
             log_metrics(found.metrics(PREFIX), args, state, control)
 
-    def _is_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-        return self.evaluation is not None and self.evaluation.model == model_digest(model, tokenizer)
+    def _is_of(self, model: PreTrainedModel, processing: ProcessingClass) -> bool:
+        return self.evaluation is not None and self.evaluation.model == model_digest(model, processing)
 
     def _evaluated(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, state: TrainerState
+        self, model: PreTrainedModel, processing: ProcessingClass, args: TrainingArguments, state: TrainerState
     ) -> Evaluation:
         # Memory that runs out here must not look like a training batch that is too large.
         with foreign_errors_named(
@@ -179,17 +180,17 @@ class EvaluationCallback(TrainerCallback):
         ):
             return evaluate_model(
                 model,
-                tokenizer,
-                self._questions(tokenizer),
+                processing,
+                self._questions(processing),
                 max_new_tokens=self._settings.max_new_tokens,
                 batch_size=self._settings.batch_size,
                 progress=shows_progress(args, state),
             )
 
-    def _questions(self, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    def _questions(self, processing: ProcessingClass) -> Questions:
         rows = None
         if self._refusals is not None:
-            rows = [_tokens(sequence) for sequence in read_safety_data(self._refusals, tokenizer)[: self._examples]]
+            rows = [_tokens(sequence) for sequence in read_safety_data(self._refusals, processing)[: self._examples]]
         return Questions(
             harmful=self._harmful,
             benign=self._benign,
@@ -202,15 +203,14 @@ class EvaluationCallback(TrainerCallback):
     def _first(self, prompts: Sequence[Prompt] | None) -> Sequence[Prompt] | None:
         return None if prompts is None else prompts[: self._examples]
 
-    def _tokenizer(self, processing_class: ProcessingClass | None) -> PreTrainedTokenizerBase:
+    def _processing(self, processing_class: ProcessingClass | None) -> ProcessingClass:
         chosen = self._processing_class or processing_class
-        tokenizer = getattr(chosen, "tokenizer", chosen)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        if chosen is None or tokenizer_of(chosen) is None:
             raise ConfigurationError(
                 "EvaluationCallback: there is no tokenizer; pass processing_class=tokenizer (to the Trainer or to the "
                 "callback)"
             )
-        return tokenizer
+        return chosen
 
     def _usable(self, args: TrainingArguments, model: nn.Module | None) -> PreTrainedModel:
         bare = getattr(model, "_orig_mod", model)

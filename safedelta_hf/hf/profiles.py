@@ -2,14 +2,16 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.data.phrases import SAFETY_DATA
+from safedelta_hf.data.rows import kept
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.profile.profile import SafetyProfile, with_retention
@@ -44,9 +46,8 @@ class RunData:
         if not self.retention_weight > 0:
             raise ConfigurationError(f"retention_weight={self.retention_weight!r} must be positive")
         for name in ("safety", "retention", "task"):
-            value = getattr(self, name)
-            if isinstance(value, Iterator):  # it would be empty for the second model of a sweep
-                object.__setattr__(self, name, list(value))
+            # An iterator would be empty for the second model of a sweep.
+            object.__setattr__(self, name, kept(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class ProfileCollector:
             The profile.
         """
         assert data.safety is not None, "there is no profile, so there is safety data"
-        profile = self._collect(data.safety, "safety data", holdout=self.config.holdout)
+        profile = self._collect(data.safety, SAFETY_DATA, holdout=self.config.holdout)
         if data.retention is None:
             return profile
         return with_retention(profile, self._collect(data.retention, "ordinary data"), data.retention_weight)
@@ -101,7 +102,8 @@ class ProfileCollector:
             return self._collect(examples_of(train_dataset, data.task_examples), "task data")
         except DataError as error:
             raise DataError(
-                f"{error}. It was drawn from the Trainer's data set; pass task_dataset=<examples>"
+                f"{error}. It was drawn from the Trainer's data set; pass task_dataset=<examples with responses>, or "
+                "a rule that does not weigh the task, such as Ridge()"
             ) from error
 
     def _collect(self, source: Source, purpose: str, holdout: float | None = 0.0) -> SafetyProfile:
@@ -127,11 +129,23 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
         The examples.
 
     Raises:
-        DataError: There is no data set.
+        DataError: There is no data set, or it can be iterated over only once.
     """
     if dataset is None:
         raise DataError("task data: the Trainer has no training data")
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         chosen = random.Random(0).sample(range(len(dataset)), min(count, len(dataset)))
         return [dataset[number] for number in sorted(chosen)]
+    _require_again(dataset)
     return list(itertools.islice(iter(dataset), count))
+
+
+def _require_again(dataset: Any) -> None:  # noqa: ANN401
+    # What is drawn of a stream that does not begin again is lost to the training. Shards wrap the stream.
+    while dataset is not None:
+        if not hasattr(dataset, "__len__") and iter(dataset) is iter(dataset):
+            raise DataError(
+                f"the Trainer's data set ({type(dataset).__name__}) can be iterated over only once, so examples drawn "
+                "from it would be missing from the training"
+            )
+        dataset = getattr(dataset, "dataset", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
 
-from safedelta_hf.data.dataset import ProcessingClass
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import is_shared

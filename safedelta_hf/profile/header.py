@@ -11,7 +11,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from safedelta_hf.data.dataset import IGNORED
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.profile.encodings import Encoding, Float32, encoding_of

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from safedelta_hf.data.dataset import IGNORED
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.testbed.language import (

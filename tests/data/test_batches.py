@@ -16,7 +16,8 @@ from safedelta_hf.data.batches import (
     require_fit,
     share_of,
 )
-from safedelta_hf.data.dataset import IGNORED, SafetySequence
+from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import DataError
 from tests.distributed.test_offload import offloaded

@@ -3,7 +3,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from safedelta_hf.data.dataset import IGNORED, digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.data.dataset import digest_of, read_safety_data, tokenizer_digest
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.errors import DataError
 from tests.fixtures import tiny
 

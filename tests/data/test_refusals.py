@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
-from safedelta_hf.data.dataset import IGNORED, SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import HeldOut, split
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, DataError

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from safedelta_hf.data.templates import prompt_tokens
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation import generate_responses, model_digest
-from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.testbed import attack_questions, load_aligned, skill_questions
 from tests.fixtures import tiny
 

@@ -7,7 +7,8 @@ from math import log
 import pytest
 import torch
 
-from safedelta_hf.data.dataset import IGNORED, SafetySequence
+from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import response_losses
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError, NumericalError

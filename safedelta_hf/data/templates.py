@@ -1,0 +1,264 @@
+"""Conversations through a chat template, and whether all that was said is still there."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from safedelta_hf.data.forms import Turn, text_of
+from safedelta_hf.errors import DataError
+
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+
+_SHOWN = 240
+"""Characters of a rendering that a message shows."""
+
+
+def tokenizer_of(processing_class: ProcessingClass | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of what a Trainer was given.
+
+    Args:
+        processing_class: Tokenizer, processor, or whatever else turns inputs into tensors; or None.
+
+    Returns:
+        It, or the tokenizer in it; None if there is none.
+    """
+    has_own = hasattr(processing_class, "get_vocab") or not hasattr(processing_class, "tokenizer")
+    found: Any = processing_class if has_own else getattr(processing_class, "tokenizer", None)
+    return found if hasattr(found, "get_vocab") else None
+
+
+def template_of(processing_class: ProcessingClass | None) -> Any:  # noqa: ANN401 - text, or several by name
+    """The chat template, which a processor may have where its tokenizer has none.
+
+    Args:
+        processing_class: Tokenizer or processor, or None.
+
+    Returns:
+        The template of the processor, else of the tokenizer; None if there is none.
+    """
+    own = getattr(processing_class, "chat_template", None)
+    return own or getattr(tokenizer_of(processing_class), "chat_template", None)
+
+
+@contextmanager
+def refusing(place: str, what: str, advice: str) -> Iterator[None]:
+    """Name the row on which a tokenizer or a chat template fails, whatever it raises.
+
+    Args:
+        place: The row.
+        what: What fails.
+        advice: What to do.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        DataError: It failed, with its own message.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise DataError(f"{place}: {what} ({kind}{error}); {advice}") from error
+
+
+def text_tokens(processing_class: ProcessingClass, text: str, place: str) -> list[int]:
+    """Tokenise plain text, with the special tokens that the tokenizer adds.
+
+    Args:
+        processing_class: Tokenizer or processor.
+        text: The text.
+        place: Where it stands, for messages.
+
+    Returns:
+        Token ids.
+    """
+    tokenizer: Any = tokenizer_of(processing_class)
+    with refusing(place, "the tokenizer does not take its text", "mend or drop it"):
+        return list(tokenizer(text)["input_ids"])
+
+
+def prompt_tokens(
+    processing_class: ProcessingClass, chat: Sequence[Mapping[str, Any]], place: str = "a chat"
+) -> list[int]:
+    """Render a chat up to where the response begins.
+
+    Args:
+        processing_class: Tokenizer or processor with a chat template.
+        chat: A chat that ends in a user turn.
+        place: Where it stands, for messages.
+
+    Returns:
+        Token ids.
+    """
+    return _rendered(processing_class, chat, None, {}, place).before
+
+
+def conversation_tokens(
+    processing_class: ProcessingClass,
+    prompt: Sequence[Mapping[str, Any]],
+    response: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    place: str,
+) -> tuple[list[int], list[int]]:
+    """Render a conversation, and its beginning up to where the response begins.
+
+    Args:
+        processing_class: Tokenizer or processor with a chat template.
+        prompt: The turns before the response.
+        response: The response, one turn or several, the last of them the assistant's.
+        options: What the template is given besides.
+        place: Where it stands, for messages.
+
+    Returns:
+        Token ids of the beginning, and of the whole.
+    """
+    found = _rendered(processing_class, prompt, response, options, place)
+    return found.before, found.whole
+
+
+class _Rendering(NamedTuple):
+    before: list[int]
+    whole: list[int]
+
+
+def _rendered(
+    processing_class: ProcessingClass,
+    prompt: Sequence[Mapping[str, Any]],
+    response: Sequence[Mapping[str, Any]] | None,
+    options: Mapping[str, Any],
+    place: str,
+) -> _Rendering:
+    # Contents are text, or, if the template fails or leaves words out so, lists of parts: templates of models for
+    # images (LLaVA, Idefics) look for those, and given text render turns that are empty.
+    failures: list[DataError] = []
+    for shape in (_with_text, _with_parts):
+        before, whole = [shape(turn) for turn in prompt], [shape(turn) for turn in (*prompt, *(response or ()))]
+        try:
+            with refusing(place, "the chat template rejects it", _advice(prompt)):
+                opening = _text(processing_class, before, opens_response=True, options=options)
+                text = opening if response is None else _text(processing_class, whole, options=options)
+            _require_words(opening, text, prompt, response, place)
+        except DataError as error:
+            failures.append(error)
+            continue
+        with refusing(place, "the tokenizer does not take its text", "mend or drop it"):
+            start = _tokens(processing_class, before, opening, opens_response=True, options=options)
+            rest = start if response is None else _tokens(processing_class, whole, text, options=options)
+        return _Rendering(start, rest)
+    # What a template says itself tells more than what goes wrong in it.
+    failures.sort(key=lambda error: type(error.__cause__) is not TemplateError)
+    raise failures[0]
+
+
+def _with_text(turn: Mapping[str, Any]) -> Turn:
+    return {**turn} if turn.get("content") is None else {**turn, "content": text_of(turn)}
+
+
+def _with_parts(turn: Mapping[str, Any]) -> Turn:
+    return {**turn, "content": [{"type": "text", "text": text_of(turn)}]}
+
+
+def _advice(prompt: Sequence[Mapping[str, Any]]) -> str:
+    if any(turn["role"] == "system" for turn in prompt):
+        return "if it takes no system turn, put its text at the beginning of the user's first, or drop it"
+    return "bring the turns into the order that it takes, or set another chat template"
+
+
+def _text(
+    processing_class: ProcessingClass,
+    turns: Sequence[Turn],
+    *,
+    opens_response: bool = False,
+    options: Mapping[str, Any],
+) -> str:
+    return str(
+        _templated(processing_class).apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=opens_response, **options
+        )
+    )
+
+
+def _templated(processing_class: ProcessingClass) -> Any:  # noqa: ANN401 - a tokenizer or a processor
+    has_own = getattr(processing_class, "chat_template", None)
+    return processing_class if has_own else tokenizer_of(processing_class)
+
+
+def _tokenizer(processing_class: ProcessingClass) -> Any:  # noqa: ANN401 - calls of it are not typed
+    return tokenizer_of(processing_class)
+
+
+def _tokens(
+    processing_class: ProcessingClass,
+    turns: Sequence[Turn],
+    text: str,
+    *,
+    opens_response: bool = False,
+    options: Mapping[str, Any],
+) -> list[int]:
+    owner, tokenizer = _templated(processing_class), _tokenizer(processing_class)
+    if owner is tokenizer:
+        encoded = owner.apply_chat_template(
+            turns, tokenize=True, return_dict=True, add_generation_prompt=opens_response, **options
+        )
+        return list(encoded["input_ids"])
+    # As a processor does with text alone, without asking it for images.
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not begins)["input_ids"])
+
+
+def _require_words(
+    opening: str,
+    whole: str,
+    prompt: Sequence[Mapping[str, Any]],
+    response: Sequence[Mapping[str, Any]] | None,
+    place: str,
+) -> None:
+    start = len(commonprefix([opening, whole]))
+    asked = prompt[-1] if prompt and prompt[-1]["role"] == "user" else None
+    if asked is not None and not _shows(whole[:start], asked):
+        if _shows(opening, asked) and _shows(whole, asked):
+            raise DataError(
+                f"{place}: the chat template renders the prompt otherwise alone than with the response; they part "
+                f"before the end of the prompt, at {_shortened(whole[start:])}. Set a template that renders them alike"
+            )
+        raise _missing("what the user says", whole, place)
+    if response is None:
+        return
+    # What the response begins with may stand in the opening already, such as a tag for thoughts.
+    after = whole[max(0, start - len(_last_line(response[-1]))) :]
+    if not _shows(after, response[-1]):
+        raise _missing("the response", whole, place)
+
+
+def _missing(what: str, rendering: str, place: str) -> DataError:
+    return DataError(
+        f"{place}: the chat template leaves out {what}; it renders {_shortened(rendering)}. Set a chat_template that "
+        "shows every turn, or give 'prompt' and 'completion' as plain text"
+    )
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}")
+
+
+def _shows(rendering: str, turn: Mapping[str, Any]) -> bool:
+    # By its last line, since templates strip space, and some of them thoughts; escapes leave letters and digits alone.
+    said = _last_line(turn)
+    counts: Callable[[str], bool] = str.isalnum if any(map(str.isalnum, said)) else str.isprintable
+    wanted, found = ("".join(filter(counts, text)).replace(" ", "").casefold() for text in (said, rendering))
+    return wanted in found
+
+
+def _last_line(turn: Mapping[str, Any]) -> str:
+    text = text_of(turn)
+    if not text.strip() and turn.get("tool_calls"):
+        text = str(turn["tool_calls"][-1].get("function", {}).get("name", ""))
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
