@@ -106,8 +106,8 @@ def warn_unless_refusals(responses: Sequence[str], losses: Sequence[float] = (),
     if losses and fmean(losses) > MOST_LOSS:
         doubts.append(
             f"the base finds the responses unlikely, {fmean(losses):.3g} nats per token over {len(losses)} of them: "
-            "they may not be its own, or it may not refuse at all. Only what the base does can be preserved; let it write "
-            "the refusals, and ask it with `safedelta eval`"
+            "they may not be its own, or it may not refuse at all. Only what the base does can be preserved; let it "
+            "write the refusals, and ask it with `safedelta eval`"
         )
     if doubts:
         warnings.warn(f"{purpose}: {'; and '.join(doubts)}", SafeDeltaWarning, stacklevel=3)

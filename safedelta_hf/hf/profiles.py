@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
+
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.phrases import SAFETY_DATA
@@ -133,7 +136,7 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
     """
     if dataset is None:
         raise DataError("task data: the Trainer has no training data")
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    if has_length(dataset) and not isinstance(dataset, IterableDataset):  # which has an item of no number
         chosen = random.Random(0).sample(range(len(dataset)), min(count, len(dataset)))
         return [dataset[number] for number in sorted(chosen)]
     _require_again(dataset)
@@ -143,7 +146,7 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
 def _require_again(dataset: Any) -> None:  # noqa: ANN401
     # What is drawn of a stream that does not begin again is lost to the training. Shards wrap the stream.
     while dataset is not None:
-        if not hasattr(dataset, "__len__") and iter(dataset) is iter(dataset):
+        if not has_length(dataset) and iter(dataset) is iter(dataset):
             raise DataError(
                 f"the Trainer's data set ({type(dataset).__name__}) can be iterated over only once, so examples drawn "
                 "from it would be missing from the training"

@@ -34,6 +34,16 @@ def test_a_fine_tuning_that_gains_nothing_sets_no_goal_for_the_gain(tmp_path):
     assert reached(file, point("ridge", 0.0, 0.5, seed=1)) == {}
 
 
+def test_a_base_that_does_not_refuse_sets_no_goal_for_attacks_and_the_table_says_so(tmp_path):
+    found = point("ridge", 1.0, 0.9, strength="auto", search=search(2.0))
+    file = comparison(tmp_path, point("aligned", 1.0, 0.1), point("fine-tuned", 1.0, 0.9), found)
+    assert "attack_success" not in reached(file, found)
+    text = markdown(file)
+    assert "**mixed: the base itself does not refuse (attack success 100%)" in text
+    assert "attack success 1/1" not in text and row(text, "mixed", "ridge")[6] == "-"
+    assert "does not refuse" not in markdown(comparison(tmp_path / "other", *BEFORE, found))
+
+
 def test_seeds_are_one_row_with_their_mean_their_range_and_how_many_reach_the_goal(tmp_path):
     others = (point("aligned", 0.02, 0.1, 1.0, seed=1), point("fine-tuned", 1.0, 0.9, 0.4, seed=1))
     rules = (

@@ -1,6 +1,7 @@
 """What the callback reads besides the safety data: the task, and ordinary data."""
 
 import pytest
+from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import IterableDataset
 
 from safedelta_hf import (
@@ -131,6 +132,52 @@ def test_the_first_examples_of_a_stream_are_taken():
             yield from ({"input_ids": [number]} for number in range(1000))
 
     assert [row["input_ids"][0] for row in examples_of(Stream(), 4)] == [0, 1, 2, 3]
+
+
+def test_the_first_examples_of_a_stream_with_a_length_and_of_a_shard_of_one_are_taken():
+    class Sized(IterableDataset):
+        def __len__(self):
+            return 8
+
+        def __iter__(self):
+            yield from ({"input_ids": [number]} for number in range(8))
+
+    for stream in (Sized(), IterableDatasetShard(Sized(), batch_size=2)):
+        assert [row["input_ids"][0] for row in examples_of(stream, 4)] == [0, 1, 2, 3]
+
+
+class Once(IterableDataset):
+    """A stream that goes on where it was left."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+class Shared(Once):
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize("kind", [Once, Shared])
+def test_a_stream_that_does_not_begin_again_is_left_whole_for_the_training(tmp_path, kind):
+    trainer = tiny.trainer(tiny.llama(), SafeDeltaCallback(ROWS, RULE), tmp_path / "run", max_steps=2)
+    stream = trainer.train_dataset = kind(tiny.rows(40, seed=2, length=10))
+    with pytest.raises(DataError, match=rf"data set \({kind.__name__}\) can be iterated over only once.*task_dataset="):
+        trainer.train()
+    assert len(list(stream)) == 40
+    with pytest.raises(DataError, match="only once"):
+        examples_of(IterableDatasetShard(stream), 3)
+    callback = SafeDeltaCallback(ROWS, RULE, task_dataset=kind(ORDINARY))
+    trainer = tiny.trainer(tiny.llama(), callback, tmp_path / "given", max_steps=2)
+    trainer.train_dataset = kind(tiny.rows(40, seed=2, length=10))
+    trainer.train()
+    assert callback.task.header.sequences == len(ORDINARY)
 
 
 def test_a_measured_strength_reuses_a_saved_profile(tmp_path):
