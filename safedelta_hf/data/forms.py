@@ -92,34 +92,33 @@ def in_known_form(row: Any, place: str) -> dict[str, Any] | None:  # noqa: ANN40
 def _tokens(row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
     ids = {name: _numbers(row[name], name, place) for name in _TOKENS if name in row}
     if "input_ids" in ids:
-        return _labelled(ids, place)
+        masks = [ids[name] for name in ("completion_mask", "assistant_masks") if name in ids]
+        seen = zip(ids["input_ids"], *masks, strict=False)
+        labels = ids["labels"] if "labels" in ids else [token if all(bits) else IGNORED for token, *bits in seen]
+        return _sequence(ids["input_ids"], labels, ids.get("attention_mask"), place)
     if "chosen_input_ids" in ids and "chosen_labels" in ids:  # ORPO, CPO
-        return {"input_ids": ids["chosen_input_ids"], "labels": ids["chosen_labels"]}
+        return _sequence(ids["chosen_input_ids"], ids["chosen_labels"], None, place)
     response = ids.get("chosen_ids", ids.get("completion_ids"))
     if response is None:
         return None
     if "prompt_ids" in ids:  # DPO, KTO, TPO
         prompt = ids["prompt_ids"]
-        return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+        return _sequence(prompt + response, [IGNORED] * len(prompt) + response, None, place)
     start = _shared(response, ids.get("rejected_ids", []))  # reward models
-    return {"input_ids": response, "labels": [IGNORED] * start + response[start:]}
+    return _sequence(response, [IGNORED] * start + response[start:], None, place)
 
 
-def _labelled(ids: Mapping[str, list[int]], place: str) -> dict[str, Any]:
-    tokens = ids["input_ids"]
-    masks = [ids[name] for name in ("completion_mask", "assistant_masks") if name in ids]
-    labels = ids.get("labels", tokens)
-    if masks and "labels" not in ids:
-        labels = [token if all(bits) else IGNORED for token, *bits in zip(tokens, *masks, strict=False)]
-    attended = ids.get("attention_mask", [1] * len(tokens))
-    lengths = {len(tokens), len(labels), len(attended), *map(len, masks)}
-    if len(lengths) > 1 or min(tokens, default=0) < 0:
+def _sequence(tokens: list[int], labels: list[int], mask: list[int] | None, place: str) -> dict[str, Any]:
+    attended = [1] * len(tokens) if mask is None else mask
+    if not len(labels) == len(tokens) == len(attended):
         raise DataError(
             f"{place} has {len(tokens)} input_ids but {len(labels)} labels and {len(attended)} attention_mask"
-            if len(lengths) > 1
-            else f"{place}: input_ids holds {min(tokens)}, which is no token"
         )
-    return {"input_ids": tokens, "labels": labels} | {name: ids[name] for name in ("attention_mask",) if name in ids}
+    wrong = next((token for token in tokens if token < 0), None)
+    wrong = next((label for label in labels if label < 0 and label != IGNORED), wrong)
+    if wrong is not None:
+        raise DataError(f"{place}: {wrong} is no token, and no label that is left out ({IGNORED})")
+    return {"input_ids": tokens, "labels": labels} | ({} if mask is None else {"attention_mask": mask})
 
 
 def _numbers(value: Any, name: str, place: str) -> list[int]:  # noqa: ANN401 - whatever a source holds
@@ -127,10 +126,10 @@ def _numbers(value: Any, name: str, place: str) -> list[int]:  # noqa: ANN401 - 
     if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
         raise DataError(f"{place}: {name} is a {type(value).__name__}, not a list of whole numbers")
     found = [entry.item() if hasattr(entry, "item") and getattr(entry, "ndim", 1) == 0 else entry for entry in entries]
-    wrong = next((entry for entry in found if not isinstance(entry, int)), None)
-    if wrong is not None:
-        nested = "; a row is one sequence, without a dimension for a batch" if isinstance(wrong, Sequence) else ""
-        raise DataError(f"{place}: {name} holds a {type(wrong).__name__} instead of a whole number{nested}")
+    wrong = [type(entry) for entry in found if not isinstance(entry, int)]
+    if wrong:
+        nested = "; a row is one sequence, without a dimension for a batch" if issubclass(wrong[0], Sequence) else ""
+        raise DataError(f"{place}: {name} holds a {wrong[0].__name__} instead of a whole number{nested}")
     return list(map(int, found))
 
 
@@ -239,8 +238,13 @@ def _turn(turn: Any, complaint: str) -> Turn:  # noqa: ANN401
         found["content"] = found.pop("value", None)
     if not isinstance(found.get("role"), str):
         raise DataError(f"{complaint} one with the role {found.get('role')!r}")
+    calls = found.get("tool_calls") or []
+    if not isinstance(calls, list | tuple) or not all(
+        isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping) for call in calls
+    ):
+        raise DataError(f"{complaint} one whose tool_calls are no list of calls")
     if found.get("content") is None:
-        if not found.get("tool_calls"):
+        if not calls:
             raise DataError(f"{complaint} one without content")
     elif not isinstance(found["content"], str):
         found["content"] = [_part(part, complaint) for part in _parts(found["content"], complaint)]
@@ -282,6 +286,19 @@ def text_of(turn: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in content)
 
 
+def called(turn: Mapping[str, Any]) -> str:
+    """The last tool that is called in a turn.
+
+    Args:
+        turn: A turn.
+
+    Returns:
+        The name of its function; empty if none is called.
+    """
+    calls = turn.get("tool_calls") or [{}]
+    return str(calls[-1].get("function", calls[-1]).get("name", ""))
+
+
 def answered(turns: Sequence[Turn]) -> bool:
     """Whether a conversation ends in something that the assistant says or does.
 
@@ -293,7 +310,7 @@ def answered(turns: Sequence[Turn]) -> bool:
     """
     if not turns or turns[-1]["role"] != "assistant":
         return False
-    return bool(text_of(turns[-1]).strip() or turns[-1].get("tool_calls"))
+    return bool(text_of(turns[-1]).strip() or called(turns[-1]))
 
 
 def tools_of(row: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from safedelta_hf.data.forms import Turn, text_of
+from safedelta_hf.data.forms import Turn, called, text_of
 from safedelta_hf.errors import DataError
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -258,7 +258,7 @@ def _shows(rendering: str, turn: Mapping[str, Any]) -> bool:
 
 def _last_line(turn: Mapping[str, Any]) -> str:
     text = text_of(turn)
-    if not text.strip() and turn.get("tool_calls"):
-        text = str(turn["tool_calls"][-1].get("function", {}).get("name", ""))
+    if not text.strip():
+        text = called(turn)
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
