@@ -61,8 +61,8 @@ def refusal_likelihood(
 
     Args:
         model: A causal language model, adapters included, on any device.
-        refusals: Prompts with the refusals to them: a Dataset, a list of dicts, or the path of a JSON-lines file, in
-            any form that TRL takes.
+        refusals: Prompts with the refusals to them: a Dataset, a list of dicts, the path of a file, or the name of a
+            data set on the Hub, in any form that TRL takes.
         processing_class: Tokenizer or processor; not needed for tokenised data.
         batch_size: Sequences per forward pass, at most; batches hold sequences of one length and no padding.
         max_length: Sequences are cut to this many tokens.

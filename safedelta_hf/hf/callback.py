@@ -60,7 +60,8 @@ class SafeDeltaCallback(TrainerCallback):
 
     Args:
         safety_dataset: Harmful prompts with the responses of a safe model, usually refusals; a Dataset, a list of
-            dicts, or the path of a JSON-lines file, in any form that TRL takes.
+            dicts, the path of a file (JSON lines, a JSON array, CSV, Parquet), or the name of a data set on the Hub, in
+            any form that TRL takes.
         rule: Which part of each delta to keep; `TaskRidge()` if None, whose strength is measured.
         config: How the data is read, and which linear weights are adjusted; `ProfileConfig()` if None.
         profile: A profile made before, instead of `safety_dataset`.

@@ -137,8 +137,9 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
     if dataset is None:
         raise DataError("task data: the Trainer has no training data")
     if has_length(dataset) and not isinstance(dataset, IterableDataset):  # which has an item of no number
+        items: Any = dataset
         chosen = random.Random(0).sample(range(len(dataset)), min(count, len(dataset)))
-        return [dataset[number] for number in sorted(chosen)]
+        return [items[number] for number in sorted(chosen)]
     _require_again(dataset)
     return list(itertools.islice(iter(dataset), count))
 
