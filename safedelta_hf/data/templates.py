@@ -251,6 +251,8 @@ def _shortened(text: str) -> str:
 def _shows(rendering: str, turn: Mapping[str, Any]) -> bool:
     # By its last line, since templates strip space, and some of them thoughts; escapes leave letters and digits alone.
     said = _last_line(turn)
+    if said.strip() in rendering:
+        return True
     counts: Callable[[str], bool] = str.isalnum if any(map(str.isalnum, said)) else str.isprintable
     wanted, found = ("".join(filter(counts, text)).replace(" ", "").casefold() for text in (said, rendering))
     return wanted in found

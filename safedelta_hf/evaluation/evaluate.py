@@ -218,8 +218,8 @@ def _benign_scores(run: _Run, prompts: Sequence[Prompt], reference: Reference | 
 
 def _refusal_scores(run: _Run, refusals: str | Path | Iterable[Mapping[str, Any]]) -> dict[str, Score]:
     sequences = read_safety_data(refusals, run.processing_class, purpose="refusals")
-    warn_unless_refusals(responses_of(sequences, run.processing_class), purpose="refusals")
     found = likelihood_of(run.model, sequences, batch_size=run.settings.batch_size, progress=run.progress)
+    warn_unless_refusals(responses_of(sequences, run.processing_class), purpose="refusals")
     run.prompts["refusals"] = found.data
     return {
         "refusal_nll": average(found.losses, "nats/token"),

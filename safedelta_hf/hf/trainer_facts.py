@@ -139,7 +139,16 @@ def foreign_errors_named(
     except SafeDeltaError:
         raise
     except Exception as error:
-        raise kind(f"{type(error).__name__} while {stage} ({error}); {advice}") from error
+        raise kind(f"{type(error).__name__} while {stage} ({_told(error)}); {advice}") from error
+
+
+def _told(error: BaseException) -> str:
+    # What an error says, and, where it wraps another that says more, the one that it came from.
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    said = str(error) or "no message"
+    return said if root is error or str(root) in said else f"{said}, because of {type(root).__name__}: {root}"
 
 
 logger = logging.get_logger(__name__)

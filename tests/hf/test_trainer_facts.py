@@ -94,6 +94,13 @@ def test_foreign_errors_get_a_name_and_own_ones_keep_theirs():
     ):
         raise torch.OutOfMemoryError("full")
     assert not isinstance(raised.value, RuntimeError) and isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(
+        AdjustmentError, match=r"RuntimeError while reading \(it broke, because of KeyError: 'id'\); the"
+    ):
+        with foreign_errors_named("reading"):
+            raise RuntimeError("it broke") from KeyError("id")
+    with pytest.raises(AdjustmentError, match=r"\(no message\)"), foreign_errors_named("reading"):
+        raise StopIteration
     with pytest.raises(DataError, match="ValueError while reading"), foreign_errors_named("reading", kind=DataError):
         raise ValueError
 
