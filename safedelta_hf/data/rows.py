@@ -106,7 +106,7 @@ def _of_file(path: Path, plain: bool) -> list[PlacedRow]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} is not UTF-8 text ({error}); save it as UTF-8, not compressed") from error
     except OSError as error:
-        raise DataError(f"{path.name} cannot be read ({error})") from error
+        raise DataError(f"{str(path)!r} cannot be read ({error}); give {KINDS}") from error
     array = _array(path, text, plain) if text.lstrip().startswith("[") else None
     if array is not None:
         return [PlacedRow(f"{path.name} item {number}", row) for number, row in enumerate(array)]

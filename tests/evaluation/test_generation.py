@@ -3,9 +3,9 @@ import torch
 
 from safedelta_hf.data.templates import prompt_tokens
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.evaluation import generate_responses, model_digest
+from safedelta_hf.evaluation import Questions, evaluate_model, generate_responses, model_digest
 from safedelta_hf.testbed import attack_questions, load_aligned, skill_questions
-from tests.fixtures import tiny
+from tests.fixtures import templates, tiny
 
 CHATS = [question.messages for question in (*skill_questions(28), *attack_questions(12))]
 
@@ -35,6 +35,23 @@ def test_responses_are_bare_text(one_by_one):
 
 def test_length_limit_is_kept(loaded):
     assert all(len(response.split()) <= 2 for response in generate_responses(*loaded, CHATS, max_new_tokens=2))
+
+
+def test_a_processor_that_alone_has_the_template_asks_alike(loaded, one_by_one):
+    model, tokenizer = loaded
+    processor = templates.Processor(tokenizer, chat_template=tokenizer.chat_template)
+    tokenizer.chat_template = None
+    assert generate_responses(model, processor, CHATS) == one_by_one
+
+
+def test_a_chat_that_the_template_rejects_is_named_with_its_message(loaded):
+    model, tokenizer = loaded
+    tokenizer.chat_template = templates.STRICT
+    system = [{"role": "system", "content": "be brief"}, *CHATS[0]]
+    with pytest.raises(DataError, match=r"conversations\[1\]: .*\(System role not supported\); if it takes no system"):
+        generate_responses(model, tokenizer, [CHATS[0], system])
+    with pytest.raises(DataError, match=r"^harmful: conversations\[0\]: .*System role"):
+        evaluate_model(model, tokenizer, Questions.read(harmful=[{"messages": system}]), progress=False)
 
 
 def test_no_chats_give_no_responses(loaded):

@@ -17,7 +17,7 @@ from safedelta_hf import (
 )
 from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
 from safedelta_hf.hf.profiles import examples_of
-from tests.fixtures import tiny
+from tests.fixtures import templates, tiny
 
 ROWS = tiny.rows(24, seed=1)
 ORDINARY = tiny.rows(10, seed=8)
@@ -114,6 +114,25 @@ def test_task_data_that_cannot_be_read_says_where_it_comes_from(tmp_path):
     trainer.train_dataset = Images([{"pixels": [1, 2]}] * 4)
     trainer.args.remove_unused_columns = False
     with pytest.raises(DataError, match=r"task data: row 0 is not tokenised.*task_dataset="):
+        trainer.train()
+
+
+def test_a_processor_whose_template_takes_parts_reads_what_an_ordinary_tokenizer_does(tmp_path):
+    plain = collect_profile(tiny.llama(), tiny.conversations(), tiny.tokenizer(), progress=False)
+    callback = SafeDeltaCallback(
+        tiny.conversations(),
+        RULE,
+        task_dataset=[{"messages": row["messages"]} for row in tiny.conversations()],
+        processing_class=templates.processor(templates.PARTS),
+    )
+    tiny.trainer(tiny.llama(), callback, tmp_path / "run").train()
+    assert callback.profile.header.data == callback.task.header.data == plain.header.data
+
+
+def test_images_in_the_trainers_rows_say_what_to_pass(tmp_path):
+    trainer = tiny.trainer(tiny.llama(), SafeDeltaCallback(ROWS, RULE), tmp_path / "run", remove_unused_columns=False)
+    trainer.train_dataset = [{**row, "pixel_values": [[0.0]]} for row in ORDINARY]
+    with pytest.raises(DataError, match="task data: row 0 holds .pixel_values., and text alone.*task_dataset="):
         trainer.train()
 
 
