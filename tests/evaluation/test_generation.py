@@ -47,9 +47,10 @@ def test_a_processor_that_alone_has_the_template_asks_alike(loaded, one_by_one):
 def test_a_chat_that_the_template_rejects_is_named_with_its_message(loaded):
     model, tokenizer = loaded
     tokenizer.chat_template = templates.STRICT
-    system = [{"role": "system", "content": "be brief"}, *CHATS[0]]
+    asked = [{"role": "user", "content": "what is red ?"}]
+    system = [{"role": "system", "content": "be brief"}, *asked]
     with pytest.raises(DataError, match=r"conversations\[1\]: .*\(System role not supported\); if it takes no system"):
-        generate_responses(model, tokenizer, [CHATS[0], system])
+        generate_responses(model, tokenizer, [asked, system])
     with pytest.raises(DataError, match=r"^harmful: conversations\[0\]: .*System role"):
         evaluate_model(model, tokenizer, Questions.read(harmful=[{"messages": system}]), progress=False)
 
