@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -97,13 +97,13 @@ def prompt_tokens(
     Returns:
         Token ids.
     """
-    return _rendered(processing_class, chat, None, {}, place).before
+    return conversation_tokens(processing_class, chat, None, {}, place)[0]
 
 
 def conversation_tokens(
     processing_class: ProcessingClass,
     prompt: Sequence[Mapping[str, Any]],
-    response: Sequence[Mapping[str, Any]],
+    response: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any],
     place: str,
 ) -> tuple[list[int], list[int]]:
@@ -112,29 +112,16 @@ def conversation_tokens(
     Args:
         processing_class: Tokenizer or processor with a chat template.
         prompt: The turns before the response.
-        response: The response, one turn or several, the last of them the assistant's.
+        response: The response, one turn or several, the last of them the assistant's; None for the beginning alone.
         options: What the template is given besides.
         place: Where it stands, for messages.
 
     Returns:
         Token ids of the beginning, and of the whole.
+
+    Raises:
+        DataError: The template rejects it, or leaves out what the user asks or what the response says.
     """
-    found = _rendered(processing_class, prompt, response, options, place)
-    return found.before, found.whole
-
-
-class _Rendering(NamedTuple):
-    before: list[int]
-    whole: list[int]
-
-
-def _rendered(
-    processing_class: ProcessingClass,
-    prompt: Sequence[Mapping[str, Any]],
-    response: Sequence[Mapping[str, Any]] | None,
-    options: Mapping[str, Any],
-    place: str,
-) -> _Rendering:
     # Contents are text, or, if the template fails or leaves words out so, lists of parts: templates of models for
     # images (LLaVA, Idefics) look for those, and given text render turns that are empty.
     failures: list[DataError] = []
@@ -151,7 +138,7 @@ def _rendered(
         with refusing(place, "the tokenizer does not take its text", "mend or drop it"):
             start = _tokens(processing_class, before, opening, opens_response=True, options=options)
             rest = start if response is None else _tokens(processing_class, whole, text, options=options)
-        return _Rendering(start, rest)
+        return start, rest
     # What a template says itself tells more than what goes wrong in it.
     failures.sort(key=lambda error: type(error.__cause__) is not TemplateError)
     raise failures[0]
