@@ -33,7 +33,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     lists = _of_the_language(model, _outermost_lists(model))
     if len(lists) == 1:
         ((name, layers),) = lists.items()
-        return [(join(name, key), _bare(layer)) for key, layer in layers.named_children()]
+        return [(join(name, key), _bare(layer)) for key, layer in layers._modules.items() if layer is not None]
     kind = class_name(model)
     if lists:
         raise ArchitectureError(
