@@ -167,13 +167,11 @@ class Scans:
             yield
             return
         steering = _Steering(self, model)
-        # Not around the whole: PEFT calls `forward` of the model that it wraps, past its hooks.
-        reader: nn.Module = next(module for _, module in base_modules(model) if isinstance(module, PreTrainedModel))
-        reader = reader.base_model if isinstance(reader.base_model, nn.Module) else reader
         layers = decoder_layers(model)
         with ExitStack() as hooks:
-            handle = reader.register_forward_pre_hook(steering.begin, with_kwargs=True)
-            hooks.callback(handle.remove)
+            for around in _around(model, layers[0][0]):
+                hooks.callback(around.register_forward_pre_hook(steering.begin, with_kwargs=True).remove)
+                hooks.callback(around.register_forward_hook(steering.end, always_call=True).remove)
             for number, direction in zip(self.steered, self.directions, strict=True):
                 name, layer = layers[number]
                 hooks.callback(layer.register_forward_hook(steering.mover(name, direction)).remove)
@@ -298,12 +296,22 @@ def equal_error_threshold(harmful: Sequence[float], harmless: Sequence[float]) -
     return min(candidates, key=errors)
 
 
+def _around(model: nn.Module, layer: str) -> list[nn.Module]:
+    # All that hold the list of layers: which of them is called depends on the architecture, and on PEFT, which calls
+    # `forward` of the model that it wraps, past its hooks.
+    modules = dict(base_modules(model))
+    parts = layer.split(".")[:-2]
+    return [modules[".".join(parts[:depth])] for depth in range(len(parts) + 1)]
+
+
 class _Steering:
     """What is known of the batch that a model is generating from."""
 
     def __init__(self, scans: Scans, model: nn.Module) -> None:
         self._scans, self._model = scans, model
         self._is_reading = False
+        self._outermost: nn.Module | None = None
+        """The module whose call is going on."""
         self._prompt: Tensor | None = None
         """The prompts, [batch, tokens]."""
         self._seen = 0
@@ -316,7 +324,7 @@ class _Steering:
         """From which token of the present input on states are moved."""
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_reading:
+        if self._is_reading or self._outermost is not None:
             return
         input_ids = _text_of(kwargs.get("input_ids", args[0] if args else None), kwargs)
         cache = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
@@ -329,7 +337,11 @@ class _Steering:
         else:
             self._tell(input_ids, mask)
             self._start = input_ids.shape[1] - 1
-        self._cache, self._seen = cache, input_ids.shape[1]
+        self._cache, self._seen, self._outermost = cache, input_ids.shape[1], module
+
+    def end(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401 - a hook
+        if module is self._outermost:
+            self._outermost = None
 
     def _goes_on(self, input_ids: Tensor, cache: Any, mask: Tensor | None) -> bool:  # noqa: ANN401
         # A cache that keeps no tokens, as of recurrent layers, is known by itself, or by a mask of all that was read.
@@ -391,4 +403,7 @@ _CACHES: Final = ("cache", "past_key_values", "cache_params")
 
 def _length(cache: Any) -> int:  # noqa: ANN401 - a cache of transformers
     length = getattr(cache, "get_seq_length", None)
-    return int(length()) if callable(length) else 0
+    try:
+        return int(length()) if callable(length) else 0
+    except ValueError:  # recurrent layers alone, which keep no tokens
+        return 0
