@@ -7,7 +7,7 @@ import copy
 import tempfile
 from pathlib import Path
 
-from safedelta_hf import adjust_model, collect_profile
+from safedelta_hf import ProfileConfig, adjust_model, collect_profile
 from safedelta_hf.evaluation import (
     final_answer,
     generated_accuracy,
@@ -32,9 +32,16 @@ tuned, _ = load_aligned()
 with tempfile.TemporaryDirectory() as folder:
     fine_tune(tuned, tokenizer, CASES["mixed"], seed=0, output=Path(folder), progress=False)
 adjusted = copy.deepcopy(tuned)
-adjust_model(
-    adjusted, base=base, profile=collect_profile(base, safety_data(), tokenizer, progress=False), progress=False
+safety = collect_profile(base, safety_data(), tokenizer, progress=False)
+task = collect_profile(
+    base,
+    CASES["mixed"].examples()[:256],
+    tokenizer,
+    config=ProfileConfig(holdout=0.0),
+    purpose="task data",
+    progress=False,
 )
+adjust_model(adjusted, base=base, profile=safety, task=task, progress=False)
 way = interpolation(base, tuned, adjusted, metrics=[attack, skill], points=6, progress=False)
 print(way)
 way.plot("interpolation.png")
