@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,6 +32,9 @@ from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.weights.digest import source_identity
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import WeightReader, open_base
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNSAFE: Final = 0.9999
 """Attack success above which a model is outside its basin."""
@@ -82,7 +84,7 @@ class Landscape:
         rows = [(f"{alpha:+.3f}", *(f"{value:.3f}" for value in values)) for alpha, *values in steps]
         return _table(("step", *columns), rows)
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw the values along each direction, and the basin.
 
         Args:
@@ -91,8 +93,7 @@ class Landscape:
         Returns:
             The figure.
         """
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _figure()
         for number, values in enumerate(self.values):
             axes.plot(self.alphas, values, marker="o", markersize=3, label=f"direction {number}")
         axes.axvspan(*self.basin, color="C2", alpha=0.15, label="basin")
@@ -310,7 +311,7 @@ class Interpolation:
         rows = [(f"{place:.2f}", *(f"{value:.3f}" for value in values)) for place, *values in steps]
         return _table(("position", *self.values), rows)
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw all metrics over the way, in one figure.
 
         Args:
@@ -319,8 +320,7 @@ class Interpolation:
         Returns:
             The figure.
         """
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _figure()
         for name, values in self.values.items():
             axes.plot(self.positions, values, marker="o", markersize=3, label=name.replace("_", " "))
         axes.axvline(1, color="0.7", linestyle="--")
@@ -524,7 +524,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def _written(figure: Figure, path: str | Path | None) -> Figure:
+def _figure() -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure  # takes a while, and few draw
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _written(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure

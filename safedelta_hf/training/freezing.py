@@ -127,9 +127,8 @@ class FreezeSafetyLayers(TrainerCallback):
                     f"{trained[0]} and {len(trained) - 1} other parameters of the safety layers would be trained; call "
                     "freeze_layers(model, layers) before the Trainer is made"
                 )
-            held = (
-                {parameter for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
-            )
+            groups = getattr(optimizer, "param_groups", ())
+            held = {parameter for group in groups for parameter in group["params"]}
             if kept := [name for name, parameter in parameters.items() if parameter in held]:
                 raise ConfigurationError(
                     f"{kept[0]}: the optimizer holds it though it is frozen; make the optimizer after freeze_layers"

@@ -339,8 +339,10 @@ def locate_safety_layers(
             return found
         openings = refusal_openings(ask.responses(kinds[1]), ask.responses(kinds[0]))
         ask.judge = lambda response: is_refusal(response) or _opening(response) in openings
-        with Journal(ranks=sharded.ranks) as journal, sharded.ranks.together():
-            sweep = _Sweep(ask, journal, sharded, queries, _scaled_parameters(sharded, names, scale))
+        parameters = _scaled_parameters(sharded, names, scale)
+        bar = tqdm(desc="Scaling ranges", unit="range", disable=not progress)
+        with Journal(ranks=sharded.ranks) as journal, sharded.ranks.together(), bar:
+            sweep = _Sweep(ask, journal, sharded, queries, parameters, bar)
             factor = sweep.alpha(initial, alpha) if isinstance(alpha, str) else alpha
             last = sweep.upper(initial, factor)
             first = sweep.lower((initial[0], last), factor)
@@ -500,10 +502,10 @@ class _Sweep:
         model: ShardedModel,
         queries: Sequence[Prompt],
         parameters: Sequence[Sequence[str]],
+        bar: Any,  # noqa: ANN401 - of tqdm
     ) -> None:
         self._ask, self._journal, self._model = ask, journal, model
-        self._queries, self._parameters = queries, parameters
-        self._bar = tqdm(desc="Scaling ranges", unit="range", disable=not ask.progress)
+        self._queries, self._parameters, self._bar = queries, parameters, bar
         self.trials: list[RangeTrial] = [self._measured("unscaled", 0, len(parameters) - 1, 1.0)]
         self._most = self.trials[0].incoherent + INCOHERENT * len(queries)
 
