@@ -32,6 +32,10 @@ class CaptureError(SafeDeltaError, RuntimeError):
     """The moments of a layer could not be collected."""
 
 
+class ArchitectureError(SafeDeltaError, ValueError):
+    """A model is not built as is needed: its decoder layers, or parts of them, are not found."""
+
+
 class NumericalError(SafeDeltaError, ArithmeticError):
     """A tensor holds NaN or Inf, or a matrix cannot be factorised."""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -129,6 +130,26 @@ def test_pinned_results_are_compared_parameter_by_parameter(name, change, told, 
     compared = argparse.Namespace(before=tmp_path / "before", after=tmp_path / "after")
     assert pinned["compare"](compared) == code
     assert told in capsys.readouterr().out.splitlines()
+
+
+def test_the_safety_layers_example_keeps_more_refusals_with_these_layers_frozen(tmp_path):
+    shown = [line for line in run(tmp_path, EXAMPLES / "safety_layers.py").splitlines() if "frozen" in line]
+    (plain, none), (partial, frozen) = (
+        [float(share) for share in re.findall(r"(?:content|^) *([\d.]+)", line)] for line in shown
+    )
+    assert (plain, partial) == (0, 9) and frozen < none - 15
+    assert (tmp_path / "safety-layers.json").exists() and (tmp_path / "safety-layers.png").exists()
+
+
+def test_the_landscape_example_shows_attack_success_come_and_go(tmp_path):
+    shown = run(tmp_path, EXAMPLES / "landscape.py").splitlines()
+    assert sum("VISAGE" in line for line in shown) == 2
+    rows = [[float(cell) for cell in re.findall(r"[\d.]+", line)] for line in shown if re.match(r"\W+\d\.\d\d\b", line)]
+    attack, skill = ([row[column] for row in rows] for column in (1, 2))
+    assert [row[0] for row in rows] == [round(step / 5, 2) for step in range(11)]
+    assert attack[0] <= 0.1 and attack[5] >= 0.8 and attack[10] <= 0.2
+    assert skill[0] <= 0.1 and skill[5] >= 0.8 and skill[10] >= 0.6
+    assert (tmp_path / "landscape.png").exists() and (tmp_path / "interpolation.png").exists()
 
 
 def test_the_evaluation_example_sees_the_refusals_go_and_come_back(tmp_path):

@@ -4,9 +4,17 @@ from safedelta_hf.data.phrases import REFUSAL_PHRASES, is_refusal
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
+from safedelta_hf.evaluation.landscape import Interpolation, Landscape, interpolation, safety_landscape
 from safedelta_hf.evaluation.likelihood import Likelihood, Reference, is_degenerate, refusal_likelihood
+from safedelta_hf.evaluation.metrics import (
+    Metric,
+    generated_accuracy,
+    generated_attack_success,
+    refusal_improbability,
+)
 from safedelta_hf.evaluation.questions import Prompt, Questions, read_prompts
 from safedelta_hf.evaluation.result import Evaluation, Score
+from safedelta_hf.evaluation.scans import Scans
 from safedelta_hf.evaluation.scoring import (
     Judge,
     ModelJudge,
@@ -21,12 +29,16 @@ __all__ = [
     "REFUSAL_PHRASES",
     "Evaluation",
     "HarnessTasks",
+    "Interpolation",
     "Judge",
+    "Landscape",
     "Likelihood",
+    "Metric",
     "ModelJudge",
     "Prompt",
     "Questions",
     "Reference",
+    "Scans",
     "Score",
     "attack_success_rate",
     "evaluate_model",
@@ -35,10 +47,15 @@ __all__ = [
     "final_answer",
     "final_match",
     "generate_responses",
+    "generated_accuracy",
+    "generated_attack_success",
     "harness_scores",
+    "interpolation",
     "is_degenerate",
     "is_refusal",
     "model_digest",
     "read_prompts",
+    "refusal_improbability",
     "refusal_likelihood",
+    "safety_landscape",
 ]

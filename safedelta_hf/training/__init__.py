@@ -1,1 +1,13 @@
 """Defences while training and in the training data, around any Trainer."""
+
+from safedelta_hf.training.freezing import FreezeSafetyLayers, freeze_layers, lora_layers
+from safedelta_hf.training.safety_layers import SafetyLayers, angle_curves, locate_safety_layers
+
+__all__ = [
+    "FreezeSafetyLayers",
+    "SafetyLayers",
+    "angle_curves",
+    "freeze_layers",
+    "locate_safety_layers",
+    "lora_layers",
+]
