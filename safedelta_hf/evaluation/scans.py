@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safedelta_hf.data.templates import prompt_tokens
 from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.evaluation.hidden_states import hidden_of, last_states, layer_range
 from safedelta_hf.evaluation.questions import Prompt, PromptSource, read_prompts
 from safedelta_hf.folders import complete_file

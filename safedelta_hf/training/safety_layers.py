@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safedelta_hf.data.templates import prompt_tokens
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ArchitectureError, ConfigurationError, DataError, EvaluationError
 from safedelta_hf.evaluation import Prompt, Reference, generate_responses, is_refusal, read_prompts
-from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.evaluation.likelihood import incoherent
 from safedelta_hf.evaluation.questions import PromptSource
