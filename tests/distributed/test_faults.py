@@ -7,7 +7,6 @@ import pytest
 from tests.programs import faults
 from tests.programs.launching import passes, torchrun
 
-
 EVERY = tuple(name for name in faults.FAULTS if name != "reading")
 RESCUED = ("factorise", "measure_lora")
 """One of a whole model, and one of an adapter."""

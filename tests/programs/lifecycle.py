@@ -106,8 +106,26 @@ def evaluation_fails(backend, folder):
     raise AssertionError("nothing was raised")
 
 
+def experts(backend, folder):
+    """An adapter that FSDP1 cannot train is refused before the first step; one beside the experts is adjusted."""
+    _, run = training.trainer(backend, folder / "refused", world=dist.get_world_size(), name="mixtral", lora=True)
+    try:
+        run.train()
+    except ConfigurationError as error:
+        assert "peft/issues/3080" in str(error) and "target_modules" in str(error), error
+        assert run.state.global_step == 0
+    else:
+        raise AssertionError("nothing was raised")
+    callback, run = training.trainer(
+        backend, folder / "adjusted", world=dist.get_world_size(), name="mixtral", lora="attention"
+    )
+    run.train()
+    assert callback.report.changed_anything
+
+
 CHECKS = {
     "ddp": (second_train, best_model, evaluation, evaluation_fails),
+    "fsdp1": (experts,),
     "fsdp2": (second_train, best_model, evaluation),
 }
 

@@ -88,6 +88,7 @@ def distributed_by_transformers(model, folder, world):
 
 ADAPTERS = {
     True: {"target_modules": "all-linear", "modules_to_save": ["embed_tokens"]},
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
     "linear": {"target_modules": "all-linear"},
     "embeddings": {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
 }
