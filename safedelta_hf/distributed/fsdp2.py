@@ -1,5 +1,6 @@
 """FSDP2: every rank holds some slices of each parameter, along its first dimension, as a `DTensor`."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Sharding
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -38,6 +40,7 @@ class FullyShardedModel(ShardedModel):
         super().__init__(model, ranks)
         for name in self.all_names:
             _require_rows(name, self.live(name))
+        self._share_tied()
 
     @override
     def device(self, name: str) -> torch.device:
@@ -83,6 +86,25 @@ class FullyShardedModel(ShardedModel):
     def _reshard(self) -> None:
         for unit in self._units:
             unit.reshard()
+
+    def _share_tied(self) -> None:
+        """Let what computes with a tied parameter see what is written to it.
+
+        Where a parameter is tied after it was sharded, as transformers does, each place has it anew. Of one whose rows
+        cannot be shared out evenly each pads a copy of its own, and the parameter shows the last of them: an optimizer
+        step, and whatever else is written, never reaches the others (https://github.com/pytorch/pytorch/issues/176076).
+        """
+        held: dict[nn.Parameter, list[FSDPParam]] = defaultdict(list)
+        groups = {group for unit in self._units for group in unit._get_fsdp_state()._fsdp_param_groups}
+        for one in (one for group in groups for one in group.fsdp_params):
+            place = one._module_info
+            held[getattr(place.module, place.param_name)].append(one)
+        for places in held.values():
+            if len(places) > 1:
+                for one in places:
+                    one.reset_sharded_param()  # type: ignore[no-untyped-call] # takes what was tied since, and may pad it
+                for one in places:
+                    one._sharded_param_data = places[-1]._sharded_param_data
 
 
 def _require_rows(name: str, parameter: nn.Parameter) -> None:

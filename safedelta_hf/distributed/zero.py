@@ -74,28 +74,19 @@ class PartitionedModel(ShardedModel):
 
     @override
     def read(self, name: str) -> Tensor:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        parameter = self.live(name)
-        with GatheredParameters([parameter]):
+        with self._gathered(name) as parameter:
             return parameter.detach().clone()
 
     @override
     def write(self, name: str, value: Tensor) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        parameter = self.live(name)
-        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        with self._gathered(name, modifier_rank=0) as parameter:
             parameter.copy_(value)
             if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
                 _write_master(parameter, value)
 
     @override
     def lend(self, name: str, value: Tensor) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        parameter = self.live(name)
-        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        with self._gathered(name, modifier_rank=0) as parameter:
             parameter.copy_(value)
 
     @override
@@ -103,6 +94,15 @@ class PartitionedModel(ShardedModel):
     def tracked_by(self, observer: ParameterObserver) -> Iterator[None]:
         with fetched_by_hooks(self, observer):
             yield
+
+    @contextmanager
+    def _gathered(self, name: str, modifier_rank: int | None = None) -> Iterator[nn.Parameter]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        self.ranks.check_in()  # within what DeepSpeed does, nobody hears of a rank that failed
+        parameter = self.live(name)
+        with GatheredParameters([parameter], modifier_rank=modifier_rank), torch.no_grad():
+            yield parameter
 
 
 def _write_master(parameter: Any, value: Tensor) -> None:  # noqa: ANN401 - with the attributes that DeepSpeed adds

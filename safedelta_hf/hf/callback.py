@@ -29,6 +29,7 @@ from safedelta_hf.hf.trainer_facts import (
     is_pruned,
     log_metrics,
     output_dir,
+    require_fetched_adapters,
     require_supported,
     shows_progress,
     trained_adapter,
@@ -160,6 +161,7 @@ class SafeDeltaCallback(TrainerCallback):
         with Ranks.of_run().together():
             require_trainable(model)
             opened = open_model(model)
+            require_fetched_adapters(opened)
             require_room_for_tuned(self._keep_tuned, state)
             with foreign_errors_named("reading data with the base model"):
                 if self._run is None or self._model is None or self._model() is not model:

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
-from safedelta_hf.deltas.lora_layers import active_adapters
+from safedelta_hf.deltas.lora_layers import active_adapters, tuner_layers
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
@@ -115,6 +116,29 @@ def require_supported(args: TrainingArguments) -> None:
             f"SafeDeltaCallback: this run has {args.world_size} processes, of which torch.distributed knows {size}; "
             "start it with torchrun or accelerate launch, or train without the callback and use adjust_checkpoint"
         )
+
+
+def require_fetched_adapters(model: ShardedModel) -> None:
+    """Stop where the first step would fail: PEFT would compute with factors of an adapter that FSDP1 has not gathered.
+
+    Args:
+        model: The model that will be trained.
+
+    Raises:
+        ConfigurationError: An adapter is on a parameter, not on a layer, and its factors are units of FSDP1.
+    """
+    if not getattr(model.model, "peft_config", None):
+        return
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for layer in tuner_layers(model.model):
+        if isinstance(layer, ParamWrapper) and FullyShardedDataParallel.fsdp_modules(layer.lora_A):
+            raise ConfigurationError(
+                f"{layer.parameter_name}: PEFT computes with an adapter on a parameter (target_parameters, as of fused "
+                "experts) without calling the layers of its factors, and FSDP1 gathers them when they are called, so "
+                "training fails (https://github.com/huggingface/peft/issues/3080). Use FSDP2 (fsdp_config "
+                '{"version": 2}), or target_modules without experts and routers, such as ["q_proj", "v_proj"]'
+            )
 
 
 @contextmanager

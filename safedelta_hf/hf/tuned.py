@@ -5,9 +5,12 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import TrainerState
@@ -16,11 +19,11 @@ from transformers.utils.hub import PushToHubMixin
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.distributed.ranks import is_shared
-from safedelta_hf.errors import ConfigurationError, RestoreError, SafeDeltaError
+from safedelta_hf.distributed.ranks import Ranks, is_shared
+from safedelta_hf.errors import CheckpointError, ConfigurationError, RestoreError, SafeDeltaError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.hf.base_weights import name_of_run
-from safedelta_hf.modules.names import unwrapped_shards
+from safedelta_hf.modules.names import without_wrappers
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import open_base
 
@@ -75,12 +78,12 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
     """
     opened = open_model(model)
     with opened.ranks.together():
-        weights = None
-        if not opened.is_local:
-            weights = opened.state(but=opened.names if _carries_adapters_alone(model) else ())
+        weights = None if opened.is_local else opened.state(but=_never_saved(opened))
         if opened.ranks.is_main:
             with complete_or_absent(folder, replacing=_is_of_run(folder, state)) as unfinished:
-                _save(unwrapped_shards(model), weights, processing_class, unfinished)
+                with without_wrappers(model) as bare, _gathered_already(bare):
+                    _save(bare, weights, processing_class, unfinished)
+                _require_adapters(opened, unfinished)
                 (unfinished / RUN_FILE).write_bytes(_entry(name_of_run(state)))
 
 
@@ -97,9 +100,48 @@ def _save(
         processing_class.save_pretrained(folder)
 
 
-def _carries_adapters_alone(model: nn.Module) -> bool:
-    configs = getattr(model, "peft_config", {}) or {}
-    return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs.values())
+@contextmanager
+def _gathered_already(model: nn.Module) -> Iterator[None]:
+    # Told that it is sharded, a model of transformers gathers its weights itself, with all ranks, whatever it is given.
+    config: Any = getattr(model, "config", None)
+    if (sharded := getattr(config, "distributed_config", None)) is None:
+        yield
+        return
+    try:
+        config.distributed_config = None
+        yield
+    finally:
+        config.distributed_config = sharded
+
+
+def _never_saved(model: ShardedModel) -> set[str]:
+    configs = getattr(model.model, "peft_config", {}) or {}
+    if not configs or any(getattr(config, "bias", "none") != "none" for config in configs.values()):
+        return set()
+    # PEFT saves the embeddings of the base with an adapter on them, or if the vocabulary was resized.
+    embeddings = {
+        parameter
+        for find in ("get_input_embeddings", "get_output_embeddings")
+        if (module := getattr(model.model, find)()) is not None
+        for parameter in module.parameters()
+    }
+    return {name for name in model.names if model.live(name) not in embeddings}
+
+
+def _require_adapters(model: ShardedModel, folder: Path) -> None:
+    if not getattr(model.model, "peft_config", None):
+        return
+    base = set(model.names)
+    trained = sum(model.live(name).requires_grad for name in model.all_names if name not in base)
+    saved = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved += len(file.keys())
+    if saved < trained:
+        raise CheckpointError(
+            f"{folder.name}: the adapters have {trained} trained tensors, and PEFT saved {saved}, so some are "
+            "lost; does something wrap the layers that they are on?"
+        )
 
 
 def whereabouts(
@@ -145,14 +187,18 @@ def rescue_tuned(
     Returns:
         A sentence on where they are.
     """
-    number = 1
-    while (folder := output_dir / f"tuned-not-adjusted-{state.global_step}-{number}").exists():
-        number += 1
+    folder = output_dir
     try:
+        folder = Ranks.of_run().broadcast(_free_folder(output_dir, state), owner=0)
         save_tuned(model, processing_class, folder, state)
     except Exception as error:  # the adjustment's own error is the one to raise
         return f"The tuned weights are unharmed in the model, but could not be saved in {str(folder)!r}: {error}"
     return f"The tuned weights are unharmed in the model, and saved in {str(folder)!r}."
+
+
+def _free_folder(output_dir: Path, state: TrainerState) -> Path:
+    names = (f"tuned-not-adjusted-{state.global_step}-{number}" for number in count(1))
+    return next(folder for name in names if not (folder := output_dir / name).exists())
 
 
 class TunedWeights:

@@ -1,12 +1,14 @@
 """Canonical parameter names: what a checkpoint calls a weight, whatever wraps the model in memory."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, FSDP1 and the wrappers of activation checkpointing keep the module that they wrap."""
 
 _WRAPPED = ("token_adapter", "base_layer", "original_module")
 """Where the wrappers of PEFT keep the module that they wrap."""
@@ -25,7 +27,7 @@ def canonical(name: str) -> str:
         The name in the bare model.
     """
     for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
+        name = name.replace(f"{wrapper}.", "")
     return name
 
 
@@ -69,17 +71,32 @@ def class_name(model: nn.Module) -> str:
     return next(bare).__name__
 
 
-def unwrapped_shards(model: nn.Module) -> nn.Module:
-    """What FSDP1 wraps around a whole model, taken off.
+@contextmanager
+def without_wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Take what torch.compile, FSDP1 and checkpointing wrap around modules out of a model, as long as the block runs.
+
+    Libraries find weights by the names of the modules that hold them, and a wrapper is part of those names. Nothing can
+    be computed meanwhile where parameters are sharded.
 
     Args:
-        model: As the Trainer passes it to callbacks.
+        model: Any module.
 
-    Returns:
-        The model as it was before; its parameters may be sharded all the same.
+    Yields:
+        The model with the modules that it was built of.
     """
-    inner = model._modules.get("_fsdp_wrapped_module")
-    return model if inner is None else inner
+    wrapped = [
+        (module, key, child)
+        for module in model.modules()
+        for key, child in module._modules.items()
+        if child is not None and _inside(child) is not child
+    ]
+    try:
+        for module, key, child in wrapped:
+            module._modules[key] = _inside(child)
+        yield _inside(model)
+    finally:
+        for module, key, child in wrapped:
+            module._modules[key] = child
 
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -140,6 +157,12 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
             if (name := join(place, key)) != names[parameter]:
                 aliases[names[parameter]] += (name,)
     return aliases
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    while (inner := next((module._modules[key] for key in _WRAPPERS if key in module._modules), None)) is not None:
+        module = inner
+    return module
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

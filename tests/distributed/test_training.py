@@ -26,32 +26,65 @@ def difference(one, other):
     return max(float((one[name] - other[name]).norm() / one[name].norm().clamp_min(1e-12)) for name in one)
 
 
+def in_files(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def require_same(one, other, case):
+    """What one run made of a case is what another made of it: weights, files, report and strength."""
+    found = {
+        "weights": difference(*(load_file(folder / f"{case}.safetensors") for folder in (one, other))),
+        **{
+            name: difference(in_files(one / f"{case}-{name}"), in_files(other / f"{case}-{name}"))
+            for name in ("tuned", "saved")
+            if (other / f"{case}-{name}").exists()
+        },
+    }
+    print(case, found)
+    assert max(found.values()) < TOLERANCE, (case, found)
+    wanted, told = (json.loads((folder / f"{case}.json").read_text()) for folder in (one, other))
+    for expected, record in zip(wanted["parameters"], told["parameters"], strict=True):
+        assert record["outcome"] == expected["outcome"], (case, expected["parameter"])
+        assert record["shape"] == expected["shape"]
+        assert record["delta_energy"] == pytest.approx(expected["delta_energy"], rel=1e-3)
+        assert record["adjusted_loss"] == pytest.approx(expected["adjusted_loss"], rel=1e-2, abs=1e-9)
+    assert told["metrics"].get("safedelta/strength") == wanted["metrics"].get("safedelta/strength"), case
+
+
 EVERY = tuple(training.CASES)
-SOME = ("full", "measured", "from_files", "lora")
+SHARED = tuple(case for case in EVERY if case != "lora_experts")  # FSDP1 cannot train it
+SOME = ("full", "measured", "tied", "from_files", "lora", "lora_experts", "lora_tied")
+AFTERWARDS = ("full", "measured", "conv1d", "tied", "experts", "lora_linear", "lora_tied")
+"""What can be put on a model that was sharded while it was loaded."""
+
+
+UNEVEN = ("full", "tied", "lora_linear", "lora_tied")
+"""Three processes share nothing out evenly."""
 
 
 @pytest.mark.parametrize(
-    ("backend", "cases"),
-    [("ddp", EVERY), ("fsdp2", EVERY), ("fsdp1", EVERY), ("zero1", SOME), ("zero2", SOME), ("zero3", EVERY)],
+    ("backend", "cases", "processes"),
+    [
+        ("ddp", EVERY, 2),
+        ("fsdp2", EVERY, 2),
+        ("fsdp1", SHARED, 2),
+        ("native", AFTERWARDS, 2),
+        ("zero1", SOME, 2),
+        ("zero2", SOME, 2),
+        ("zero3", EVERY, 2),
+        ("native", UNEVEN, 3),
+        *(
+            pytest.param(backend, UNEVEN, 3, marks=pytest.mark.slow)
+            for backend in ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
+        ),
+    ],
 )
-def test_a_run_on_two_processes_ends_as_on_one(single, tmp_path, backend, cases):
+def test_a_run_on_several_processes_ends_as_on_one(single, tmp_path, backend, cases, processes):
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
-    passes("tests.programs.training", backend, tmp_path, *cases)
+    passes("tests.programs.training", backend, tmp_path, *cases, processes=processes)
     for case in cases:
-        weights = [load_file(folder / f"{case}.safetensors") for folder in (single, tmp_path)]
-        assert difference(*weights) < TOLERANCE, case
-        reports = [json.loads((folder / f"{case}.json").read_text()) for folder in (single, tmp_path)]
-        for one, other in zip(*(report["parameters"] for report in reports), strict=True):
-            assert one["outcome"] == other["outcome"], (case, one["parameter"])
-            assert one["shape"] == other["shape"]
-            assert other["delta_energy"] == pytest.approx(one["delta_energy"], rel=1e-3)
-            assert other["adjusted_loss"] == pytest.approx(one["adjusted_loss"], rel=1e-2, abs=1e-9)
-
-
-def test_a_model_that_transformers_sharded_itself_ends_as_on_one_process(single, tmp_path):
-    passes("tests.programs.training", "native", tmp_path, "full")
-    assert difference(*(load_file(folder / "full.safetensors") for folder in (single, tmp_path))) < TOLERANCE
+        require_same(single, tmp_path, case)
 
 
 def test_accelerate_launch_starts_it_too(single, tmp_path):

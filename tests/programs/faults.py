@@ -12,12 +12,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
 
 from safedelta_hf.errors import RestoreError, SafeDeltaError
-from tests.fixtures import tiny
-from tests.programs import shim, training
+from tests.programs import training
 
 PROFILES = "safedelta_hf.hf.profiles.examples_of"
 JOURNAL = "safedelta_hf.weights.journal"
@@ -45,42 +42,22 @@ UNCAUGHT = {
 }
 
 
-def uncaught(backend, folder, name):
+def uncaught(backend, folder, name, world):
     """Train as a script does that catches nothing."""
-    _, trainer = training.trainer(backend, folder, world=2)
+    _, trainer = training.trainer(backend, folder, world=world)
     with raising(UNCAUGHT[name], OSError(f"broken on purpose: {name}"), call=2):
         trainer.train()
-
-
-def own_part(model):
-    """What this rank holds."""
-    parts = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {name: (part.to_local() if hasattr(part, "to_local") else part).clone() for name, part in parts.items()}
-
-
-class Before(TrainerCallback):
-    """Remembers what training ends with, and lets it diverge on one rank."""
-
-    def __init__(self, *, diverges=False):
-        self.diverges, self.own, self.whole = diverges, None, None
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
-        if self.diverges and dist.get_rank() == 1:
-            part = model.get_parameter("model.layers.1.mlp.down_proj.weight").detach()
-            (part.to_local() if hasattr(part, "to_local") else part)[-1, -1] = float("nan")
-        self.own, self.whole = own_part(model), training.whole_weights(model)
 
 
 FAULTS = {
     # What raises, on which rank of FSDP2 and of DDP, at which call; the case of the training; and what it leaves.
     "data": (("safedelta_hf.capture.collect.read_safety_data", 1, 1, 1), "full", "begin"),
+    "reading": (("safedelta_hf.distributed.zero.PartitionedModel.read", 1, 1, 3), "full", "begin"),
     "task_data": ((PROFILES, 1, 1, 1), "task", "begin"),
     "diverged": (None, "full", "end"),
     "factorise": (("safedelta_hf.rules.ridge.Ridge.factorise", 1, 1, 2), "full", "end"),
     "prepare_lora": (("safedelta_hf.rules.safe_delta.SafeDelta.factorise", 1, 1, 2), "lora", "end"),
+    "measure_lora": (("safedelta_hf.rules.ridge.Ridge.factorise", 1, 1, 2), "lora_linear", "end"),
     "journal_folder": ((f"{JOURNAL}.ScratchFolder", 1, 1, 2), "full", "end"),
     "disk_full": ((f"{JOURNAL}.save_file", 1, 0, 5), "full", "end"),
     "putting_back": ((f"{JOURNAL}.Journal._original", 1, 1, 1), "full", "mixed"),
@@ -88,11 +65,11 @@ FAULTS = {
 }
 
 
-def fault(backend, folder, name):
+def fault(backend, folder, name, world):
     """Train, hear of the failure on every rank, and be in step afterwards."""
     patch, case, stage = FAULTS[name]
-    callback, trainer = training.trainer(backend, folder, world=2, **training.CASES[case])
-    before = Before(diverges=name == "diverged")
+    callback, trainer = training.trainer(backend, folder, world=world, **training.CASES[case])
+    before = training.Before(diverges=name == "diverged")
     trainer.callback_handler.callbacks.insert(0, before)
     failing, text = 1, "holds NaN or Inf"
     patches = []
@@ -110,8 +87,9 @@ def fault(backend, folder, name):
         require_untouched(trainer.model, before)
         rescued = list(folder.glob("tuned-not-adjusted-*"))
         assert len(rescued) == (name != "rescue"), rescued
+        assert all(str(place) in said for place in rescued), said
         if rescued and dist.get_rank() == 0:
-            require_saved(rescued[0], before.whole, case)
+            training.require_saved(rescued[0], before.whole, case)
     if stage == "mixed":
         assert isinstance(error, RestoreError)
         assert "neither the weights from before" in said
@@ -133,31 +111,15 @@ def failed(trainer, patches):
 
 
 def require_untouched(model, before):
-    own = own_part(model)
-    assert own.keys() == before.own.keys()
-    assert all(torch.equal(own[name].nan_to_num(7.0), value.nan_to_num(7.0)) for name, value in before.own.items())
-
-
-def require_saved(folder, expected, case):
-    """What was saved loads, and is what training ended with."""
-    if training.CASES[case].get("lora"):
-        loaded = PeftModel.from_pretrained(training.without_dropout(tiny.llama()), folder)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-    weights = tiny.weights(loaded)
-    assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(weights[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
+    for ended, wanted in ((training.own_part(model), before.own), (training.whole_weights(model), before.whole)):
+        assert ended.keys() == wanted.keys()
+        assert all(torch.equal(ended[name].nan_to_num(7.0), value.nan_to_num(7.0)) for name, value in wanted.items())
 
 
 def main(backend, folder, *checks):
-    if backend != "ddp":
-        shim.install()
-    from accelerate import PartialState
-
-    PartialState(cpu=backend == "ddp")
+    world = training.start(backend)
     for check in checks:
-        (uncaught if check in UNCAUGHT else fault)(backend, Path(folder) / check, check)
+        (uncaught if check in UNCAUGHT else fault)(backend, Path(folder) / check, check, world)
         if dist.get_rank() == 0:
             print(f"passed {check}", flush=True)
         dist.barrier()

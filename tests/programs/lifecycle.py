@@ -15,23 +15,18 @@ from safedelta_hf.errors import ConfigurationError, RankError
 from safedelta_hf.testbed import CASES, attack_questions, load_aligned, tokenize
 from tests.fixtures import tiny
 from tests.programs import shim, training
-from tests.programs.faults import Before, require_saved
 
 HARMFUL = [{"messages": question.messages} for question in attack_questions(4)]
 NOTHING_KEPT = SafeDelta(strength=0.0)
 
 
-def trainer(backend, folder, rule, *, lora=False, keep_tuned=None, **changes):
-    model = training.adapted(tiny.llama()) if lora else tiny.llama()
-    callback = SafeDeltaCallback(training.ROWS, rule, keep_tuned=keep_tuned)
+def trainer(backend, folder, rule, **changes):
+    callback = SafeDeltaCallback(training.ROWS, rule)
     settings = training.BACKENDS[backend] | changes
     if "fsdp_config" in settings:
-        settings["fsdp_config"] = settings["fsdp_config"] | {
-            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-            "state_dict_type": "FULL_STATE_DICT",
-        }
+        settings["fsdp_config"] = settings["fsdp_config"] | {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
     return Trainer(
-        model=model,
+        model=tiny.llama(),
         args=tiny.arguments(folder / "run", **{"per_device_train_batch_size": 4} | settings),
         train_dataset=tiny.rows(16, seed=2, length=10),
         eval_dataset=tiny.rows(8, seed=3, length=10),
@@ -44,21 +39,6 @@ def is_base(model):
     base = tiny.llama()
     ended = training.whole_weights(model)
     return all(torch.equal(value, base.get_parameter(name)) for name, value in ended.items() if "embed" not in name)
-
-
-def keep_tuned(backend, folder, *, case="full"):
-    run = trainer(backend, folder, SafeDelta(strength=3.0), lora=case == "lora", keep_tuned=folder / "tuned")
-    before = Before()
-    run.callback_handler.callbacks.insert(0, before)
-    run.train()
-    assert not tiny.same(training.whole_weights(run.model), before.whole)
-    if run.is_world_process_zero():
-        require_saved(folder / "tuned", before.whole, case)
-    assert sorted(path.name for path in folder.iterdir()) in (["run", "tuned"], ["tuned"])
-
-
-def keep_tuned_lora(backend, folder):
-    keep_tuned(backend, folder, case="lora")
 
 
 def second_train(backend, folder):
@@ -126,9 +106,27 @@ def evaluation_fails(backend, folder):
     raise AssertionError("nothing was raised")
 
 
+def experts(backend, folder):
+    """An adapter that FSDP1 cannot train is refused before the first step; one beside the experts is adjusted."""
+    _, run = training.trainer(backend, folder / "refused", world=dist.get_world_size(), name="mixtral", lora=True)
+    try:
+        run.train()
+    except ConfigurationError as error:
+        assert "peft/issues/3080" in str(error) and "target_modules" in str(error), error
+        assert run.state.global_step == 0
+    else:
+        raise AssertionError("nothing was raised")
+    callback, run = training.trainer(
+        backend, folder / "adjusted", world=dist.get_world_size(), name="mixtral", lora="attention"
+    )
+    run.train()
+    assert callback.report.changed_anything
+
+
 CHECKS = {
-    "ddp": (keep_tuned, keep_tuned_lora, second_train, best_model, evaluation, evaluation_fails),
-    "fsdp2": (keep_tuned, keep_tuned_lora, second_train, best_model, evaluation),
+    "ddp": (second_train, best_model, evaluation, evaluation_fails),
+    "fsdp1": (experts,),
+    "fsdp2": (second_train, best_model, evaluation),
 }
 
 

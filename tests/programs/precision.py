@@ -26,7 +26,7 @@ def measure(backend, folder, *, lora, world):
     return search.noise.precision
 
 
-def unmoved(model):
+def unmoved(model, _):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
