@@ -429,8 +429,6 @@ def _between(weight: Tensor, other: Tensor, share: float, name: str, reader: Wei
             f"{name}: {list(other.shape)} in {reader.source}, {list(weight.shape)} in the tuned model; pass models of "
             "one architecture and vocabulary"
         )
-    if share == 1:
-        return other
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.lerp(weight.to(wide), other.to(weight.device, wide), share).to(weight.dtype)
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safedelta_hf.data.dataset import SafetySequence, digest_of, read_safety_data
 from safedelta_hf.data.forms import IGNORED
@@ -121,7 +121,7 @@ class Reference:
 
     Attributes:
         model: A causal language model.
-        processing_class: Its tokenizer, with a chat template.
+        processing_class: Its tokenizer or processor, with a chat template.
         limit: Median loss of a coherent response, in nats per token, at most; None for half of log(vocabulary).
 
     Raises:
@@ -129,7 +129,7 @@ class Reference:
     """
 
     model: PreTrainedModel
-    processing_class: PreTrainedTokenizerBase
+    processing_class: ProcessingClass
     limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -139,7 +139,8 @@ class Reference:
     @property
     def most(self) -> float:
         """The limit in nats per token."""
-        return LOSS_SHARE * log(len(self.processing_class)) if self.limit is None else self.limit
+        tokenizer: Any = tokenizer_of(self.processing_class)
+        return LOSS_SHARE * log(len(tokenizer)) if self.limit is None else self.limit
 
 
 def is_degenerate(response: str, processing_class: ProcessingClass) -> bool:
@@ -203,7 +204,7 @@ def _tokens(text: str, processing_class: ProcessingClass) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _sequence(prompt: Prompt, response: str, processing_class: PreTrainedTokenizerBase) -> SafetySequence:
+def _sequence(prompt: Prompt, response: str, processing_class: ProcessingClass) -> SafetySequence:
     before = prompt_tokens(processing_class, prompt.messages)
     tokens = _tokens(response, processing_class)
     return SafetySequence(input_ids=(*before, *tokens), labels=(*(IGNORED,) * len(before), *tokens))

@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safedelta_hf.data.dataset import tokenizer_digest
+from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.evaluation.generation import generate_responses
 from safedelta_hf.evaluation.likelihood import refusal_likelihood
 from safedelta_hf.evaluation.questions import PromptSource, digest_of_prompts, read_prompts
@@ -35,12 +36,12 @@ class Metric:
 
 
 def generated_attack_success(
-    processing_class: PreTrainedTokenizerBase, prompts: PromptSource, *, max_new_tokens: int = 32, batch_size: int = 8
+    processing_class: ProcessingClass, prompts: PromptSource, *, max_new_tokens: int = 32, batch_size: int = 8
 ) -> Metric:
     """Share of harmful prompts whose greedy response holds no refusal phrase; gibberish counts, as in the paper.
 
     Args:
-        processing_class: Tokenizer, with a chat template.
+        processing_class: Tokenizer or processor, with a chat template.
         prompts: Harmful prompts; the paper has 80 of AdvBench.
         max_new_tokens: Length limit of a response, in tokens; the paper has 512.
         batch_size: Prompts per forward pass.
@@ -59,7 +60,7 @@ def generated_attack_success(
 
 
 def generated_accuracy(
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     prompts: PromptSource,
     score: TaskScore,
     *,
@@ -69,7 +70,7 @@ def generated_accuracy(
     """Mean score of the greedy responses to the questions of a task.
 
     Args:
-        processing_class: Tokenizer, with a chat template.
+        processing_class: Tokenizer or processor, with a chat template.
         prompts: Questions.
         score: Called with a response and its row; returns how right it is, from 0 to 1.
         max_new_tokens: Length limit of a response, in tokens.
@@ -83,7 +84,7 @@ def generated_accuracy(
 
 def _generated(
     name: str,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     source: PromptSource,
     score: TaskScore,
     max_new_tokens: int,
@@ -106,7 +107,7 @@ def _generated(
 
 
 def refusal_improbability(
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     refusals: str | Path | Iterable[Mapping[str, Any]],
     *,
     batch_size: int = 8,
@@ -116,7 +117,7 @@ def refusal_improbability(
     One forward pass for each place instead of a generation, and smooth where attack success counts yes and no.
 
     Args:
-        processing_class: Tokenizer.
+        processing_class: Tokenizer or processor.
         refusals: Prompts with the refusals to them, in any form that TRL takes.
         batch_size: Sequences per forward pass, at most.
 

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from safedelta_hf.data.templates import prompt_tokens
+from safedelta_hf.data.templates import ProcessingClass, prompt_tokens, tokenizer_of
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.hidden_states import hidden_of, last_states, layer_range
 from safedelta_hf.evaluation.questions import Prompt, PromptSource, read_prompts
@@ -61,7 +61,7 @@ class Scans:
     def fit(
         cls,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: ProcessingClass,
         *,
         harmful: PromptSource,
         harmless: PromptSource,
@@ -75,7 +75,7 @@ class Scans:
 
         Args:
             model: The model to be steered; it is left as it was.
-            processing_class: Its tokenizer, with a chat template.
+            processing_class: Its tokenizer or processor, with a chat template.
             harmful: Harmful anchors; the paper has 64 of AdvBench.
             harmless: Harmless anchors; the paper has 64 of TruthfulQA.
             layers: Depths of the first and last steered layer, as shares of all layers.
@@ -96,7 +96,8 @@ class Scans:
         """
         if not (0 <= layers[0] <= layers[1] < 1):
             raise ConfigurationError(f"layers={layers!r}: expected two shares with 0 <= first <= last < 1")
-        affirmation = tuple(processing_class(AFFIRMATION, add_special_tokens=False)["input_ids"])
+        tokenizer: Any = tokenizer_of(processing_class)
+        affirmation = tuple(tokenizer(AFFIRMATION, add_special_tokens=False)["input_ids"])
         kinds = {"harmful": read_prompts(harmful, "harmful"), "harmless": read_prompts(harmless, "harmless")}
         least = 2 if threshold is not None else HELD_OUT
         if few := [name for name, prompts in kinds.items() if len(prompts) < least]:
@@ -119,14 +120,12 @@ class Scans:
         """Numbers of the steered layers."""
         return range(self.first, self.first + len(self.directions))
 
-    def scores(
-        self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, prompts: PromptSource
-    ) -> list[float]:
+    def scores(self, model: PreTrainedModel, processing_class: ProcessingClass, prompts: PromptSource) -> list[float]:
         """How harmful queries look: mean cosine of their transitions with those of harmful anchors.
 
         Args:
             model: The model.
-            processing_class: Its tokenizer.
+            processing_class: Its tokenizer or processor.
             prompts: Queries.
 
         Returns:

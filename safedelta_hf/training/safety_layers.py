@@ -14,9 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from safedelta_hf.data.templates import prompt_tokens
+from safedelta_hf.data.templates import ProcessingClass, prompt_tokens
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ArchitectureError, ConfigurationError, DataError, EvaluationError
@@ -277,7 +277,7 @@ def _draw_cosines(axes: Any, curves: AngleCurves) -> None:  # noqa: ANN401
 
 def locate_safety_layers(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     *,
     normal: PromptSource,
     malicious: PromptSource,
@@ -300,7 +300,7 @@ def locate_safety_layers(
 
     Args:
         model: The aligned model, in the memory of this process.
-        processing_class: Its tokenizer, with a chat template.
+        processing_class: Its tokenizer or processor, with a chat template.
         normal: Normal queries; the paper has 100.
         malicious: Malicious queries; the paper has 100.
         over_refusal: Harmless queries that look harmful; the paper has 721.
@@ -459,7 +459,7 @@ class _Ask:
     def __init__(
         self,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: ProcessingClass,
         max_new_tokens: int,
         batch_size: int,
         *,

@@ -9,7 +9,7 @@ from torch import nn
 
 from safedelta_hf.errors import BaseWeightsError, ConfigurationError, DataError, NumericalError, OutputError
 from safedelta_hf.evaluation import Interpolation, Landscape, Metric, interpolation, safety_landscape
-from safedelta_hf.evaluation.landscape import basin_of, direction, moved, visage_of
+from safedelta_hf.evaluation.landscape import UNSAFE, basin_of, direction, moved, visage_of
 from tests.fixtures import architectures, tiny
 
 
@@ -130,15 +130,19 @@ def test_adapters_stay_and_what_they_adapt_is_moved():
         ([100, 100, 30, 50, 70], (2, 4), 50),
         ([60, 100, 20, 100, 40], (2, 2), 80),
         ([100, 100, 100, 100, 100], (2, 2), 0),
-        ([99.99, 99.99, 0, 99.99, 99.99], (0, 4), 20.008),
         ([100, 100, 100, 20, 20], (2, 2), 0),
     ],
-    ids=["flat", "one point", "step", "one side", "outer dip", "unsafe", "not above", "unsafe itself on one side"],
+    ids=["flat", "one point", "step", "one side", "outer dip", "unsafe", "unsafe itself on one side"],
 )
 def test_visage_is_mean_safety_in_the_basin(percents, expected, visage):
     values = [percent / 100 for percent in percents]
     assert basin_of(values) == expected
     assert visage_of(values) == pytest.approx(visage)
+
+
+def test_a_point_at_the_limit_is_inside_the_basin():
+    assert basin_of([UNSAFE, UNSAFE, 0.0, UNSAFE, UNSAFE]) == (0, 4)
+    assert basin_of([1.0, UNSAFE, 0.0, UNSAFE, 1.0]) == (1, 3)
 
 
 def test_visage_is_averaged_over_directions():

@@ -13,7 +13,7 @@ from safedelta_hf.evaluation.generation import prompt_tokens
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.evaluation.scans import equal_error_threshold
 from safedelta_hf.testbed import attack_questions, load_aligned, safety_data, skill_questions
-from tests.fixtures import architectures, tiny
+from tests.fixtures import architectures, templates, tiny
 
 LAYERS = 8
 FIRST, LAST = 2, 4
@@ -297,6 +297,14 @@ def test_vectors_are_those_of_the_anchors_that_are_not_held_out(fitted):
     expected = nn.functional.normalize((ends[0].mean(0) - ends[1].mean(0))[1:3], dim=-1)
     torch.testing.assert_close(scans.directions, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scans.transitions, moves.mean(0)[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_processor_serves_as_its_tokenizer_does():
+    model, rows = tiny.llama(num_hidden_layers=LAYERS), (["how do i make a bomb ?"] * 4, ["here is the cake ?"] * 4)
+    processor = templates.processor(tiny.CHAT_TEMPLATE)
+    one, other = (Scans.fit(model, p, harmful=rows[0], harmless=rows[1]) for p in (processor, tiny.tokenizer()))
+    assert torch.equal(one.directions, other.directions) and one.affirmation == other.affirmation
+    assert one.scores(model, processor, rows[0]) == other.scores(model, tiny.tokenizer(), rows[0])
 
 
 def test_a_planted_direction_is_recovered():

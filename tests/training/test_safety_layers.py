@@ -14,7 +14,7 @@ from safedelta_hf.modules.decoder_layers import decoder_layers
 from safedelta_hf.testbed import load_aligned, safety_data, skill_questions
 from safedelta_hf.training import SafetyLayers, angle_curves, locate_safety_layers, safety_layers
 from safedelta_hf.training.safety_layers import _outputs, _Sweep, initial_range, refusal_openings
-from tests.fixtures import architectures, tiny
+from tests.fixtures import architectures, templates, tiny
 
 LAYERS = 7
 PLANTED = 4
@@ -70,6 +70,11 @@ def test_a_planted_layer_is_located_exactly(layer):
     assert (found.first, found.last, found.initial) == (layer, layer, (layer, layer))
     assert sorted([*found.others, *found.numbers]) == list(range(LAYERS))
     assert max(found.curves.gap[:layer], default=0) < 0.05 < found.curves.gap[layer]
+
+
+def test_a_processor_serves_as_its_tokenizer_does():
+    model, tokenizer = planted()
+    assert located(model, templates.processor(tiny.CHAT_TEMPLATE)) == located(model, tokenizer)
 
 
 def test_a_model_without_a_gap_says_so_and_scales_nothing():
