@@ -11,7 +11,7 @@ from safedelta_hf import Ridge, SafeDeltaCallback
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ArchitectureError, ConfigurationError, NumericalError
 from safedelta_hf.training import SafetyProbeConfig, with_safety_probe
-from safedelta_hf.training.preferences import LOSSES, log_likelihoods, read_pairs
+from safedelta_hf.training.preferences import LOSSES, log_likelihoods
 from safedelta_hf.training.safety_probe import SafetyProbe, chosen_layers
 from tests.fixtures import tiny
 from tests.training.test_preferences import PLAIN
@@ -493,4 +493,3 @@ def test_only_trainers_can_be_given_a_probe():
 def test_pairs_of_another_kind_are_named_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match="SafetyProbeConfig"):
         trainer(tmp_path, tiny.llama(), {"pairs": PLAIN})
-    assert read_pairs(PLAIN, tiny.tokenizer())
