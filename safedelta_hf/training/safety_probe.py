@@ -33,6 +33,9 @@ from safedelta_hf.training.preferences import LOSSES, PreferencePair, Source, dr
 MIDDLE: Final = (11 / 32, 20 / 32)
 """The first and the last of the layers that the paper moves, as shares of all: 11 to 20 of 32."""
 
+ROUNDING_STEPS: Final = 10
+"""How many rounding steps of the coarsest weights the harmful move has to be long, relative to the trained ones."""
+
 Offsets = dict[nn.Module, Tensor]
 """What is added to the hidden states that a decoder layer returns, [hidden], for every token."""
 
@@ -209,7 +212,7 @@ class SafetyProbe:
             _require_supported(trainer)
             opened = open_model(model)
             with opened.ranks.together():
-                _require_probeable(opened)
+                _require_probeable(opened, self.config.epsilon)
                 sequences = [sequence.input_ids for pair in self._pairs for sequence in pair]
                 require_fit(opened.runnable, sequences, "pairs")
                 self._layers = chosen_layers(opened.runnable, self.config.layers)
@@ -304,7 +307,7 @@ def _require_supported(trainer: Trainer) -> None:
             )
 
 
-def _require_probeable(model: ShardedModel) -> None:
+def _require_probeable(model: ShardedModel, epsilon: float) -> None:
     if not model.is_local:
         raise ConfigurationError(
             f"safety probe: the model's weights are held by {model.kind}, where they cannot be moved for two passes of "
@@ -321,6 +324,13 @@ def _require_probeable(model: ShardedModel) -> None:
             raise ConfigurationError(
                 f"safety probe: {name} is trained in {parameter.dtype}, in which a move of 1e-5 of its norm is lost to "
                 "rounding; load the model in float32 and use bf16=True for speed"
+            )
+        least = ROUNDING_STEPS * torch.finfo(parameter.dtype).eps
+        if epsilon < least:
+            raise ConfigurationError(
+                f"safety probe: {name} is in {parameter.dtype}, where the difference that a move of epsilon="
+                f"{epsilon:g} makes is lost to rounding; load the model in float32, or set epsilon to at least "
+                f"{least:.2g}"
             )
     for module in model.model.modules():
         checkpointing = getattr(module, "_gradient_checkpointing_func", None)

@@ -424,6 +424,7 @@ def quantised(model):
     [
         (lambda: tiny.llama().bfloat16(), {}, "is trained in torch.bfloat16"),
         (lambda: quantised(tiny.llama()), {}, "is quantised"),
+        (lambda: lora(tiny.llama().bfloat16()), {}, "set epsilon to at least 0.078"),
         (tiny.llama, {"torch_compile": True}, "torch.compile"),
         (
             tiny.llama,
@@ -435,6 +436,10 @@ def quantised(model):
 def test_what_cannot_be_probed_is_refused_by_name(make, changes, said, tmp_path):
     with pytest.raises(ConfigurationError, match=said):
         trainer(tmp_path, make(), config(), **changes).train()
+
+
+def test_above_a_coarse_base_a_long_move_is_allowed(tmp_path):
+    trainer(tmp_path, lora(tiny.llama().bfloat16()), config(epsilon=0.1), max_steps=1).train()
 
 
 def test_a_gradient_that_is_no_number_is_named(tmp_path):
