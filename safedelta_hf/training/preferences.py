@@ -20,6 +20,8 @@ from safedelta_hf.modules.names import unwrapped
 Source = str | Path | Iterable[Mapping[str, Any]]
 
 COLUMNS: Final = ("prompt", "chosen", "rejected")
+OPTIONS: Final = ("tools", "chat_template_kwargs")
+"""What a chat template is given beside the turns."""
 
 
 class PreferencePair(NamedTuple):
@@ -40,8 +42,8 @@ def read_pairs(
     """Tokenise rows in TRL's preference format with an explicit prompt, conversational or not.
 
     Args:
-        source: A `datasets.Dataset`, a list of dicts, or the path of a JSON-lines file, whose rows hold `prompt`,
-            `chosen` and `rejected`: strings, or lists of turns.
+        source: Rows, or where they are, as safety data; each holds `prompt`, `chosen` and `rejected`: strings, or lists
+            of turns.
         processing_class: Tokenizer, or processor with a `tokenizer`.
         max_length: Sequences are cut to this many tokens, at the end; None leaves them whole.
 
@@ -58,10 +60,8 @@ def read_pairs(
             raise DataError(f"pairs: {place} lacks {', '.join(missing)}; each row needs {', '.join(COLUMNS)}")
 
     def sequences(column: str) -> list[SafetySequence]:
-        others = {*COLUMNS, "completion"}
         completed = [
-            {key: value for key, value in row.items() if key not in others}
-            | {"prompt": row["prompt"], "completion": row[column]}
+            {"prompt": row["prompt"], "completion": row[column]} | {key: row[key] for key in OPTIONS if key in row}
             for _, row in placed
         ]
         found = read_safety_data(completed, processing_class, max_length, purpose=f"pairs, {column}")
