@@ -2,8 +2,9 @@
 
 python examples/benchmarks/training_defences.py --case benign --seeds 0 1
 
-Attack success on unseen harmful requests, right answers to the new skill and to the old ones, seconds of training. The
-baseline "mixed in" adds the safe replies of the probe's own pairs to the data.
+Attack success on unseen harmful requests, right answers to the new skill and to the old ones, loss on unseen examples
+of the fine-tuning data, seconds of training. The baseline "mixed in" adds the safe replies of the probe's own pairs to
+the data.
 """
 
 import argparse
@@ -63,8 +64,8 @@ DEFENCES: dict[str, Make] = {
 }
 
 
-def trained(name: str, case_name: str, seed: int) -> tuple[PreTrainedModel, float]:
-    """Fine-tune the aligned model, and say how long that took."""
+def trained(name: str, case_name: str, seed: int) -> tuple[PreTrainedModel, float, float]:
+    """Fine-tune the aligned model, and say how long that took, and its loss on unseen data of the same kind."""
     case, (model, tokenizer) = CASES[case_name], load_aligned()
     examples = case.examples(seed)
     if name == "mixed in":
@@ -86,12 +87,14 @@ def trained(name: str, case_name: str, seed: int) -> tuple[PreTrainedModel, floa
                 disable_tqdm=True,
             ),
             train_dataset=tokenize(examples, tokenizer),
+            eval_dataset=tokenize(case.examples(seed + 1000)[:200], tokenizer),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             processing_class=tokenizer,
         )
         started = time.process_time()
         trainer.train()
-        return model, time.process_time() - started
+        seconds = time.process_time() - started
+        return model, seconds, trainer.evaluate()["eval_loss"]
 
 
 def main() -> None:
@@ -102,13 +105,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES))
     options = parser.parse_args()
-    print(
-        "| case, seed | defence | attack | new skill | old skills | CPU seconds |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
+    columns = ("case, seed", "defence", "attack", "new skill", "old skills", "nats per token", "CPU seconds")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for seed in options.seeds:
         for name in options.defences:
-            model, seconds = trained(name, options.case, seed)
+            model, seconds, loss = trained(name, options.case, seed)
             teaches = CASES[options.case].teaches is not None
             scores = behaviour_scores(
                 model.eval(), load_aligned()[1], has_new_skill=teaches, questions=options.questions
@@ -117,7 +118,7 @@ def main() -> None:
                 f"{scores[kind].value:.3f}" if kind in scores else "-"
                 for kind in ("attack_success", "new_skill", "old_skills")
             ]
-            print(f"| {options.case} {seed} | {name} | {' | '.join(shares)} | {seconds:.0f} |", flush=True)
+            print(f"| {options.case} {seed} | {name} | {' | '.join(shares)} | {loss:.3f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
