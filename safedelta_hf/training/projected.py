@@ -19,6 +19,7 @@ from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.core.null_space import null_space
 from safedelta_hf.core.transform import Transform
+from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.lora_deltas import LoraDelta
@@ -128,6 +129,7 @@ class ProjectedTraining(TrainerCallback):
         self._treatment = treatment or Treatment()
         self._processing_class = processing_class
         self.profile = self._given_profile = profile
+        self._progress = True
         self._model: weakref.ref[nn.Module] | None = None
         self._projection: _Projection | None = None
 
@@ -167,6 +169,7 @@ class ProjectedTraining(TrainerCallback):
             self._projection = None
             opened = open_model(model)
             _require_projectable(opened)
+            self._progress = state.is_world_process_zero and not args.disable_tqdm
             tokenizer = self._processing_class or processing_class
             base = self._base_of(opened, state, Path(args.output_dir or "."), tokenizer)
             assert self.profile is not None, "it was given, or has been collected"
@@ -244,11 +247,16 @@ class ProjectedTraining(TrainerCallback):
 
     def _collected(self, model: ShardedModel, processing_class: ProcessingClass | None) -> SafetyProfile:
         assert self._safety is not None, "there is no profile, so there is safety data"
-        profile = collect_profile(model, self._safety, processing_class, config=self._config)
+
+        def read(data: Source, config: ProfileConfig, purpose: str) -> SafetyProfile:
+            return collect_profile(
+                model, data, processing_class, config=config, progress=self._progress, purpose=purpose
+            )
+
+        profile = read(self._safety, self._config, SAFETY_DATA)
         if self._retention is None:
             return profile
-        config = replace(self._config, holdout=0.0)
-        ordinary = collect_profile(model, self._retention, processing_class, config=config, purpose="ordinary data")
+        ordinary = read(self._retention, replace(self._config, holdout=0.0), "ordinary data")
         return with_retention(profile, ordinary, self._retention_weight)
 
 
