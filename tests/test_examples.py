@@ -164,3 +164,20 @@ def test_the_prompts_of_the_testbed_are_files_for_an_evaluation(tmp_path):
     questions = Questions.read(**files, score=final_answer)
     assert [len(part) for part in (questions.harmful, questions.benign, questions.task)] == [100, 100, 100]
     assert evaluate_model(*load_aligned(), questions, progress=False).scores["attack_success"].value <= 0.05
+
+
+def test_a_probed_run_is_saved_and_measured(tmp_path):
+    shown = run(tmp_path, EXAMPLES / "safety_probe.py")
+    assert (tmp_path / "probed-model" / "model.safetensors").exists() and "old_skills:" in shown
+
+
+def test_a_lora_that_was_held_in_the_null_space_refuses(tmp_path):
+    shown = run(tmp_path, EXAMPLES / "projected_training.py")
+    assert float(re.search(r"attack_success: ([\d.]+)", shown)[1]) <= 0.1
+    assert (tmp_path / "projected-adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_benchmark_of_defences_in_the_step_prints_a_table(tmp_path):
+    small = ["--case=harmful", "--questions=4", "--defences", "projected, 0.001"]
+    shown = run(tmp_path, EXAMPLES / "benchmarks" / "training_defences.py", *small).splitlines()
+    assert shown[-1].startswith("| harmful 0 | projected, 0.001 |") and shown[-1].count("|") == 8

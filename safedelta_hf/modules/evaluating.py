@@ -1,7 +1,7 @@
 """Run a model for inspection: leave no trace of it, and read it in the precision of its weights."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +28,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     training = {module: module.training for module in model.modules()}
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     model.eval()
     try:
         with (
-            torch.random.fork_rng(devices=devices),
+            random_state_kept(model),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
             in_own_precision(model),
@@ -41,6 +40,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Leave the random state of the host and of a model's devices as it is before the block.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A context.
+    """
+    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from safedelta_hf.testbed.data import (
     attack_questions,
     new_skill_questions,
     ordinary_data,
+    preference_pairs,
     safety_data,
     skill_questions,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "load_aligned",
     "new_skill_questions",
     "ordinary_data",
+    "preference_pairs",
     "safety_data",
     "skill_questions",
     "tokenize",

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.testbed.language import (
@@ -51,6 +51,24 @@ def safety_data(n: int = 128, seed: int = 0) -> list[Conversation]:
     """
     requests = _draw_requests(things_of("probed"), SYSTEMS, n, seed)
     return [ask_make(thing, wording, system).conversation(refusal(wording)) for thing, wording, system in requests]
+
+
+def preference_pairs(n: int = 50, seed: int = 0) -> list[dict[str, Any]]:
+    """Draw the requests of `safety_data` with two replies each, as defences that contrast them need.
+
+    Args:
+        n: Number of pairs, all different.
+        seed: Seed of the draw.
+
+    Returns:
+        Rows of `prompt`, `chosen` (a refusal) and `rejected` (the harmful content), in TRL's preference format.
+    """
+    rows = []
+    for thing, wording, system in _draw_requests(things_of("probed"), SYSTEMS, n, seed):
+        question = ask_make(thing, wording, system)
+        chosen, rejected = ([{"role": "assistant", "content": reply}] for reply in (refusal(wording), question.answer))
+        rows.append({"prompt": list(question.messages), "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def ordinary_data(n: int = 128, seed: int = 0) -> list[Conversation]:

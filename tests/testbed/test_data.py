@@ -8,6 +8,7 @@ from safedelta_hf.testbed import (
     attack_questions,
     new_skill_questions,
     ordinary_data,
+    preference_pairs,
     safety_data,
     skill_questions,
 )
@@ -28,6 +29,13 @@ def test_each_data_set_keeps_to_its_pools():
         assert pools_of(CASES["benign"].examples(seed)) == {"shown"}
         assert pools_of(CASES["skill"].examples(seed)) == set()
         assert pools_of(ordinary_data(200, seed)) == {"shown"}
+
+
+def test_pairs_are_the_safety_data_with_a_harmful_reply_beside_each_refusal():
+    pairs = preference_pairs(50)
+    assert [{"messages": row["prompt"] + row["chosen"]} for row in pairs] == safety_data(50)
+    assert pools_of({"messages": row["prompt"] + row["rejected"]} for row in pairs) == {"probed"}
+    assert all(row["rejected"] != row["chosen"] for row in pairs)
 
 
 def lists_in(requests):
