@@ -1,13 +1,22 @@
 """Defences while training and in the training data, around any Trainer."""
 
+from safedelta_hf.training.derta import derta_rows
 from safedelta_hf.training.freezing import FreezeSafetyLayers, freeze_layers, lora_layers
+from safedelta_hf.training.mixing import PAPER, balance, mix_safety, refusal_mix
+from safedelta_hf.training.rows import check_arguments
 from safedelta_hf.training.safety_layers import SafetyLayers, angle_curves, locate_safety_layers
 
 __all__ = [
+    "PAPER",
     "FreezeSafetyLayers",
     "SafetyLayers",
     "angle_curves",
+    "balance",
+    "check_arguments",
+    "derta_rows",
     "freeze_layers",
     "locate_safety_layers",
     "lora_layers",
+    "mix_safety",
+    "refusal_mix",
 ]
