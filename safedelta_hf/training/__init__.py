@@ -2,6 +2,7 @@
 
 from safedelta_hf.training.derta import derta_rows
 from safedelta_hf.training.freezing import FreezeSafetyLayers, freeze_layers, lora_layers
+from safedelta_hf.training.guard import add_guard_tokens, guard_rows
 from safedelta_hf.training.mixing import PAPER, balance, mix_safety, refusal_mix
 from safedelta_hf.training.rows import check_arguments
 from safedelta_hf.training.safety_layers import SafetyLayers, angle_curves, locate_safety_layers
@@ -10,11 +11,13 @@ __all__ = [
     "PAPER",
     "FreezeSafetyLayers",
     "SafetyLayers",
+    "add_guard_tokens",
     "angle_curves",
     "balance",
     "check_arguments",
     "derta_rows",
     "freeze_layers",
+    "guard_rows",
     "locate_safety_layers",
     "lora_layers",
     "mix_safety",
