@@ -90,19 +90,22 @@ def trim(delta: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*shap
 
     Args:
         delta: `D`.
-        density: Share to keep, in [0, 1]; rounded down to whole entries. Entries as large as the last are kept too.
+        density: Share to keep, in [0, 1]; rounded down to whole entries, but at least one unless it is 0. Of entries
+            of one magnitude the first ones are kept, so that the number holds and is the same on every machine.
 
     Returns:
         `D` with zeros elsewhere.
     """
-    count = int(density * delta.numel())
-    if count == delta.numel():
+    count = max(int(density * delta.numel()), 1 if density > 0 else 0)
+    if count >= delta.numel():
         return delta.clone()
     if count == 0:
         return torch.zeros_like(delta)
-    magnitude = delta.abs()
-    least = magnitude.flatten().kthvalue(delta.numel() - count + 1).values
-    return torch.where(magnitude >= least, delta, 0.0)
+    magnitude = delta.abs().flatten()
+    least = magnitude.kthvalue(delta.numel() - count + 1).values
+    larger, equal = magnitude > least, magnitude == least
+    kept = larger | (equal & (equal.cumsum(0) <= count - larger.sum()))
+    return torch.where(kept.reshape(delta.shape), delta, 0.0)
 
 
 def elect(deltas: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
@@ -173,6 +176,26 @@ def alignment_cosine(delta: Float[Tensor, "*stack o i"], alignment: Float[Tensor
     else:
         image = alignment @ (alignment.mT @ delta)
     return max(cosine(delta, image), 0.0)
+
+
+def chance_cosine(alignment: Float[Tensor, "*stack o i"]) -> float:
+    """Alignment cosine that a delta of independent random entries has with a given `V`, to first order.
+
+    With `D` random, `E <D, C D> = in tr(C)` and `E |C D|^2 = in tr(C^2)`, so the cosine is near
+    `tr(C) / sqrt(out tr(C^2))`. It is 1 where `V` weighs all directions alike, `sqrt(rank / out)` where it does so
+    within a subspace, and near `1 / sqrt(1 + out / in)` where `V` is random itself.
+
+    Args:
+        alignment: `V` [out, in], or a stack of such matrices.
+
+    Returns:
+        In [0, 1]; 0 where `V` is.
+    """
+    outputs, inputs = alignment.shape[-2:]
+    # Of V V^T and V^T V, which have one trace and one norm, the smaller.
+    gram = alignment @ alignment.mT if outputs < inputs else alignment.mT @ alignment
+    squared = alignment.shape[:-2].numel() * outputs * _inner(gram, gram)
+    return min(1.0, _inner(alignment, alignment) / math.sqrt(squared)) if squared else 0.0
 
 
 def _inner(one: Tensor, other: Tensor) -> float:
