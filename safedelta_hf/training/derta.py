@@ -85,7 +85,9 @@ def derta_rows(
         limit = math.inf if max_length is None else max_length
         rows.append(_after_prefix(number, triple, limit, draw, prefix))
         rows.append(_transition(number, triple, limit, draw, keep, refuses))
-    warn(f"derta_rows: they teach to refuse, and alone they teach to refuse everything; mix them with {OVER_REFUSAL}")
+    warn(
+        f"derta_rows: alone they teach to refuse everything; mix them into other rows (mix_safety), and {OVER_REFUSAL}"
+    )
     return to_dataset(rows)
 
 
