@@ -101,11 +101,25 @@ def trim(delta: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*shap
         return delta.clone()
     if count == 0:
         return torch.zeros_like(delta)
-    magnitude = delta.abs().flatten()
-    least = magnitude.kthvalue(delta.numel() - count + 1).values
-    larger, equal = magnitude > least, magnitude == least
-    kept = larger | (equal & (equal.cumsum(0) <= count - larger.sum()))
-    return torch.where(kept.reshape(delta.shape), delta, 0.0)
+    return torch.where(largest_entries(delta.abs(), count), delta, 0.0)
+
+
+def largest_entries(values: Float[Tensor, "*shape"], count: int) -> Bool[Tensor, "*shape"]:
+    """Choose a number of entries, the largest ones.
+
+    Args:
+        values: Any shape.
+        count: How many, from 0 to all. Of equal entries the first are chosen, on every machine.
+
+    Returns:
+        True where chosen.
+    """
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    flat = values.flatten()
+    least = flat.kthvalue(values.numel() - count + 1).values
+    larger, equal = flat > least, flat == least
+    return (larger | (equal & (equal.cumsum(0) <= count - larger.sum()))).reshape(values.shape)
 
 
 def elect(deltas: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:

@@ -1,6 +1,5 @@
 """DARE: drop entries of the delta at random."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +7,7 @@ from typing_extensions import override
 
 from safedelta_hf.core.merging import drop, random_entries
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule
+from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, own_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,6 @@ class Dare(MergeRule):
     @override
     def merged(self, parameter: MergeInput) -> Merged:
         delta = parameter.delta
-        own_seed = hashlib.sha256(f"{self.seed}:{parameter.name}".encode()).digest()[:8]
         density, weight = (self._share, 1.0) if self.density is None else (self.density, self._share)
-        kept = random_entries(delta.shape, density, int.from_bytes(own_seed, "little"))
+        kept = random_entries(delta.shape, density, own_seed(self.seed, parameter.name))
         return Merged(weight * drop(delta, kept.to(delta.device), density, rescale=self.rescale))

@@ -77,6 +77,6 @@ def test_settings_are_plain_values_with_models_by_name():
 
 def test_merges_are_registered_and_say_what_they_accept():
     merges = {name for name, rule in RULES.items() if issubclass(rule, MergeRule)}
-    assert merges == {"slerp", "dare", "ties", "model_stock", "safe_merge"}
+    assert merges == {"slerp", "dare", "ties", "model_stock", "safe_merge", "safe_patch"}
     for name, rule in RULES.items():
         assert rule.needs_dense == (name in merges), name
