@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation import HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
+from safedelta_hf.evaluation import FORMATS, Guard, HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
 from safedelta_hf.evaluation.evaluate import RESULTS
 from safedelta_hf.evaluation.scoring import Judge
 
@@ -26,6 +26,13 @@ def evaluate(
     judge: Annotated[
         str | None,
         typer.Option(help='A model that answers "safe" or "unsafe", or module:function of (prompt, response).'),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(help=f"Read the verdict of the --judge model off its labels' likelihoods: {', '.join(FORMATS)}."),
+    ] = None,
+    guard_template: Annotated[
+        Path | None, typer.Option(help="File with what a --guard is shown, with {prompt} and {response}.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Model that tells language from gibberish: the base.")] = None,
     coherence_limit: Annotated[
@@ -50,7 +57,7 @@ def evaluate(
             refusals=refusals,
             task=task,
             score=None if score is None else load_function(score, "--score"),
-            judge=None if judge is None else _judge(judge, batch_size),
+            judge=_judge(judge, guard, guard_template, batch_size),
             harness=_harness(lm_eval, lm_eval_include, lm_eval_limit),
         )
         reference = _reference(base, coherence_limit)
@@ -78,10 +85,28 @@ def _harness(tasks: str | None, include: Path | None, limit: int | None) -> Harn
     return HarnessTasks(names=names, include=include, limit=limit)
 
 
-def _judge(name: str, batch_size: int) -> Judge:
-    if is_dotted(name):
-        return load_function(name, "--judge")
-    return ModelJudge(name, batch_size=batch_size)
+def _judge(name: str | None, guard: str | None, template: Path | None, batch_size: int) -> Judge | None:
+    if guard is None and template is not None:
+        raise ConfigurationError("--guard-template has no effect without --guard; say how the guard is asked")
+    if guard is not None:
+        if name is None or is_dotted(name):
+            raise ConfigurationError("--guard says how a guard model is asked; name the model with --judge")
+        return Guard(
+            name,
+            preset=guard,
+            template=None if template is None else _text(template),
+            batch_size=batch_size,
+        )
+    if name is None:
+        return None
+    return load_function(name, "--judge") if is_dotted(name) else ModelJudge(name, batch_size=batch_size)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--guard-template {str(path)!r} cannot be read ({error})") from error
 
 
 def _reference(base: str | None, limit: float | None) -> Reference | None:

@@ -90,19 +90,36 @@ def trim(delta: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*shap
 
     Args:
         delta: `D`.
-        density: Share to keep, in [0, 1]; rounded down to whole entries. Entries as large as the last are kept too.
+        density: Share to keep, in [0, 1]; rounded down to whole entries, but at least one unless it is 0. Of entries
+            of one magnitude the first ones are kept, so that the number holds and is the same on every machine.
 
     Returns:
         `D` with zeros elsewhere.
     """
-    count = int(density * delta.numel())
-    if count == delta.numel():
+    count = max(int(density * delta.numel()), 1 if density > 0 else 0)
+    if count >= delta.numel():
         return delta.clone()
     if count == 0:
         return torch.zeros_like(delta)
-    magnitude = delta.abs()
-    least = magnitude.flatten().kthvalue(delta.numel() - count + 1).values
-    return torch.where(magnitude >= least, delta, 0.0)
+    return torch.where(largest_entries(delta.abs(), count), delta, 0.0)
+
+
+def largest_entries(values: Float[Tensor, "*shape"], count: int) -> Bool[Tensor, "*shape"]:
+    """Choose a number of entries, the largest ones.
+
+    Args:
+        values: Any shape.
+        count: How many, from 0 to all. Of equal entries the first are chosen, on every machine.
+
+    Returns:
+        True where chosen.
+    """
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    flat = values.flatten()
+    least = flat.kthvalue(values.numel() - count + 1).values
+    larger, equal = flat > least, flat == least
+    return (larger | (equal & (equal.cumsum(0) <= count - larger.sum()))).reshape(values.shape)
 
 
 def elect(deltas: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
@@ -173,6 +190,26 @@ def alignment_cosine(delta: Float[Tensor, "*stack o i"], alignment: Float[Tensor
     else:
         image = alignment @ (alignment.mT @ delta)
     return max(cosine(delta, image), 0.0)
+
+
+def chance_cosine(alignment: Float[Tensor, "*stack o i"]) -> float:
+    """Alignment cosine that a delta of independent random entries has with a given `V`, to first order.
+
+    With `D` random, `E <D, C D> = in tr(C)` and `E |C D|^2 = in tr(C^2)`, so the cosine is near
+    `tr(C) / sqrt(out tr(C^2))`. It is 1 where `V` weighs all directions alike, `sqrt(rank / out)` where it does so
+    within a subspace, and near `1 / sqrt(1 + out / in)` where `V` is random itself.
+
+    Args:
+        alignment: `V` [out, in], or a stack of such matrices.
+
+    Returns:
+        In [0, 1]; 0 where `V` is.
+    """
+    outputs, inputs = alignment.shape[-2:]
+    # Of V V^T and V^T V, which have one trace and one norm, the smaller.
+    gram = alignment @ alignment.mT if outputs < inputs else alignment.mT @ alignment
+    squared = alignment.shape[:-2].numel() * outputs * _inner(gram, gram)
+    return min(1.0, _inner(alignment, alignment) / math.sqrt(squared)) if squared else 0.0
 
 
 def _inner(one: Tensor, other: Tensor) -> float:

@@ -3,6 +3,7 @@
 from safedelta_hf.data.phrases import REFUSAL_PHRASES, is_refusal
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
+from safedelta_hf.evaluation.guard import FORMATS, Cue, Guard, GuardFormat, Verdict, guarded_responses
 from safedelta_hf.evaluation.harness import HarnessTasks, harness_scores
 from safedelta_hf.evaluation.landscape import Interpolation, Landscape, interpolation, safety_landscape
 from safedelta_hf.evaluation.likelihood import Likelihood, Reference, is_degenerate, refusal_likelihood
@@ -26,8 +27,12 @@ from safedelta_hf.evaluation.scoring import (
 )
 
 __all__ = [
+    "FORMATS",
     "REFUSAL_PHRASES",
+    "Cue",
     "Evaluation",
+    "Guard",
+    "GuardFormat",
     "HarnessTasks",
     "Interpolation",
     "Judge",
@@ -40,6 +45,7 @@ __all__ = [
     "Reference",
     "Scans",
     "Score",
+    "Verdict",
     "attack_success_rate",
     "evaluate_model",
     "exact_answer",
@@ -49,6 +55,7 @@ __all__ = [
     "generate_responses",
     "generated_accuracy",
     "generated_attack_success",
+    "guarded_responses",
     "harness_scores",
     "interpolation",
     "is_degenerate",

@@ -8,13 +8,15 @@ from safedelta_hf.rules.ridge import Ridge
 from safedelta_hf.rules.rule import AutoStrength, LayerMoments, Rule, TransformRule
 from safedelta_hf.rules.safe_delta import SafeDelta
 from safedelta_hf.rules.safe_merge import SafeMerge
+from safedelta_hf.rules.safe_patch import Gradients, SafePatch
 from safedelta_hf.rules.scale import Scale
 from safedelta_hf.rules.slerp import Slerp
 from safedelta_hf.rules.task_ridge import TaskRidge
 from safedelta_hf.rules.ties import Ties
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (SafeDelta, Ridge, TaskRidge, Scale, Slerp, Dare, Ties, ModelStock, SafeMerge)
+    rule.name: rule
+    for rule in (SafeDelta, Ridge, TaskRidge, Scale, Slerp, Dare, Ties, ModelStock, SafeMerge, SafePatch)
 }
 """Rules by registered name."""
 
@@ -36,6 +38,7 @@ __all__ = [
     "AutoStrength",
     "Dare",
     "DeltaMatrix",
+    "Gradients",
     "LayerMoments",
     "MergeInput",
     "MergeRule",
@@ -45,6 +48,7 @@ __all__ = [
     "Rule",
     "SafeDelta",
     "SafeMerge",
+    "SafePatch",
     "Scale",
     "Slerp",
     "Source",

@@ -1,5 +1,6 @@
 """The other kind of rule: it merges a fine-tuned weight with its base, and with those of further models."""
 
+import hashlib
 from abc import abstractmethod
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -116,6 +117,19 @@ class MergeRule(Rule):
     @property
     def _share(self) -> float:
         return 1 / (1 + number(self.strength))
+
+
+def own_seed(seed: int, name: str) -> int:
+    """Seed of what is drawn for one parameter, whatever is drawn for others.
+
+    Args:
+        seed: Of the rule.
+        name: Canonical name of the parameter, or more.
+
+    Returns:
+        A number of 64 bits.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
 
 
 def source_name(source: Source) -> str:

@@ -84,6 +84,22 @@ def test_a_judge_model_is_loaded_from_its_folder(files):
     assert scores["attack_success_by_judge"].count + 30 * scores["judge_undecided"].value == 30
 
 
+def test_a_guard_judges_by_the_likelihood_of_its_labels(files):
+    model, tokenizer = train_judge(["safe", "unsafe"] * 2)
+    model.save_pretrained(files / "judge")
+    tokenizer.save_pretrained(files / "judge")
+    (files / "shown.txt").write_text("user {prompt} assistant {response} verdict for assistant ")
+    options_of_judge = [f"--judge={files / 'judge'}", "--guard=llama-guard"]
+    scores = {}
+    for output, more in (("chat", []), ("text", [f"--guard-template={files / 'shown.txt'}"])):
+        result = run([*options(files, "harmful", output=output), *options_of_judge, *more])
+        assert result.exit_code == 0, result.output
+        evaluation = Evaluation.load(files / output / "results.json")
+        assert "guard:Guard" in evaluation.settings["judge"]
+        scores[output] = evaluation.scores["attack_success_by_judge"]
+    assert 0 < scores["chat"].value < 1 and scores["chat"].count == 30
+
+
 def test_a_killed_run_goes_on_where_it_stopped(files):
     """SIGKILL, as a scheduler or the kernel would; in a process of its own."""
     model = tiny.perturbed(load_aligned()[0], 0.04)
@@ -126,6 +142,11 @@ def test_a_killed_run_goes_on_where_it_stopped(files):
         (["--harmful={harmful}", "--base=no-such-folder"], "--base 'no-such-folder' cannot be loaded"),
         (["--harmful={harmful}", "--adapter=no-such-folder"], "--adapter 'no-such-folder' cannot be loaded"),
         (["--harmful={harmful}", "--coherence-limit=3"], "has no effect without --base"),
+        (["--harmful={harmful}", "--guard=llama-guard"], "name the model with --judge"),
+        (["--harmful={harmful}", "--guard-template=absent"], "no effect without --guard"),
+        (["--harmful={harmful}", "--judge=x", "--guard=gpt"], "'gpt' is not one of llama-guard, wildguard"),
+        (["--harmful={harmful}", "--judge=x", "--guard=wildguard"], "pass it as template="),
+        (["--harmful={harmful}", "--judge=x", "--guard=wildguard", "--guard-template=absent"], "cannot be read"),
         (["--harmful={harmful}", "--lm-eval-limit=3"], "no effect without --lm-eval"),
         (["--refusals={harmful}"], "must end with a non-empty assistant turn"),
         (["--harmful={harmful}", "--output={bad}"], "is no folder"),

@@ -89,6 +89,12 @@ def test_trim_elect_and_mean_equal_the_paper_entry_by_entry(shape, seed, count, 
     torch.testing.assert_close(found.double(), oracles.ties(deltas, density), rtol=1e-5, atol=1e-6)
 
 
+@given(shapes, seeds, st.floats(1e-9, 1.0))
+def test_trimming_keeps_exactly_the_stated_number_of_entries_and_at_least_one(shape, seed, density):
+    delta = drawn(shape, seed)[0].mul(2).round().add(0.25)  # few magnitudes, no zero
+    assert int(merging.trim(delta, density).count_nonzero()) == max(1, int(density * delta.numel()))
+
+
 @given(shapes, seeds)
 def test_one_delta_elects_itself(shape, seed):
     (delta,) = drawn(shape, seed)
@@ -141,3 +147,24 @@ def test_the_alignment_cosine_is_one_within_an_orthonormal_subspace_and_zero_out
     assert merging.alignment_cosine(inside, torch.cat([subspace, torch.zeros(6, 1)], 1)) == pytest.approx(1)
     assert merging.alignment_cosine(outside, torch.cat([subspace, torch.zeros(6, 1)], 1)) == 0
     assert merging.alignment_cosine(inside, torch.zeros(6, 4)) == 0
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (12, 48), (48, 12), (3, 20, 15)])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_chance_value_is_that_of_random_deltas(shape, rank):
+    generator = torch.Generator().manual_seed(3)
+    alignment = torch.randn(shape, generator=generator)
+    if rank is not None:
+        alignment = alignment[..., :rank] @ torch.randn((*shape[:-2], rank, shape[-1]), generator=generator)
+    found = merging.chance_cosine(alignment)
+    assert found == pytest.approx(oracles.chance_cosine(alignment), rel=0.02)
+    assert merging.chance_cosine(5 * alignment) == pytest.approx(found, rel=1e-5)
+    if rank is None:
+        assert found == pytest.approx(1 / math.sqrt(1 + shape[-2] / shape[-1]), rel=0.05)
+
+
+def test_chance_is_one_where_all_directions_weigh_alike_and_zero_without_an_alignment():
+    assert merging.chance_cosine(torch.eye(5)) == pytest.approx(1.0)
+    subspace = torch.cat([torch.eye(8)[:, :2], torch.zeros(8, 3)], 1)
+    assert merging.chance_cosine(subspace) == pytest.approx(math.sqrt(2 / 8))
+    assert merging.chance_cosine(torch.zeros(4, 3)) == 0

@@ -30,7 +30,13 @@ class Counted(SafeDeltaCallback):
     [
         Slerp(strength=1.0),
         Dare(strength=1.0, seed=3),
-        SafeMerge(strength=1.0, unaligned=tiny.perturbed(tiny.llama(), seed=3), safe=tiny.perturbed(tiny.llama())),
+        # A random alignment: the cosines are those of chance, so the threshold lies above them.
+        SafeMerge(
+            strength=1.0,
+            threshold=0.9,
+            unaligned=tiny.perturbed(tiny.llama(), seed=3),
+            safe=tiny.perturbed(tiny.llama()),
+        ),
     ],
     ids=lambda rule: rule.name,
 )

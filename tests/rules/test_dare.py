@@ -23,10 +23,31 @@ def test_a_rescaled_drop_leaves_larger_entries_at_the_same_places():
     torch.testing.assert_close(rescaled, 4 * plain)
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("weight", [0.2, 0.4, 0.6, 0.8])  # the grid of Farn et al.
+def test_with_a_density_the_strength_is_a_weight_on_what_is_kept_at_any_strength(weight, rescale):
+    given = merge_input(Dare())
+    kept = Dare(strength=0.0, density=0.3).merged(given).values != 0
+    found = Dare(strength=1 / weight - 1, density=0.3, rescale=rescale).merged(given).values
+    expected = torch.zeros_like(found, dtype=torch.float64)
+    for place in kept.nonzero().tolist():  # base + l * (entry / (1 - p)), entry by entry
+        entry = float(given.delta[tuple(place)])
+        expected[tuple(place)] = weight * (entry / 0.3 if rescale else entry)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert 0.15 < float(kept.float().mean()) < 0.45
+
+
+def test_a_whole_density_is_linear_merging():
+    given = merge_input(Dare())
+    assert torch.equal(Dare(strength=1.0, density=1.0, rescale=True).merged(given).values, given.delta / 2)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Dare(rescale=1), "Dare: rescale=1"),
+        (lambda: Dare(density=0.0), "Dare: density=0.0 must be a number above 0 and at most 1"),
+        (lambda: Dare(density="half"), "Dare: density='half'"),
         (lambda: Dare(seed=0.5), "Dare: seed=0.5"),
     ],
 )

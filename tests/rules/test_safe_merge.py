@@ -36,11 +36,45 @@ def test_safe_merge_merges_the_layers_below_the_threshold(aligned, transposed):
         assert "merged with the safety-tuned model" in note
 
 
+def note_of(delta, alignment, **settings):
+    given = MergeInput(
+        name="w", base=torch.zeros_like(delta), delta=delta, others=(-alignment, torch.randn_like(delta))
+    )
+    values, (note,) = SafeMerge(strength=0.25, unaligned="u", safe="s", **settings).merged(given)
+    assert torch.equal(values, delta) == ("left as tuned" in note)
+    return note
+
+
+def test_a_random_delta_of_a_square_layer_passes_the_published_threshold_and_not_one_measured_from_chance():
+    torch.manual_seed(0)
+    delta, alignment = torch.randn(2, 64, 64)
+    assert "by chance 0.7" in note_of(delta, alignment) and "left as tuned" in note_of(delta, alignment)
+    assert "merged with" in note_of(delta, alignment, relative=True)
+    inside = alignment @ alignment.T @ alignment
+    assert "left as tuned" in note_of(inside, alignment, relative=True)
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 1)])
+def test_parameters_of_one_column_are_not_merged_by_chance(shape):
+    torch.manual_seed(0)
+    delta, alignment = torch.randn(2, *shape)
+    assert "of one column and left as tuned" in note_of(delta, alignment)
+    assert "merged with" in note_of(delta, alignment, vectors=True)
+    assert "cosine with the alignment subspace 1.000" in note_of(3 * alignment, alignment, vectors=True)
+
+
+def test_where_every_direction_is_the_alignments_nothing_is_merged_for_leaving_it():
+    assert "left as tuned" in note_of(torch.randn(1, 8), torch.randn(1, 8), relative=True)
+    assert "left as tuned" in note_of(torch.randn(8, 8), torch.eye(8), relative=True)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: SafeMerge(), r"SafeMerge: unaligned=None is no model.*needs the model before its alignment"),
         (lambda: SafeMerge(unaligned="folder"), r"SafeMerge: safe=None is no model"),
+        (lambda: SafeMerge(unaligned="u", safe="s", relative=1), "SafeMerge: relative=1 must be True or False"),
+        (lambda: SafeMerge(unaligned="u", safe="s", vectors="no"), "SafeMerge: vectors='no' must be True or False"),
         (lambda: SafeMerge(unaligned="u", safe="s", threshold=1.2), "SafeMerge: threshold=1.2"),
     ],
 )
