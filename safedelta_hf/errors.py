@@ -40,6 +40,10 @@ class NumericalError(SafeDeltaError, ArithmeticError):
     """A tensor holds NaN or Inf, or a matrix cannot be factorised."""
 
 
+class FactorisationError(NumericalError):
+    """A matrix cannot be factorised, at the strength or damping at which it was made."""
+
+
 class BaseWeightsError(SafeDeltaError, RuntimeError):
     """The base (aligned) weights are unknown, unreadable or not the expected ones."""
 
