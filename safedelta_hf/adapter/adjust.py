@@ -12,7 +12,7 @@ from torch import nn
 from safedelta_hf.adapter.store import AdapterInMemory
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
-from safedelta_hf.deltas.lora_deltas import FullDelta
+from safedelta_hf.deltas.lora_deltas import FullDelta, by_parameter
 from safedelta_hf.deltas.lora_folder import initialised_from_base, require_low_rank
 from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
 from safedelta_hf.distributed.model import ShardedModel
@@ -96,12 +96,12 @@ def plan_adapter(
         One entry for each of them.
 
     Raises:
-        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
+        AdapterError: There is no such adapter, it is merged, it has no delta `s B A`, or it tunes a parameter twice.
         ProfileError: The profile knows nothing of one of the parameters.
     """
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)
-    shapes = {delta.parameter: delta.shape for delta in lora_deltas(opened, adapter_name)}
+    shapes = {name: delta.shape for name, delta in by_parameter(lora_deltas(opened, adapter_name)).items()}
     if config.bias != "none":
         shapes |= {name: shape for name, shape in opened.shapes.items() if opened.live(name).requires_grad}
     return plan_parameters(shapes, profile, treatment, parameter_aliases(opened.model))
