@@ -1,5 +1,7 @@
 """Named causes of failure. Every message says what is wrong, where, and what to do."""
 
+import reprlib
+
 
 class SafeDeltaError(Exception):
     """Any failure that this package reports on purpose."""
@@ -38,6 +40,10 @@ class ArchitectureError(SafeDeltaError, ValueError):
 
 class NumericalError(SafeDeltaError, ArithmeticError):
     """A tensor holds NaN or Inf, or a matrix cannot be factorised."""
+
+
+class FactorisationError(NumericalError):
+    """A matrix cannot be factorised, at the strength or damping at which it was made."""
 
 
 class BaseWeightsError(SafeDeltaError, RuntimeError):
@@ -89,3 +95,23 @@ class RankError(SafeDeltaError):
 
 class CoverageError(SafeDeltaError, ValueError):
     """Trained parameters lie outside what the method can adjust."""
+
+
+def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[type, ...], told: str) -> None:
+    """Stop at an argument of another kind than can be used, before anything is done with it.
+
+    Args:
+        owner: What has the argument.
+        setting: Its name.
+        value: Its value.
+        kinds: What it may be.
+        told: That in words.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(value, kinds):
+        if isinstance(value, type):
+            name = value.__name__
+            raise ConfigurationError(f"{owner}: {setting}={name} is a class and must be {told}; pass {name}(...)")
+        raise ConfigurationError(f"{owner}: {setting}={reprlib.repr(value)} must be {told}")

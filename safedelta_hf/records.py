@@ -215,6 +215,11 @@ class Use:
     view: MatrixView
     shape: tuple[int, ...]
 
+    @property
+    def has_inputs_first(self) -> bool:
+        """Whether its matrix is stored [columns, rows]; the strides of a single row or column do not tell."""
+        return self.view.has_inputs_first or self.role is Role.CONV1D
+
 
 def inputs_first(uses: Iterable[Use]) -> set[str]:
     """Which linear weights are stored with their inputs first.
@@ -225,7 +230,7 @@ def inputs_first(uses: Iterable[Use]) -> set[str]:
     Returns:
         Their names.
     """
-    return {use.parameter for use in uses if use.view.has_inputs_first and not use.role.is_diagonal}
+    return {use.parameter for use in uses if use.has_inputs_first and not use.role.is_diagonal}
 
 
 def moment_key(parameter: str, role: Role, view: MatrixView, shape: Sequence[int]) -> str:

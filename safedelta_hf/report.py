@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Report:
         tokens: Number of their tokens.
         parameters: One record for each parameter.
         search: How the strength was found, if it was measured.
+        seconds: How long the callback took when training had ended; None of other ways. Equal reports may differ in it.
     """
 
     rule: RuleRecord
@@ -38,6 +39,7 @@ class Report:
     tokens: int
     parameters: tuple[ParameterRecord, ...]
     search: StrengthSearch | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def outcomes(self) -> Counter[str]:

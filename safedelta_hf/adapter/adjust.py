@@ -12,17 +12,18 @@ from torch import nn
 from safedelta_hf.adapter.store import AdapterInMemory
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
-from safedelta_hf.deltas.lora_deltas import FullDelta
+from safedelta_hf.adjust.settings import opened_settings
+from safedelta_hf.deltas.lora_deltas import FullDelta, by_parameter
 from safedelta_hf.deltas.lora_folder import initialised_from_base, require_low_rank
 from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError, ProfileError
+from safedelta_hf.errors import AdapterError, ProfileError, require_kind
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.rules import Rule
 from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.readers import WeightReader, open_base, verified
 
@@ -30,14 +31,14 @@ from safedelta_hf.weights.readers import WeightReader, open_base, verified
 def adjust_adapter(
     model: nn.Module | ShardedModel,
     *,
-    profile: SafetyProfile,
-    rule: Rule | None = None,
-    task: SafetyProfile | None = None,
+    profile: SafetyProfile | str | Path,
+    rule: Rule | str | None = None,
+    task: SafetyProfile | str | Path | None = None,
     adapter_name: str = "default",
     new_adapter_name: str | None = None,
     base: nn.Module | str | Path | WeightReader | None = None,
     treatment: Treatment | None = None,
-    workspace: Path | None = None,
+    workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
     """Adjust a LoRA adapter, in place or as a second adapter beside it: all of it, or, if anything fails, nothing.
@@ -48,9 +49,10 @@ def adjust_adapter(
     Args:
         model: The model with the adapter on it, unmerged, opened or not. Where it is sharded, or the run has several
             processes, all of them call this; the adapter's own tensors are brought together, those of the base are not.
-        profile: Profile of its base.
-        rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
-        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        profile: Profile of its base, or the folder of one.
+        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a `task`, else `Ridge()`, if
+            None.
+        task: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh them.
         adapter_name: The adapter.
         new_adapter_name: Name of a new adapter for the result; None to adjust in place. It is not activated.
         base: The base as it was before training, for adapters that train biases of the base itself (`bias="all"`).
@@ -66,19 +68,30 @@ def adjust_adapter(
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
     """
+    settings = opened_settings("adjust_adapter", profile, rule, task, treatment, workspace)
+    _require_kinds(model, adapter_name, new_adapter_name, base)
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)
-    rule = rule or default_rule(task)
-    if rule.auto is not None:
+    if settings.rule.auto is not None:
         _require_active(opened.model, adapter_name, new_adapter_name)
-    in_place = _trained_in_place(opened, config, profile.header, base)
-    require_base(opened, profile.header, but={delta.parameter for delta in in_place})
+    header = settings.profile.header
+    in_place = _trained_in_place(opened, config, header, base)
+    require_base(opened, header, but={delta.parameter for delta in in_place})
     with _copied_to(opened, config, adapter_name, new_adapter_name) as (tuned, name):
         store = AdapterInMemory(
-            [*lora_deltas(tuned, name), *in_place], tuned, workspace, architecture=class_name(tuned.model)
+            [*lora_deltas(tuned, name), *in_place], tuned, settings.workspace, architecture=class_name(tuned.model)
         )
-        plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(tuned.model))
-        return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
+        plan = plan_parameters(store.shapes, settings.profile, settings.treatment, parameter_aliases(tuned.model))
+        return adjust_weights(store, plan, settings.profile, settings.rule, task=settings.task, progress=progress)
+
+
+def _require_kinds(model: object, name: object, new_name: object, base: object) -> None:
+    owner = "adjust_adapter"
+    require_kind(owner, "model", model, (nn.Module, ShardedModel), "a model")
+    require_kind(owner, "adapter_name", name, str, "the name of an adapter")
+    require_kind(owner, "new_adapter_name", new_name, (str, type(None)), "a name")
+    if not (hasattr(base, "read") and hasattr(base, "source")):
+        require_kind(owner, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
 
 
 def plan_adapter(
@@ -96,12 +109,12 @@ def plan_adapter(
         One entry for each of them.
 
     Raises:
-        AdapterError: There is no such adapter, it is merged, or it has no delta `s B A`.
+        AdapterError: There is no such adapter, it is merged, it has no delta `s B A`, or it tunes a parameter twice.
         ProfileError: The profile knows nothing of one of the parameters.
     """
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)
-    shapes = {delta.parameter: delta.shape for delta in lora_deltas(opened, adapter_name)}
+    shapes = {name: delta.shape for name, delta in by_parameter(lora_deltas(opened, adapter_name)).items()}
     if config.bias != "none":
         shapes |= {name: shape for name, shape in opened.shapes.items() if opened.live(name).requires_grad}
     return plan_parameters(shapes, profile, treatment, parameter_aliases(opened.model))

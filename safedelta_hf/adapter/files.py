@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters, require_number
+from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors, initialised_from_base
-from safedelta_hf.errors import AdapterError, BaseWeightsError
+from safedelta_hf.errors import AdapterError, BaseWeightsError, require_kind
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Treatment, inputs_first
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, verified
 
 
@@ -23,7 +24,7 @@ def adjust_adapter_files(
     *,
     profile: SafetyProfile | str | Path,
     output: str | Path,
-    rule: Rule | None = None,
+    rule: Rule | str | None = None,
     task: SafetyProfile | str | Path | None = None,
     base: nn.Module | str | Path | None = None,
     initial_adapter: str | Path | None = None,
@@ -41,7 +42,7 @@ def adjust_adapter_files(
         profile: Profile of its base, or the folder of one.
         output: Folder to write; must not exist.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured.
+            `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
         task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
             folder of one.
         base: The base model, or its folder or cached repository. Read one weight at a time, for whole parameters that
@@ -60,13 +61,16 @@ def adjust_adapter_files(
         AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
     """
+    for name, value in (("adapter", adapter), ("output", output)):
+        require_kind("adjust_adapter_files", name, value, (str, Path), "a folder")
+    require_kind("adjust_adapter_files", "initial_adapter", initial_adapter, (str, Path, type(None)), "a folder")
+    require_kind("adjust_adapter_files", "base", base, (nn.Module, str, Path, type(None)), "a model, or its folder")
     if Path(output).exists():
         raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
-    rule = rule or default_rule(task)
-    require_number(rule)
+    require_number(rule_of("adjust_adapter_files", rule, task))
     folder = AdapterFolder(adapter)
-    profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
-    task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
+    settings = opened_settings("adjust_adapter_files", profile, rule, task, treatment)
+    profile, rule, task = settings.profile, settings.rule, settings.task
     if initial_adapter is not None:
         folder.subtract(AdapterFolder(initial_adapter))
     elif initialised_from_base(folder.config):

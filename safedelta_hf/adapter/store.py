@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.deltas.dense import Delta, require_finite
-from safedelta_hf.deltas.lora_deltas import LoraDelta
+from safedelta_hf.deltas.lora_deltas import LoraDelta, by_parameter
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.weights.journal import Journal
@@ -31,14 +31,7 @@ class AdapterStore(WeightStore):
     def __init__(self, deltas: Sequence[LoraDelta], *, architecture: str, source: str) -> None:
         self.architecture = architecture
         self.source = source
-        self._deltas: dict[str, LoraDelta] = {}
-        for delta in deltas:
-            if delta.parameter in self._deltas:
-                raise AdapterError(
-                    f"{delta.parameter}: tuned in two places (a tied weight?), so there is no one delta to adjust; "
-                    "merge the adapter and use adjust_model"
-                )
-            self._deltas[delta.parameter] = delta
+        self._deltas = by_parameter(deltas)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

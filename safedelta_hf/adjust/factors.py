@@ -8,6 +8,7 @@ from torch import Tensor
 from safedelta_hf.core.curvature import factorise
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.distributed.ranks import Ranks
+from safedelta_hf.errors import FactorisationError
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Use
 from safedelta_hf.rules.rule import Factors, LayerMoments, TransformRule
@@ -136,6 +137,9 @@ class FactorCache:
 
         Returns:
             The transform.
+
+        Raises:
+            FactorisationError: The rule cannot factor the moments at its strength; on all ranks.
         """
         key = self._key(use)
         owner, device = self._owner(key), self._hessians[key].device
@@ -144,7 +148,10 @@ class FactorCache:
         if key not in self._everywhere:
             self._everywhere.add(key)
             self._factors[key] = self._ranks.broadcast(self._factors[key], owner, device)
-        return rule.transform(self._factors[key], matrix)
+        factors = self._factors[key]
+        if isinstance(factors, FactorisationError):
+            raise factors
+        return rule.transform(factors, matrix)
 
     def _factorise_from(self, key: Key, rule: TransformRule, device: torch.device) -> None:
         """Let each rank factor its own of the next moments.
@@ -166,7 +173,10 @@ class FactorCache:
             if self._ranks.rank == owner:
                 safety = self._hessians.get(each)
                 safety = self._profile.moments[each[0]].hessian(device) if safety is None else safety
-                made = rule.factorise(LayerMoments(safety=safety, task=task))
+                try:
+                    made = rule.factorise(LayerMoments(safety=safety, task=task))
+                except FactorisationError as error:
+                    made = error  # for all ranks alike, so that they can go on with another strength
             self._factors[each] = made  # None where it is another rank's
 
     def _forget(self, key: Key) -> None:

@@ -79,7 +79,7 @@ class Merging:
                 base=base,
                 delta=delta.values,
                 others=self._deltas(entry.parameter, base),
-                is_transposed=entry.uses[0].view.has_inputs_first,
+                is_transposed=entry.uses[0].has_inputs_first,
                 is_stack=_is_one_of_many(entry.uses[0], entry.shape),
             )
         )

@@ -113,9 +113,9 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
     if rule.auto is not None and profile.held_out is None:
         raise ProfileError(
             f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and none of the "
-            f"{profile.header.sequences} examples of this profile was held out; collect it with "
-            "ProfileConfig(holdout=0.25), or give the strength as a number (by default a quarter is held out, of at "
-            "least 16 examples)"
+            f"{profile.header.sequences} examples of this profile was held out; collect it of at least 16 examples, "
+            "about different things (a quarter is held out then), with ProfileConfig(holdout=0.25) of fewer, or give "
+            "the strength as a number, as has to be of a model that classifies"
         )
     if not rule.needs_task:
         return

@@ -1,10 +1,12 @@
 """The mildest strength that measured refusals allow."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
 from safedelta_hf.data.refusals import Drift
+from safedelta_hf.errors import FactorisationError, SafeDeltaWarning
 from safedelta_hf.records import StrengthSearch, Trial
 from safedelta_hf.rules import AutoStrength, Rule
 
@@ -20,7 +22,8 @@ def search_strength(rule: Rule, auto: AutoStrength, measure: Callable[[float], D
 
     The fine-tuned model is measured first, then strengths ten times apart until one passes and its milder neighbour
     fails, then the geometric middle of the two until they are as close as the precision asks. Refusal is taken to
-    come back as strength grows; the strength that is returned was itself measured, so it passes in any case.
+    come back as strength grows; the strength that is returned was itself measured, so it passes in any case. A strength
+    at which the rule cannot factor the moments ends the range.
 
     Args:
         rule: The rule, for its range.
@@ -30,6 +33,9 @@ def search_strength(rule: Rule, auto: AutoStrength, measure: Callable[[float], D
 
     Returns:
         What was tried, and the outcome.
+
+    Raises:
+        FactorisationError: There is no strength at which the moments can be factored.
     """
     trials: list[Trial] = []
 
@@ -51,24 +57,41 @@ def search_strength(rule: Rule, auto: AutoStrength, measure: Callable[[float], D
 
     if passes(rule.mildest):
         return outcome("nothing needed", rule.mildest)
-    failing, passing = _bracket(rule, passes)
+
+    def passes_if_solvable(strength: float) -> bool | None:
+        try:
+            return passes(strength)
+        except FactorisationError as error:
+            warnings.warn(
+                f"{rule.name}: the search stays milder than strength {strength:g} ({error})",
+                SafeDeltaWarning,
+                stacklevel=2,
+            )
+            return None
+
+    failing, passing = _bracket(rule, passes_if_solvable)
+    if not trials[1:]:
+        raise FactorisationError(
+            f"{rule.name}: the moments cannot be factored at any strength that a search tries; collect the profile "
+            "from more safety data, or use Scale()"
+        )
     if passing is None:
         return outcome("strictest fails", trials[-1].strength)
     while failing is not None and abs(math.log(passing / failing)) > math.log(auto.precision):
         middle = math.sqrt(passing * failing)
-        if passes(middle):
+        if passes_if_solvable(middle):
             passing = middle
         else:
             failing = middle
     return outcome("found", passing)
 
 
-def _bracket(rule: Rule, passes: Callable[[float], bool]) -> tuple[float | None, float | None]:
+def _bracket(rule: Rule, passes: Callable[[float], bool | None]) -> tuple[float | None, float | None]:
     """Neighbours of which the milder fails and the stricter passes.
 
     Args:
         rule: The rule, for its range.
-        passes: Whether a strength stays within the tolerance.
+        passes: Whether a strength stays within the tolerance; None if it cannot be measured, nor a stricter one.
 
     Returns:
         The failing and the passing strength; None where the range ends before there is one.
@@ -76,15 +99,21 @@ def _bracket(rule: Rule, passes: Callable[[float], bool]) -> tuple[float | None,
     mildest, strictest = rule.search_range
     stricter = STEP if strictest > mildest else 1 / STEP
     lowest, highest = sorted((mildest, strictest))
-    strength = START
-    if passes(strength):
+    strength, passed = START, passes(START)
+    is_strictest = passed is None
+    while passed is None and lowest <= strength / stricter <= highest:
+        strength /= stricter
+        passed = passes(strength)
+    if passed:
         while lowest <= strength / stricter <= highest:
             if not passes(strength / stricter):
                 return strength / stricter, strength
             strength /= stricter
         return None, strength
-    while lowest <= strength * stricter <= highest:
-        if passes(strength * stricter):
+    while not is_strictest and lowest <= strength * stricter <= highest:
+        passed = passes(strength * stricter)
+        if passed:
             return strength, strength * stricter
-        strength *= stricter
+        is_strictest = passed is None
+        strength = strength if is_strictest else strength * stricter
     return strength, None

@@ -27,18 +27,21 @@ from safedelta_hf.data.dataset import (
     tokenizer_digest,
 )
 from safedelta_hf.data.phrases import SAFETY_DATA, warn_unless_refusals
-from safedelta_hf.data.refusals import HeldOut, split
-from safedelta_hf.data.templates import ProcessingClass
+from safedelta_hf.data.refusals import HeldOut, require_likelihoods, split, tells_likelihoods, topics
+from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError
+from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError, require_kind
 from safedelta_hf.modules.names import class_name, unwrapped
 from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.weights.digest import fingerprint
 
 DEFAULT_HOLDOUT = 0.25
+
+FEWEST_HELD_OUT_OF = 16
+"""Examples of which some are held out by default; fewer say little about an upper quantile."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Checkpointing:
     every: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or self.every < 1:
+        require_kind("Checkpointing", "folder", self.folder, (str, Path), "a folder")
+        if type(self.every) is not int or self.every < 1:
             raise ConfigurationError(f"every={self.every!r} must be a whole number of forward passes of at least 1")
 
     def collect(
@@ -156,10 +160,15 @@ def collect_profile(
     Raises:
         ConfigurationError: A setting is outside its range.
         DataError: The safety data is empty, has no responses, or does not fit the model.
-        CaptureError: The model has no linear layer.
+        CaptureError: The model has no linear layer, or gives no likelihoods and data is to be held out for them.
         NumericalError: Weights or activations hold NaN or Inf.
         RankError: Another process failed.
     """
+    owner = "collect_profile"
+    require_kind(owner, "model", model, (nn.Module, ShardedModel), "a model")
+    require_kind(owner, "config", config, (ProfileConfig, type(None)), "a ProfileConfig")
+    require_kind(owner, "checkpointing", checkpointing, (Checkpointing, type(None)), "a Checkpointing")
+    require_processing_class(owner, processing_class)
     config = config or ProfileConfig()
     opened = open_model(model)
     ranks = opened.ranks
@@ -169,12 +178,16 @@ def collect_profile(
             "process"
         )
     with ranks.together():
+        if config.holdout:
+            require_likelihoods(opened.model)
         sequences = read_safety_data(safety_dataset, processing_class, config.max_length, purpose=purpose)
         sequences, aside = split(sequences, _share_held_out(opened.model, config.holdout, len(sequences)))
         if config.holdout and not aside:
             raise DataError(
-                f"{purpose}: holdout={config.holdout} sets none of {len(sequences)} examples aside; give more, or "
-                "ProfileConfig(holdout=0)"
+                f"{purpose}: holdout={config.holdout} sets none of {len(sequences)} examples aside: their prompts are "
+                f"about {topics(sequences)} different things (each has its rarest token), and what is held out has to "
+                "be about others than what is not; give prompts about more things, or ProfileConfig(holdout=0) and a "
+                "strength that is a number"
             )
         _require_same(sequences + aside, ranks, purpose)
         made_of = {
@@ -206,8 +219,9 @@ def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: st
 def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:
     if asked is not None:
         return asked
-    # Fewer say little about an upper quantile, and a module of another kind may return no logits.
-    return DEFAULT_HOLDOUT if isinstance(unwrapped(model), PreTrainedModel) and examples >= 16 else 0.0
+    # A module of another kind may return no logits.
+    is_known = isinstance(unwrapped(model), PreTrainedModel) and tells_likelihoods(model)
+    return DEFAULT_HOLDOUT if is_known and examples >= FEWEST_HELD_OUT_OF else 0.0
 
 
 def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:

@@ -407,7 +407,8 @@ class MomentCollector:
 
     def _role(self, name: str, view: MatrixView | None = None) -> Role:
         shape = self._parameters[name].shape
-        if len(shape) == 2 and min(shape) > 1 and view == Role.CONV1D.view(shape):
+        # Of one input or one output both views can be equal, and never mean two things.
+        if len(shape) == 2 and view == Role.CONV1D.view(shape) != Role.LINEAR.view(shape):
             return Role.CONV1D
         return Role.HEAD if name == self._head else Role.LINEAR
 

@@ -1,14 +1,15 @@
 """How a profile is collected, and of which weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from accelerate.utils import convert_file_size_to_int
 
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, require_kind
+from safedelta_hf.rules.rule import is_number
 
 ALL_LINEAR = "all-linear"
 
@@ -48,12 +49,15 @@ class ProfileConfig:
     layers_pattern: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
-        if self.holdout is not None and not (isinstance(self.holdout, int | float) and 0 <= self.holdout < 1):
+        _require_count("batch_size", self.batch_size)
+        if self.max_length is not None:
+            _require_count("max_length", self.max_length)
+        if not isinstance(self.share_moments, bool):
+            raise ConfigurationError(f"share_moments={self.share_moments!r} must be True or False")
+        if self.holdout is not None and not (is_number(self.holdout) and 0 <= self.holdout < 1):
             raise ConfigurationError(f"holdout={self.holdout!r} must be a share in [0, 1), such as 0.25")
+        if self.offload_folder is not None:
+            require_kind("ProfileConfig", "offload_folder", self.offload_folder, (str, Path), "a folder")
         if self.offload_folder is not None and self.moment_memory is None:
             raise ConfigurationError(
                 f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "
@@ -63,6 +67,13 @@ class ProfileConfig:
         _ = self.budget  # what cannot be read is found now, not once training starts
 
     def _require_targets(self) -> None:
+        for name in ("targets", "layers_pattern"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) or _is_list_of(str, value)):
+                raise ConfigurationError(f"{name}={value!r} must be a text or a list of texts")
+        layers = self.layers_to_transform
+        if layers is not None and not (type(layers) is int or _is_list_of(int, layers)):
+            raise ConfigurationError(f"layers_to_transform={layers!r} must be the number of a layer, or a list of such")
         if not self.targets:
             raise ConfigurationError(f"targets={self.targets!r} chooses nothing; the default is {ALL_LINEAR!r}")
         if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
@@ -117,12 +128,27 @@ class ProfileConfig:
         """
         if self.moment_memory is None:
             return None
+        complaint = f'moment_memory={self.moment_memory!r} is no number of bytes, nor a size such as "8GB"'
+        if isinstance(self.moment_memory, bool) or not isinstance(self.moment_memory, int | str):
+            raise ConfigurationError(complaint)
         try:
-            return int(convert_file_size_to_int(self.moment_memory))
+            size = int(convert_file_size_to_int(self.moment_memory))
         except ValueError as error:
-            raise ConfigurationError(
-                f'moment_memory={self.moment_memory!r} is no number of bytes, nor a size such as "8GB"'
-            ) from error
+            raise ConfigurationError(complaint) from error
+        if size < 0:
+            raise ConfigurationError(complaint)
+        return size
+
+
+def _require_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Collection):
+        return False
+    return all(isinstance(one, kind) and not isinstance(one, bool) for one in value)
 
 
 def _listed(value: _Item | Sequence[_Item]) -> Sequence[_Item]:

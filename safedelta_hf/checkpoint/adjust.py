@@ -13,7 +13,7 @@ from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.checkpoint.store import CheckpointStore
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import AdjustmentError, ConfigurationError
+from safedelta_hf.errors import AdjustmentError, ConfigurationError, require_kind
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
@@ -28,7 +28,7 @@ def adjust_checkpoint(
     tuned: str | Path,
     output: str | Path,
     profile: SafetyProfile | str | Path,
-    rule: Rule | None = None,
+    rule: Rule | str | None = None,
     task: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
     device: torch.device | str = "cpu",
@@ -45,7 +45,7 @@ def adjust_checkpoint(
         output: Folder to write; must not exist.
         profile: Profile of the base, or the folder of one.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured.
+            `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
         task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or its folder.
         treatment: What to do with parameters other than linear weights.
         device: Where to compute.
@@ -63,6 +63,7 @@ def adjust_checkpoint(
             for the next run.
     """
     place = _usable_device(device)
+    require_kind("adjust_checkpoint", "output", output, (str, Path), "a folder")
     with _failing_by_name(Path(output)):
         plan = plan_checkpoint(
             base=base, tuned=tuned, output=output, profile=profile, rule=rule, task=task, treatment=treatment

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
-from safedelta_hf.modules.names import parameter_names
+from safedelta_hf.modules.names import parameter_names, wrapping_told
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.readers import WeightReader
 from safedelta_hf.weights.safetensors_files import FLOATING, SafetensorsFiles
@@ -248,7 +248,7 @@ def _layout(name: str, files: SafetensorsFiles, header: ProfileHeader) -> dict[s
 
 def _absence(name: str, files: SafetensorsFiles, header: ProfileHeader) -> str:
     strangers = _first(one for one in files.tensors if one not in header.base)
-    found = f", which has {strangers} instead" if strangers else ""
+    found = f", which has {strangers} instead.{wrapping_told(files.tensors, header.base)}" if strangers else ""
     return (
         f"{name}: a parameter of the {header.architecture} that the profile was made for, and not in "
         f"{files.source!r}{found}. A quantised checkpoint cannot be adjusted; if transformers renames its weights when "

@@ -9,15 +9,16 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from safedelta_hf.adjust.plan import check_rule, plan_parameters, require_number
+from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.lora_folder import CONFIG_FILE
-from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError
+from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError, require_kind
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, PlanEntry, Treatment
-from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
@@ -116,7 +117,7 @@ def plan_checkpoint(
     tuned: str | Path,
     output: str | Path,
     profile: SafetyProfile | str | Path,
-    rule: Rule | None = None,
+    rule: Rule | str | None = None,
     task: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
 ) -> CheckpointPlan:
@@ -130,7 +131,7 @@ def plan_checkpoint(
         output: Folder that will be written.
         profile: Profile of the base, or the folder of one.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured.
+            `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
         task: Profile of the same base on examples of the fine-tuning data; or its folder.
         treatment: What to do with parameters other than linear weights.
 
@@ -143,28 +144,28 @@ def plan_checkpoint(
         BaseWeightsError: The files of the base are malformed, or not those of the profile's model.
         ProfileError: The profile is malformed.
     """
-    rule, output = rule or default_rule(task), Path(output)
-    require_number(rule)
+    for name, value in (("base", base), ("tuned", tuned), ("output", output)):
+        require_kind("adjust_checkpoint", name, value, (str, Path), "a folder")
+    require_number(rule_of("adjust_checkpoint", rule, task))
+    output = Path(output)
     _require_apart(output, base, tuned, profile, task)
     require_absent(output)
-    profile = profile if isinstance(profile, SafetyProfile) else SafetyProfile.load(profile)
-    task = SafetyProfile.load(task) if isinstance(task, str | Path) else task
-    check_rule(rule, profile, task)
-    treatment = treatment or Treatment()
+    settings = opened_settings("adjust_checkpoint", profile, rule, task, treatment)
+    check_rule(settings.rule, settings.profile, settings.task)
     tuned_files, base_files = _open_tuned(Path(tuned)), _open_base(base)
-    pair = CheckpointPair(base_files, tuned_files, profile.header)
+    pair = CheckpointPair(base_files, tuned_files, settings.profile.header)
     index = [] if tuned_files.index is None else [tuned_files.index.name]
     copied, left_out = other_files(Path(tuned), frozenset([*tuned_files.paths, *index]))
     return CheckpointPlan(
         base=base_files,
         tuned=tuned_files,
         output=output,
-        profile=profile,
-        rule=rule,
-        task=task,
-        treatment=treatment,
+        profile=settings.profile,
+        rule=settings.rule,
+        task=settings.task,
+        treatment=settings.treatment,
         pair=pair,
-        entries=plan_parameters(pair.shapes, profile, treatment, pair.aliases).entries,
+        entries=plan_parameters(pair.shapes, settings.profile, settings.treatment, pair.aliases).entries,
         copied=copied,
         left_out=left_out,
     )

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safedelta_hf.core.transform import Dense, Transform
-from safedelta_hf.errors import NumericalError
+from safedelta_hf.errors import FactorisationError, NumericalError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,8 @@ def cholesky(matrix: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], bool]:
         The factor in the dtype of the matrix, and whether float64 was needed.
 
     Raises:
-        NumericalError: The matrix holds NaN or Inf, or is not positive definite even in float64.
+        NumericalError: The matrix holds NaN or Inf.
+        FactorisationError: It is not positive definite, also in float64.
     """
     if not torch.isfinite(matrix).all():
         raise NumericalError("the Hessian of the safety loss holds NaN or Inf; check the model's activations")
@@ -76,7 +77,7 @@ def cholesky(matrix: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], bool]:
     warnings.warn("Cholesky factorisation failed in float32; retrying in float64", stacklevel=2)
     factor, info = torch.linalg.cholesky_ex(matrix.to("cpu", torch.float64))
     if info.item():
-        raise NumericalError(
+        raise FactorisationError(
             f"the damped Hessian of {len(matrix)} inputs is not positive definite, also in float64 (leading minor "
             f"{info.item()}); raise the damping (0.01 by default) or use more safety data"
         )

@@ -5,14 +5,21 @@ Minimises `tr((D* - D) N (D* - D)^T) + lam tr(D* H D*^T)`, so that `D* = D N (N 
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from safedelta_hf.core.curvature import cholesky
 from safedelta_hf.core.transform import Dense, Transform
+from safedelta_hf.errors import FactorisationError, NumericalError
+
+LEAST_PIVOT: Final = 1000 * torch.finfo(torch.float32).eps
+"""Share of a diagonal entry of a system that a pivot of its float32 factor has to be: then its error is below 1 %."""
+
+BLOCK: Final = 64
+"""Columns of a factor with pivoting that are computed before the rest of the matrix is brought up to date."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +60,103 @@ def utility_of(task: Tensor, blend: float) -> Tensor:
 def shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense | Shrinkage:
     """The transform that minimises the ridge objective.
 
+    In float32, as long as that is accurate: a Cholesky factor of `S = N + lam H` is computed with an error of some
+    roundings of `S_ii` in each pivot, so every pivot has to be `LEAST_PIVOT` of its `S_ii` or more. Where the safety
+    data has fewer directions than there are inputs, and `lam H` is large, it is not; then in float64, with what of `H`
+    is more than rounding.
+
     Args:
-        hessian: `H` [in, in], or its diagonal [in]; positive semi-definite, float32.
+        hessian: `H` [in, in], or its diagonal [in]; positive semi-definite but for rounding, float32.
         utility: `N` of the same shape, positive definite; None for the identity.
         strength: `lam`, at least 0 and finite; 0 keeps the delta as it is.
 
     Returns:
         The transform.
+
+    Raises:
+        NumericalError: A moment holds NaN or Inf.
     """
     if strength == 0:
         return Dense(matrix=torch.ones(len(hessian), device=hessian.device))
+    if not all(torch.isfinite(moment).all() for moment in (hessian, utility) if moment is not None):
+        raise NumericalError("the moments of this layer hold NaN or Inf; check the model's activations")
+    price = min(strength, torch.finfo(hessian.dtype).max)  # Inf times what safety never used would be NaN
     if hessian.ndim == 1:
         worth = torch.ones_like(hessian) if utility is None else utility
-        return Dense(matrix=worth / (worth + strength * hessian))
-    system = strength * hessian
+        return Dense(matrix=worth / (worth + price * hessian))
+    system = price * hessian
     if utility is None:
         system.diagonal().add_(1.0)
     else:
         system.add_(utility)
-    factor, retried = cholesky(system)
-    return Shrinkage(
-        utility=utility, factor=factor, notes=("factorised in float64 after float32 failed",) if retried else ()
+    factor, info = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal().square() / system.diagonal()
+    if not info.item() and pivots.min() >= LEAST_PIVOT:
+        return Shrinkage(utility=utility, factor=factor)
+    del system, factor
+    return _semidefinite_shrinkage(hessian, utility, strength)
+
+
+def _semidefinite_shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense:
+    # With `H = L L^T` the inverse of `N + lam H` never meets `H` itself, whose rounding times lam can be larger than
+    # `N` (Woodbury): T = I - L (L^T N^-1 L + I / lam)^-1 L^T N^-1.
+    root = semidefinite_root(hessian)
+    weighed = root
+    if utility is not None:
+        factor, info = torch.linalg.cholesky_ex(utility.to(root))
+        if info.item():
+            raise FactorisationError(
+                f"the task's moment of {len(utility)} inputs, with the share of the plain norm in it, is not positive "
+                "definite, also in float64; raise blend (0.1 by default)"
+            )
+        weighed = torch.cholesky_solve(root, factor)
+    inner = root.T @ weighed
+    inner.diagonal().add_(1 / strength)
+    factor, info = torch.linalg.cholesky_ex(inner)
+    if info.item():
+        raise FactorisationError(
+            f"strength={strength:g} is too large for a layer of {len(hessian)} inputs: its system cannot be solved, "
+            "also in float64; choose a smaller one"
+        )
+    matrix = (root @ torch.cholesky_solve(weighed.T, factor)).neg_()
+    matrix.diagonal().add_(1.0)
+    note = (
+        f"solved in float64; float32 tells {root.shape[1]} of {len(root)} directions of the safety data from rounding"
     )
+    return Dense(matrix=matrix.to(hessian.device, hessian.dtype), notes=(note,))
+
+
+def semidefinite_root(hessian: Float[Tensor, "i i"]) -> Float[Tensor, "i r"]:
+    """What a moment that was rounded to float32 says for sure: `L` of `H = L L^T`, by Cholesky with pivoting.
+
+    The rounding of the entries can make a matrix of fewer directions than inputs indefinite. It moves what the other
+    inputs leave unexplained of one input by about `sqrt(in)` roundings of its own moment; what is below that counts as
+    no direction of its own (Higham, Accuracy and Stability of Numerical Algorithms, section 10.3). Each input is
+    compared with itself alone, so massive activations hide nothing of the others.
+
+    Args:
+        hessian: `H` [in, in], symmetric, float32.
+
+    Returns:
+        `L` [in, directions], float64, on the device of `H` if that has float64.
+    """
+    exact = hessian.to("cpu" if hessian.device.type == "mps" else hessian.device, torch.float64)
+    size = exact.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, 0.0)
+    rest = exact * inverse * inverse[:, None]
+    unexplained = rest.diagonal().clone()
+    floor = len(rest) ** 0.5 * torch.finfo(torch.float32).eps
+    root, done = torch.zeros_like(rest), 0
+    while done < len(rest) and unexplained.max() > floor:
+        first = done
+        while done < min(first + BLOCK, len(rest)):
+            pivot = unexplained.argmax()
+            if unexplained[pivot] <= floor:
+                break
+            column = rest[:, pivot] - root[:, first:done] @ root[pivot, first:done]
+            root[:, done] = column / unexplained[pivot].sqrt()
+            unexplained -= root[:, done].square()
+            unexplained[pivot] = 0.0
+            done += 1
+        rest.addmm_(root[:, first:done], root[:, first:done].T, alpha=-1)
+    return size[:, None] * root[:, :done]

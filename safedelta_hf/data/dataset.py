@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from safedelta_hf.data.forms import IGNORED, Turn, answered, in_known_form, is_tokenised, tools_of, turns_of
 from safedelta_hf.data.phrases import SAFETY_DATA
-from safedelta_hf.data.rows import read_rows
+from safedelta_hf.data.rows import is_on_hub, read_rows
 from safedelta_hf.data.templates import (
     ProcessingClass,
     conversation_tokens,
@@ -19,6 +19,8 @@ from safedelta_hf.data.templates import (
     tokenizer_of,
 )
 from safedelta_hf.errors import DataError
+
+EMPTY = "it is empty; give at least one prompt with the response to preserve"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,38 @@ def read_safety_data(
     return sequences
 
 
+def require_source(owner: str, setting: str, source: Any) -> int | None:  # noqa: ANN401 - checked here
+    """Stop at what can be no data, before a model or a tokenizer is at hand.
+
+    Args:
+        owner: What has the argument, for errors.
+        setting: Name of the argument.
+        source: As in `read_safety_data`.
+
+    Returns:
+        The number of its rows, as far as that is known without the Hub and without going through a Dataset.
+
+    Raises:
+        DataError: It is no source of rows, there is no such file, it is empty, or a row has no known form.
+    """
+    try:
+        if isinstance(source, str | Path) and is_on_hub(source):
+            return None
+        if isinstance(source, Iterable) and not isinstance(source, str | Path | Mapping | list | tuple | bytes):
+            return len(source) if isinstance(source, Sized) and not hasattr(source, "iterrows") else None
+        rows = read_rows(source)
+        if not rows:
+            raise DataError(EMPTY)
+        for place, row in rows:
+            in_known_form(row, place)
+    except DataError as error:
+        raise error.at(f"{owner}: {setting}") from error
+    return len(rows)
+
+
 def _cut(sequences: list[SafetySequence], max_length: int | None) -> list[SafetySequence]:
     if not sequences:
-        raise DataError("it is empty; give at least one prompt with the response to preserve")
+        raise DataError(EMPTY)
     _require_responses(sequences, "have no response tokens; each row needs the response (refusal) to preserve")
     if max_length is not None:
         sequences = [

@@ -9,6 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from safedelta_hf.data.batches import arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
@@ -16,7 +17,41 @@ from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
 from safedelta_hf.modules.evaluating import coarsest, evaluating, precision_seen, rounding_otherwise, without_adapters
+from safedelta_hf.modules.names import class_name, unwrapped
 from safedelta_hf.records import ReadingNoise
+
+
+def tells_likelihoods(model: nn.Module) -> bool:
+    """Whether a model says how likely tokens are, as far as is known before it runs.
+
+    Args:
+        model: Any model, whatever wraps it.
+
+    Returns:
+        False for a model of transformers that has no output embeddings, such as a classifier or a reward model.
+    """
+    bare = unwrapped(model)
+    if not isinstance(bare, PreTrainedModel):
+        return True
+    head: object = bare.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head is not None or bool(bare.can_generate())
+
+
+def require_likelihoods(model: nn.Module) -> None:
+    """Stop before something is measured that a model does not say.
+
+    Args:
+        model: Any model, whatever wraps it.
+
+    Raises:
+        CaptureError: It does not say how likely tokens are.
+    """
+    if not tells_likelihoods(model):
+        raise CaptureError(
+            f"{class_name(model)} classifies and does not say how likely tokens are, so neither can a strength be "
+            "measured on it nor data be held out for that; give the strength as a number, such as Ridge(strength=1.0), "
+            "and ProfileConfig(holdout=0) or none"
+        )
 
 
 def response_losses(
@@ -43,7 +78,7 @@ def response_losses(
     Raises:
         ConfigurationError: `batch_size` is below 1.
         DataError: A sequence is longer than the model takes, or no response token of it has one before it.
-        CaptureError: The model returns no logits.
+        CaptureError: The model does not return the logits of each next token.
         NumericalError: A loss is NaN or Inf.
         RankError: Another rank failed.
     """
@@ -51,6 +86,7 @@ def response_losses(
     with ranks.together():
         if batch_size < 1:
             raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
+        require_likelihoods(model.model)
         for number, sequence in enumerate(sequences):
             if all(label == IGNORED for label in sequence.labels[1:]):
                 raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
@@ -86,6 +122,12 @@ def _batch_losses(model: nn.Module, batch: Sequence[SafetySequence]) -> list[tup
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise CaptureError(f"{type(model).__name__} returns no logits to tell likelihoods by")
+    expected = (len(batch), len(batch[0].input_ids))
+    if logits.ndim != 3 or logits.shape[:2] != expected or logits.shape[2] <= labels_bt.max():
+        raise CaptureError(
+            f"{type(model).__name__} returns logits {list(logits.shape)} for input ids {list(expected)}, which are not "
+            "those of each next token, so likelihoods cannot be told by them; give the strength as a number"
+        )
     logits_bv = logits[:, :-1][counts]
     # Half precision would round the losses; what is finer than float32 stays as it is.
     logits_bv = logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32))
@@ -203,6 +245,18 @@ def _differences(now: Sequence[float], before: Sequence[float]) -> Tensor:
     return torch.tensor(now, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
 
 
+def topics(sequences: Sequence[SafetySequence]) -> int:
+    """How many different things the prompts are about, as `split` tells them apart.
+
+    Args:
+        sequences: Tokenised examples.
+
+    Returns:
+        The number.
+    """
+    return len(set(_topics(sequences)))
+
+
 def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[SafetySequence], list[SafetySequence]]:
     """Set a share of the examples aside, spread evenly over their order; the same at each call.
 
@@ -216,9 +270,9 @@ def split(sequences: Sequence[SafetySequence], share: float) -> tuple[list[Safet
     Returns:
         The examples for the moments, and those held out.
     """
-    topics = _topics(sequences)
-    order = {topic: number for number, topic in enumerate(dict.fromkeys(topics))}
-    aside = [int((order[topic] + 1) * share) > int(order[topic] * share) for topic in topics]
+    found = _topics(sequences)
+    order = {topic: number for number, topic in enumerate(dict.fromkeys(found))}
+    aside = [int((order[topic] + 1) * share) > int(order[topic] * share) for topic in found]
     used = [sequence for sequence, is_aside in zip(sequences, aside, strict=True) if not is_aside]
     return used, [sequence for sequence, is_aside in zip(sequences, aside, strict=True) if is_aside]
 

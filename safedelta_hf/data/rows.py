@@ -64,6 +64,21 @@ def read_rows(source: str | Path | Iterable[Any], *, plain: bool = False) -> lis
     return rows
 
 
+def is_on_hub(source: str | Path) -> bool:
+    """Whether a text names a data set on the Hub, since there is no file of that name.
+
+    Args:
+        source: A path or a name.
+
+    Returns:
+        Whether it does, as far as its form tells.
+
+    Raises:
+        DataError: It is a folder, or cannot be read.
+    """
+    return not _is_file(Path(source)) and _hub_name(str(source)) is not None
+
+
 def kept(source: T) -> T | list[Any]:
     """What can be read as often as one likes.
 
@@ -170,9 +185,14 @@ def _of_parquet(path: Path) -> list[PlacedRow]:
     return [PlacedRow(f"{path.name} row {number}", row) for number, row in enumerate(found)]
 
 
-def _of_hub(name: str) -> list[PlacedRow]:
+def _hub_name(name: str) -> re.Match[str] | None:
     parts = _HUB_NAME.fullmatch(name)
-    if parts is None or name.lower().endswith(_FILE_ENDINGS) or Path(name).parent.is_dir():
+    return None if name.lower().endswith(_FILE_ENDINGS) or Path(name).parent.is_dir() else parts
+
+
+def _of_hub(name: str) -> list[PlacedRow]:
+    parts = _hub_name(name)
+    if parts is None:
         raise DataError(f"there is no file {name!r}; give {KINDS}")
     try:
         from datasets import load_dataset

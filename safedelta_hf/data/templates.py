@@ -9,12 +9,28 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from safedelta_hf.data.forms import Turn, called, text_of
-from safedelta_hf.errors import DataError
+from safedelta_hf.errors import DataError, require_kind
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 _SHOWN = 240
 """Characters of a rendering that a message shows."""
+
+
+def require_processing_class(owner: str, processing_class: object) -> None:
+    """Stop at what turns nothing into tensors, such as the name of a tokenizer.
+
+    Args:
+        owner: What has the argument, for errors.
+        processing_class: Of a caller.
+
+    Raises:
+        ConfigurationError: It is no tokenizer, processor or the like, nor None.
+    """
+    makes_tensors = callable(processing_class) or hasattr(processing_class, "tokenizer")
+    if processing_class is not None and (isinstance(processing_class, type) or not makes_tensors):
+        kinds = (PreTrainedTokenizerBase, ProcessorMixin)
+        require_kind(owner, "processing_class", processing_class, kinds, "a tokenizer or a processor")
 
 
 def tokenizer_of(processing_class: ProcessingClass | None) -> PreTrainedTokenizerBase | None:

@@ -1,8 +1,9 @@
 """The delta of one parameter, whatever form it is stored in, and the form that this process holds whole."""
 
 import copy
-from collections.abc import Sequence
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.records import MatrixView, Use
+
+SMALLEST_FIGURE: Final = 1e-25
+"""Below it, squares of float32 may have vanished from a sum."""
 
 
 class Delta(Protocol):
@@ -95,6 +99,9 @@ class DenseDelta(Delta):
     Args:
         tuned: Fine-tuned weight, in the dtype of the model.
         base: Base weight of the same shape, on any device.
+
+    Raises:
+        NumericalError: Their difference is too large for float32.
     """
 
     def __init__(self, tuned: Tensor, base: Tensor) -> None:
@@ -102,6 +109,8 @@ class DenseDelta(Delta):
         self._base = base.detach().to(tuned)
         # Shared with every delta that is made of this one.
         self._delta = (self._tuned.to(torch.float32) - self._base.to(torch.float32)).contiguous()
+        if not torch.isfinite(self._delta).all():
+            raise NumericalError("tuned minus base is beyond float32; the training has diverged")
         self._adjusted = self._delta
         self._weight: Tensor | None = None
 
@@ -128,12 +137,12 @@ class DenseDelta(Delta):
     @property
     @override
     def tuned_energy(self) -> float:
-        return float(self._delta.square().sum())
+        return figure_of(_energy, self._delta)
 
     @property
     @override
     def lost_energy(self) -> float:
-        return float((self._delta - self._adjusted).square().sum())
+        return figure_of(_energy, self._delta - self._adjusted)
 
     @property
     def is_whole(self) -> bool:
@@ -265,7 +274,7 @@ class DenseMatrix(DeltaMatrix):
 
     @override
     def inner(self, transform: Transform) -> float:
-        return float((self._matrix * transform(self._matrix)).sum())
+        return figure_of(lambda rows: (rows * transform(rows)).sum(), self._matrix)
 
     def transformed(self, transform: Transform) -> Tensor:
         """The transformed delta in the shape of its parameter.
@@ -291,6 +300,27 @@ class DenseMatrix(DeltaMatrix):
             transform: Applied to the rows.
         """
         self._matrix.copy_(transform(self._matrix))
+
+
+def figure_of(figure: Callable[[Tensor], Tensor], values: Tensor) -> float:
+    """A figure of second degree, such as an energy or a quadratic loss, also where squares are beyond float32.
+
+    Args:
+        figure: Takes values to a scalar, and `c` times the values to `c^2` times that.
+        values: float32, any shape.
+
+    Returns:
+        The figure of the values.
+    """
+    found = float(figure(values))
+    if SMALLEST_FIGURE <= abs(found) < math.inf or not values.any():
+        return found
+    scale = 2.0 ** math.frexp(float(values.abs().max()))[1]
+    return float(figure(values / scale)) * scale**2
+
+
+def _energy(values: Tensor) -> Tensor:
+    return values.square().sum()
 
 
 def as_strided(values: Tensor, view: MatrixView) -> Tensor:

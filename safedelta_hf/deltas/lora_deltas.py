@@ -5,7 +5,7 @@ adjusted one. Where the tensors are held, and who replaces them, is not its conc
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.low_rank import FactoredDelta, StackedDelta
+from safedelta_hf.errors import AdapterError
 
 
 class Adjusted(NamedTuple):
@@ -228,3 +229,30 @@ def low_rank_shape(down: Tensor, up: Tensor, *, transposed: bool) -> tuple[int, 
         The shape of their product.
     """
     return (down.shape[1], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])
+
+
+def by_parameter(deltas: Iterable[LoraDelta]) -> dict[str, LoraDelta]:
+    """The one delta of each parameter that an adapter tunes.
+
+    Args:
+        deltas: What the adapter does to each parameter.
+
+    Returns:
+        The deltas by canonical name.
+
+    Raises:
+        AdapterError: Two of them tune one parameter.
+    """
+    found: dict[str, LoraDelta] = {}
+    for delta in deltas:
+        if delta.parameter in found:
+            places = " and by ".join(next(iter(one.tensors)) for one in (found[delta.parameter], delta))
+            raise AdapterError(
+                f"{delta.parameter}: the adapter tunes it in two places, by {places}, as it may a weight that is tied, "
+                "so there is no one delta to adjust. Let it tune one of the two, or both as modules_to_save with "
+                "LoraConfig(ensure_weight_tying=True). An adapter that is trained already can be adjusted on a base "
+                "whose head is untied (lm_head.weight = nn.Parameter(<a copy of it>), config.tie_word_embeddings = "
+                "False), with a profile of that base"
+            )
+        found[delta.parameter] = delta
+    return found

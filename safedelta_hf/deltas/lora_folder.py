@@ -336,7 +336,8 @@ class LoraTensors:
         if expected is None:
             raise AdapterError(
                 f"{parameter}: a tensor of the adapter that is neither a factor nor a parameter of the "
-                f"{self._header.architecture} that the profile was made for"
+                f"{self._header.architecture} that the profile was made for; a profile knows a tied weight by one name "
+                "alone (that of the embedding), and an adapter on the other can be adjusted in memory: adjust_adapter"
             )
         # PEFT saves embeddings along with an adapter on them; such a copy of the base is no delta.
         if digest(tensor.to(getattr(torch, self._header.dtypes[parameter]))) == expected:

@@ -17,7 +17,7 @@ from safedelta_hf.deltas.lora_deltas import (
 )
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.modules.names import canonical
+from safedelta_hf.modules.names import canonical, unwrapped
 
 NO_BIAS = (
     "the adapter (lora_bias=True) adds a bias to a layer that has none, so it has neither a moment nor, in PEFT, a "
@@ -169,6 +169,11 @@ def _token_rows(
     names: Mapping[nn.Parameter, str],
 ) -> TokenRowsDelta:
     name, rows = names[layer.get_base_layer().weight], names[layer.trainable_tokens_delta[adapter]]
+    if name not in model.names:
+        raise AdapterError(
+            f"{name}: the adapter trains some of its tokens (trainable_token_indices) on top of a copy of all of them "
+            "(modules_to_save); choose one of the two"
+        )
     base = model.gather(name)
     return TokenRowsDelta(
         parameter=name,
@@ -205,7 +210,7 @@ def _low_rank(
     model: ShardedModel,
     names: Mapping[nn.Parameter, str],
 ) -> Iterator[LoraDelta]:
-    base = layer.get_base_layer()
+    base: Any = unwrapped(layer.get_base_layer())  # of a tied weight, tokens of it may be trained beside
     if getattr(base, "weight", None) not in names:
         raise AdapterError(
             f"adapter: {type(base).__name__} below it keeps no parameter called weight, so its moment has no name; "

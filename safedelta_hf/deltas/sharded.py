@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.transform import DeltaMatrix, Transform
-from safedelta_hf.deltas.dense import Delta, DenseDelta, DenseMatrix, as_strided, round_rows_
+from safedelta_hf.deltas.dense import Delta, DenseDelta, DenseMatrix, as_strided, figure_of, round_rows_
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.records import MatrixView, Use
@@ -140,14 +140,15 @@ class ShardedMatrix(DeltaMatrix):
 
     @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        own = self._own if transform is None else self._transformed(transform)
+        own = self._own if transform is None else self._transformed(transform, self._own)
         energy = torch.zeros(self._columns, device=own.device)
         energy[self._own_columns] = own.square().sum(0)
         return self._sum(energy)
 
     @override
     def inner(self, transform: Transform) -> float:
-        return float(self._sum((self._own * self._transformed(transform)).sum().reshape(1)))
+        own = figure_of(lambda rows: (rows * self._transformed(transform, rows)).sum(), self._own)
+        return float(self._sum(torch.tensor([own], dtype=torch.float64, device=self._own.device)))
 
     def replace(self, transform: Transform) -> None:
         """Transform in place what this process has of the matrix.
@@ -155,12 +156,12 @@ class ShardedMatrix(DeltaMatrix):
         Args:
             transform: Of the whole matrix; a diagonal one, if this process has some columns alone.
         """
-        self._own.copy_(self._transformed(transform))
+        self._own.copy_(self._transformed(transform, self._own))
 
-    def _transformed(self, transform: Transform) -> Tensor:
-        if self._own.shape[1] == self._columns:
-            return transform(self._own)
-        return self._own * transform(torch.ones((1, self._columns), device=self._own.device))[:, self._own_columns]
+    def _transformed(self, transform: Transform, own: Tensor) -> Tensor:
+        if own.shape[1] == self._columns:
+            return transform(own)
+        return own * transform(torch.ones((1, self._columns), device=own.device))[:, self._own_columns]
 
 
 def own_view(use: Use, shape: torch.Size, shard: Shard) -> tuple[MatrixView, slice] | None:

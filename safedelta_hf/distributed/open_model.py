@@ -59,4 +59,12 @@ def _backend(model: nn.Module) -> type[ShardedModel]:
             f"{type(model).__name__}: some of its weights are on the meta device, and nothing that is known "
             "keeps their values; load it with values"
         )
+    empty = [name for name, parameter in model.named_parameters() if tuple(parameter.shape) == (0,)]
+    if empty:
+        raise ConfigurationError(
+            f"{type(model).__name__}: {empty[0]} and {len(empty) - 1} other weights have the shape [0], as DeepSpeed "
+            "ZeRO-3 leaves in place of what it partitions, and nothing here gathers them; open the model inside the "
+            "run that partitioned it, or load it from a whole checkpoint (zero_to_fp32.py, or "
+            "stage3_gather_16bit_weights_on_model_save)"
+        )
     return ShardedModel

@@ -3,6 +3,7 @@
 import time
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from transformers.utils import logging
 from safedelta_hf.adapter.adjust import adjust_adapter, require_adjustable
 from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.data.templates import ProcessingClass
+from safedelta_hf.data.refusals import require_likelihoods
+from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import require_trainable
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError, require_kind
 from safedelta_hf.hf.base_weights import RunBase, base_of_run, remember, require_matching, require_recorded
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
 from safedelta_hf.hf.trainer_facts import (
@@ -37,13 +39,15 @@ from safedelta_hf.hf.trainer_facts import (
 )
 from safedelta_hf.hf.tuned import TunedWeights, require_room_for_tuned, save_tuned, whereabouts
 from safedelta_hf.model.adjust import adjust_model
-from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.profile.profile import SafetyProfile, opened_profile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.journal import base_weights_loaded
 
 logger = logging.get_logger(__name__)
+
+_OWNER = "SafeDeltaCallback"
 
 
 class SafeDeltaCallback(TrainerCallback):
@@ -63,9 +67,10 @@ class SafeDeltaCallback(TrainerCallback):
         safety_dataset: Harmful prompts with the responses of a safe model, usually refusals; a Dataset, a list of
             dicts, the path of a file (JSON lines, a JSON array, CSV, Parquet), or the name of a data set on the Hub, in
             any form that TRL takes.
-        rule: Which part of each delta to keep; `TaskRidge()` if None, whose strength is measured.
+        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` if None, whose strength is
+            measured.
         config: How the data is read, and which linear weights are adjusted; `ProfileConfig()` if None.
-        profile: A profile made before, instead of `safety_dataset`.
+        profile: A profile made before, or the folder of one, instead of `safety_dataset`.
         retention_dataset: Ordinary prompts with the base model's responses: what the model could do is protected beside
             its refusals.
         retention_weight: Weight of that data against the safety data.
@@ -83,17 +88,19 @@ class SafeDeltaCallback(TrainerCallback):
         task: The profile of the fine-tuning data, if the rule weighs it; None until training has started.
 
     Raises:
-        ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or a setting is outside its
-            range or has no effect.
+        ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or an argument is of another
+            kind, outside its range or without effect.
+        DataError: There is no such file, a row is none, or there are too few to measure a strength by.
+        ProfileError: The profile cannot be read.
     """
 
     def __init__(
         self,
         safety_dataset: Source | None = None,
-        rule: Rule | None = None,
+        rule: Rule | str | None = None,
         *,
         config: ProfileConfig | None = None,
-        profile: SafetyProfile | None = None,
+        profile: SafetyProfile | str | Path | None = None,
         retention_dataset: Source | None = None,
         retention_weight: float = 0.1,
         task_dataset: Source | None = None,
@@ -105,7 +112,12 @@ class SafeDeltaCallback(TrainerCallback):
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
-        self._rule = rule or default_rule(task_dataset or "drawn from the Trainer's data")
+        self._rule = rule_of(_OWNER, rule, task="drawn from the Trainer's data")
+        require_kind(_OWNER, "config", config, (ProfileConfig, type(None)), "a ProfileConfig")
+        require_kind(_OWNER, "treatment", treatment, (Treatment, type(None)), "a Treatment")
+        require_kind(_OWNER, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
+        require_kind(_OWNER, "keep_tuned", keep_tuned, (str, Path, type(None)), "a folder")
+        require_processing_class(_OWNER, processing_class)
         if profile is not None and retention_dataset is not None:
             raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
         if task_dataset is not None and not self._rule.needs_task:
@@ -113,7 +125,8 @@ class SafeDeltaCallback(TrainerCallback):
                 f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
             )
         self.report: Report | None = None
-        self.profile = self._given_profile = profile
+        self._given_profile = None if profile is None else opened_profile(_OWNER, profile)
+        self.profile = self._given_profile
         self.task: SafetyProfile | None = None
         self._data = RunData(
             safety=safety_dataset,
@@ -122,11 +135,13 @@ class SafeDeltaCallback(TrainerCallback):
             task=task_dataset,
             task_examples=task_examples,
         )
+        self._config = config or ProfileConfig()
+        if self._rule.auto is not None and self._config.holdout is None:
+            self._data.require_enough()
         self._given_base = base
         self._treatment = treatment or Treatment()
         self._keep_tuned = None if keep_tuned is None else Path(keep_tuned)
         self._processing_class = processing_class
-        self._config = config or ProfileConfig()
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._tuned: TunedWeights | None = None
@@ -213,10 +228,11 @@ class SafeDeltaCallback(TrainerCallback):
         except SafeDeltaError as error:
             error.add_note(whereabouts(error, saved, model, processing_class, output_dir(args), state))
             raise
-        log_metrics({**report.metrics(), "safedelta/seconds": time.perf_counter() - started}, args, state, control)
+        self.report = replace(report, seconds=time.perf_counter() - started)
+        log_metrics(report.metrics(), args, state, control)
 
     def adjust(
-        self, model: nn.Module, *, rule: Rule | None = None, workspace: Path | None = None, progress: bool = True
+        self, model: nn.Module, *, rule: Rule | str | None = None, workspace: Path | None = None, progress: bool = True
     ) -> Report:
         """Adjust a model that was trained with this callback; on failure it is left as it was.
 
@@ -226,7 +242,7 @@ class SafeDeltaCallback(TrainerCallback):
 
         Args:
             model: The model as training left it, or as it was adjusted.
-            rule: Which part of each delta to keep; the callback's own rule if None.
+            rule: Which part of each delta to keep, or the name of a rule; the callback's own rule if None.
             workspace: Folder with room for a temporary copy of the changed weights.
             progress: Whether to show progress bars.
 
@@ -237,6 +253,7 @@ class SafeDeltaCallback(TrainerCallback):
             BaseWeightsError: The callback has not seen the start of the training.
             ConfigurationError: The model was adjusted already, and its fine-tuned weights were not kept.
         """
+        chosen = self._rule if rule is None else rule_of(_OWNER, rule, self.task)
         run, profile = self._started()
         opened = open_model(bare(model))
         adapter = trained_adapter(opened.model)
@@ -249,7 +266,7 @@ class SafeDeltaCallback(TrainerCallback):
                 opened,
                 base=run.weights,
                 profile=profile,
-                rule=rule or self._rule,
+                rule=chosen,
                 task=self.task,
                 treatment=self._treatment,
                 workspace=workspace,
@@ -274,6 +291,8 @@ class SafeDeltaCallback(TrainerCallback):
         adapter = trained_adapter(model.model)
         if adapter is not None:
             require_adjustable(model.model, adapter)
+        if self._rule.auto is not None:
+            require_likelihoods(model.model)
         run = base_of_run(model, state, self._given_base, output_dir(args))
         if self.profile is not None:
             require_matching(self.profile, run, processing_class)
@@ -282,6 +301,7 @@ class SafeDeltaCallback(TrainerCallback):
             processing_class=processing_class,
             digests=run.digests,
             config=self._config,
+            is_measured=self._rule.auto is not None,
             progress=shows_progress(args, state),
         )
         with base_weights_loaded(model, run.moved, run.weights, output_dir(args)):

@@ -1,6 +1,7 @@
 """What is read with the base model at the start of a run: safety data, ordinary data, task data."""
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,14 +11,16 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from safedelta_hf.capture.collect import collect_profile
+from safedelta_hf.capture.collect import DEFAULT_HOLDOUT, FEWEST_HELD_OUT_OF, collect_profile
 from safedelta_hf.capture.config import ProfileConfig
+from safedelta_hf.data.dataset import require_source
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.rows import kept
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.profile.profile import SafetyProfile, with_retention
+from safedelta_hf.rules.rule import require_number
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 
@@ -35,6 +38,7 @@ class RunData:
 
     Raises:
         ConfigurationError: A value is outside its range.
+        DataError: Something is no data.
     """
 
     safety: Source | None
@@ -44,13 +48,29 @@ class RunData:
     task_examples: int = 256
 
     def __post_init__(self) -> None:
-        if not isinstance(self.task_examples, int) or self.task_examples < 1:
+        if type(self.task_examples) is not int or self.task_examples < 1:
             raise ConfigurationError(f"task_examples={self.task_examples!r} must be a whole number of at least 1")
-        if not self.retention_weight > 0:
-            raise ConfigurationError(f"retention_weight={self.retention_weight!r} must be positive")
+        weight, owner = self.retention_weight, "SafeDeltaCallback"
+        require_number(owner, "retention_weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
         for name in ("safety", "retention", "task"):
             # An iterator would be empty for the second model of a sweep.
             object.__setattr__(self, name, kept(getattr(self, name)))
+            if getattr(self, name) is not None:
+                require_source(owner, f"{name}_dataset", getattr(self, name))
+
+    def require_enough(self) -> None:
+        """Make sure that there is enough safety data to hold some of it out.
+
+        Raises:
+            DataError: There is not.
+        """
+        found = None if self.safety is None else require_source("SafeDeltaCallback", "safety_dataset", self.safety)
+        if found is not None and found < FEWEST_HELD_OUT_OF:
+            raise DataError(
+                f"SafeDeltaCallback: give at least {FEWEST_HELD_OUT_OF} refusals (you gave {found}): a part of them is "
+                "held out, for the strength to be measured by. With fewer, give a rule whose strength is a number, "
+                "such as rule=Ridge(strength=1.0), or config=ProfileConfig(holdout=0.25)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +82,7 @@ class ProfileCollector:
         processing_class: Tokenizer or processor.
         digests: Digest of each of its parameters.
         config: How data is read.
+        is_measured: Whether the strength is, so that safety data has to be held out.
         progress: Whether to show progress bars.
     """
 
@@ -69,6 +90,7 @@ class ProfileCollector:
     processing_class: ProcessingClass | None
     digests: Mapping[str, str]
     config: ProfileConfig
+    is_measured: bool
     progress: bool
 
     def safety(self, data: RunData) -> SafetyProfile:
@@ -81,7 +103,10 @@ class ProfileCollector:
             The profile.
         """
         assert data.safety is not None, "there is no profile, so there is safety data"
-        profile = self._collect(data.safety, SAFETY_DATA, holdout=self.config.holdout)
+        holdout = self.config.holdout
+        if self.is_measured and holdout is None:
+            holdout = DEFAULT_HOLDOUT
+        profile = self._collect(data.safety, SAFETY_DATA, holdout=holdout)
         if data.retention is None:
             return profile
         return with_retention(profile, self._collect(data.retention, "ordinary data"), data.retention_weight)

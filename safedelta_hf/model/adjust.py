@@ -7,16 +7,17 @@ from torch import nn
 
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ProfileError
+from safedelta_hf.errors import ProfileError, require_kind
 from safedelta_hf.model.store import ModelStore
-from safedelta_hf.modules.names import parameter_aliases
+from safedelta_hf.modules.names import parameter_aliases, wrapping_told
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import Rule, default_rule
+from safedelta_hf.rules import Rule
 from safedelta_hf.weights.readers import WeightReader, open_base
 
 
@@ -24,11 +25,11 @@ def adjust_model(
     model: nn.Module | ShardedModel,
     *,
     base: nn.Module | str | Path | WeightReader,
-    profile: SafetyProfile,
-    rule: Rule | None = None,
-    task: SafetyProfile | None = None,
+    profile: SafetyProfile | str | Path,
+    rule: Rule | str | None = None,
+    task: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
-    workspace: Path | None = None,
+    workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
     """Adjust a fine-tuned model in place: all of it, or, if anything fails, nothing of it.
@@ -37,9 +38,10 @@ def adjust_model(
         model: The fine-tuned model, opened or not. Where it is sharded, or the run has several processes, all of them
             call this; each adjusts what it holds.
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
-        profile: Profile of that base.
-        rule: Which part of each delta to keep; `TaskRidge()` with a `task`, else `Ridge()`, if None.
-        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+        profile: Profile of that base, or the folder of one.
+        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a `task`, else `Ridge()`, if
+            None.
+        task: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh them.
         treatment: What to do with parameters other than linear weights.
         workspace: Folder with room for a temporary copy of the changed weights; None for the system's default.
         progress: Whether to show progress bars.
@@ -50,11 +52,15 @@ def adjust_model(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
+    settings = opened_settings("adjust_model", profile, rule, task, treatment, workspace)
+    require_kind("adjust_model", "model", model, (nn.Module, ShardedModel), "a model")
+    if not (hasattr(base, "read") and hasattr(base, "source")):
+        require_kind("adjust_model", "base", base, (nn.Module, str, Path), "a model, or the folder of one")
     opened = open_model(model)
     reader = open_base(base, opened.model) if isinstance(base, nn.Module | str | Path) else base
-    plan = plan_model(opened, profile, treatment or Treatment())
-    store = ModelStore(opened, reader, profile.header, workspace)
-    return adjust_weights(store, plan, profile, rule or default_rule(task), task=task, progress=progress)
+    plan = plan_model(opened, settings.profile, settings.treatment)
+    store = ModelStore(opened, reader, settings.profile.header, settings.workspace)
+    return adjust_weights(store, plan, settings.profile, settings.rule, task=settings.task, progress=progress)
 
 
 def plan_model(model: nn.Module | ShardedModel, profile: SafetyProfile, treatment: Treatment) -> Plan:
@@ -78,7 +84,7 @@ def plan_model(model: nn.Module | ShardedModel, profile: SafetyProfile, treatmen
         raise ProfileError(
             f"profile: made for {profile.header.architecture} with {len(profile.header.base)} parameters, this is "
             f"{type(opened.model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
-            "Collect a profile of this model's base"
+            f"Collect a profile of this model's base.{wrapping_told(shapes, profile.header.base)}"
         )
     if profile.header.parametrised:
         shapes = _with_computed(shapes, parametrised_weights(opened.model), profile.header.parametrised)

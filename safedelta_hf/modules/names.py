@@ -1,6 +1,6 @@
 """Canonical parameter names: what a checkpoint calls a weight, whatever wraps the model in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -12,6 +12,14 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _WRAPPED = ("token_adapter", "base_layer", "original_module")
 """Where the wrappers of PEFT keep the module that they wrap."""
+
+_MAKERS = {
+    "base_model.model.": "PEFT",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "module.": "data parallelism",
+}
+"""Who puts a name before those of a model's parameters."""
 
 ADAPTER_PREFIX = "base_model.model."
 """What stands before the name of every weight in the files of an adapter."""
@@ -29,6 +37,27 @@ def canonical(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
     return name
+
+
+def wrapping_told(found: Iterable[str], wanted: Collection[str]) -> str:
+    """Why names are not those that are wanted, if all of them are behind the name of a wrapper.
+
+    Args:
+        found: Names of parameters.
+        wanted: Names of the same parameters of a bare model.
+
+    Returns:
+        A sentence that begins with a blank; empty if it is something else.
+    """
+    names = set(found)
+    parts = min(names, default="").split(".")
+    for place in range(1, len(parts)):
+        prefix = ".".join(parts[:place]) + "."
+        bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if len(bare) == len(names) and not bare.isdisjoint(wanted):
+            maker = next((maker for part, maker in _MAKERS.items() if part in prefix), "what wraps the model")
+            return f" Names here begin with {prefix!r}, put there by {maker}: give what is wrapped, or save that"
+    return ""
 
 
 def join(module: str, attribute: str) -> str:

@@ -1,20 +1,23 @@
 """The safety profile: the moments of one base model on one set of safety data, in memory, on disk or on the Hub."""
 
+import math
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, ProfileError
+from safedelta_hf.errors import ProfileError, require_kind
 from safedelta_hf.profile.encodings import Encoding, encoding_of
 from safedelta_hf.profile.files import MomentFiles, in_folder, keys_in_order, read_header, write_profile
 from safedelta_hf.profile.header import HEADER_FILE
 from safedelta_hf.profile.hub import download, upload, write_card
 from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments, SummedMoments
 from safedelta_hf.records import ProfileHeader, Retention, Use
+from safedelta_hf.rules.rule import require_number
 
 DEFAULT_STORAGE = "triangular"
 
@@ -190,6 +193,25 @@ class SafetyProfile:
         return ranks.broadcast(address, owner=0)
 
 
+def opened_profile(owner: str, profile: object, setting: str = "profile") -> SafetyProfile:
+    """The profile that an argument names.
+
+    Args:
+        owner: What has the argument, for errors.
+        profile: A profile, the folder of one, or its repository on the Hub.
+        setting: Name of the argument.
+
+    Returns:
+        The profile.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    kinds = (SafetyProfile, str, Path)
+    require_kind(owner, setting, profile, kinds, "a SafetyProfile, its folder, or its repository on the Hub")
+    return SafetyProfile.load(profile) if isinstance(profile, str | Path) else cast(SafetyProfile, profile)
+
+
 def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> SafetyProfile:
     """A profile that protects ordinary behaviour together with the refusals: its Hessians are `H + weight * R`.
 
@@ -207,8 +229,7 @@ def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: floa
         ConfigurationError: The weight is not positive.
         ProfileError: The profiles are of different base models, or the first has a retention already.
     """
-    if not weight > 0:
-        raise ConfigurationError(f"retention: weight={weight!r} must be positive")
+    require_number("retention", "weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
     if dict(profile.header.base) != dict(ordinary.header.base):
         raise ProfileError("retention: the profile of the ordinary data was made of another base model")
     if profile.header.retention is not None:

@@ -1,6 +1,7 @@
 """One file per rule. A new rule is one file and one line in `RULES`."""
 
 from safedelta_hf.core.transform import DeltaMatrix
+from safedelta_hf.errors import ConfigurationError, require_kind
 from safedelta_hf.rules.dare import Dare
 from safedelta_hf.rules.merge import Merged, MergeInput, MergeRule, Source, source_name
 from safedelta_hf.rules.model_stock import ModelStock
@@ -33,6 +34,31 @@ def default_rule(task: object | None) -> Rule:
     return Ridge() if task is None else TaskRidge()
 
 
+def rule_of(owner: str, rule: object, task: object | None) -> Rule:
+    """The rule that an argument names.
+
+    Args:
+        owner: What has the argument, for errors.
+        rule: A rule; the registered name of one, which is taken with its own settings; None for the default.
+        task: The task data, or what stands for them, if they are at hand.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ConfigurationError: There is no such rule, or it needs settings.
+    """
+    if rule is None:
+        return default_rule(task)
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ConfigurationError(f"{owner}: rule={rule!r} is not one of {', '.join(RULES)}")
+        return RULES[rule]()
+    require_kind(owner, "rule", rule, Rule, "a rule, such as Ridge(), or the name of one")
+    assert isinstance(rule, Rule)
+    return rule
+
+
 __all__ = [
     "RULES",
     "AutoStrength",
@@ -56,5 +82,6 @@ __all__ = [
     "Ties",
     "TransformRule",
     "default_rule",
+    "rule_of",
     "source_name",
 ]

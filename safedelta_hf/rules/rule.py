@@ -1,6 +1,7 @@
 """How hard a rule acts: a number, or whatever measured refusals allow."""
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -58,9 +59,23 @@ def require_number(owner: str, field: str, value: object, allowed: str, accepts:
     Raises:
         ConfigurationError: It is not.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or not accepts(value):
-        raise ConfigurationError(f"{owner}: {field}={value!r} must be a number {allowed}")
+    if not is_number(value) or not accepts(value):
+        raise ConfigurationError(f"{owner}: {field}={reprlib.repr(value)} must be a number {allowed}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a real number, and one that a float can hold.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        Whether it is; neither a truth value nor NaN is one.
+    """
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def number(strength: Strength) -> float:
@@ -125,7 +140,7 @@ class Rule(ABC):
     """Whether it needs base and fine-tuned weight whole, and may give a delta of any rank."""
 
     def __post_init__(self) -> None:
-        if self.strength == "auto":
+        if isinstance(self.strength, str) and self.strength == "auto":
             object.__setattr__(self, "strength", AutoStrength())
         if self.auto is None:
             self._check_strength()

@@ -11,7 +11,7 @@ from typing_extensions import override
 from safedelta_hf.distributed.model import Parameter, Shard, ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
-from safedelta_hf.modules.names import parameter_aliases, parameter_names
+from safedelta_hf.modules.names import parameter_aliases, parameter_names, wrapping_told
 from safedelta_hf.weights.digest import digest, digest_of_shard
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
@@ -116,7 +116,8 @@ class FilesReader(WeightReader):
                 except CheckpointError as error:
                     raise BaseWeightsError(f"base: {error}") from error
         raise BaseWeightsError(
-            f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>"
+            f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>."
+            f"{wrapping_told(self._files.tensors, {name})}"
         )
 
     def has(self, name: str, shape: torch.Size) -> bool:

@@ -97,6 +97,13 @@ class SafetensorsFiles:
                 f"{self.source!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of safetensors files or "
                 "a repository in the local Hub cache"
             )
+        empty = [name for name, found in self.tensors.items() if found.shape == (0,) and "F" in found.dtype]
+        if empty:
+            raise CheckpointError(
+                f"{empty[0]}: has the shape [0] in {self.source!r}, as have {len(empty) - 1} others: what DeepSpeed "
+                "ZeRO-3 leaves in place of weights that it partitions; save them whole, by zero_to_fp32.py or "
+                "stage3_gather_16bit_weights_on_model_save"
+            )
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read one tensor.

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
 
-from safedelta_hf import SafeDelta, adjust_adapter, adjust_model
+from safedelta_hf import SafeDelta, Treatment, adjust_adapter, adjust_model, plan_adapter
 from safedelta_hf.deltas.lora_layers import lora_deltas
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, NumericalError, ProfileError
@@ -184,9 +185,45 @@ def test_an_unknown_or_taken_name_is_refused(profiles):
     stopped(model, profiles["llama"], AdapterError, "choose another", new_adapter_name="default")
 
 
-def test_a_tied_weight_that_is_tuned_in_two_places_is_refused(profiles):
-    model = adapters.adapted(tiny.llama(tied=True), target_modules=["embed_tokens", "lm_head"])
-    stopped(model, profiles["tied"], AdapterError, "embed_tokens.weight: tuned in two places")
+TWICE = {
+    "LoRA": {"target_modules": ["embed_tokens", "lm_head"]},
+    "whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens and LoRA": {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 9]}},
+    "other tokens": {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [4, 9]}},
+    "LoRA and whole": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("settings", TWICE.values(), ids=TWICE)
+def test_a_tied_weight_that_is_tuned_in_two_places_is_refused_before_and_after_training(settings, profiles):
+    model = adapters.adapted(tiny.llama(tied=True), **copy.deepcopy(settings))
+    told = r"embed_tokens\.weight: the adapter tunes it in two places, by base_model.*ensure_weight_tying=True"
+    stopped(model, profiles["tied"], AdapterError, told)
+    with pytest.raises(AdapterError, match=told):
+        plan_adapter(model, profiles["tied"], Treatment())
+
+
+def test_tokens_on_top_of_a_copy_of_all_of_them_are_refused(profiles):
+    settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 9]}}
+    model = adapters.adapted(tiny.llama(tied=True), **settings)
+    stopped(model, profiles["tied"], AdapterError, "trainable_token_indices.*on top of a copy.*choose one of the two")
+
+
+def test_what_is_advised_for_a_tied_weight_works(profiles, tmp_path):
+    def both():  # PEFT changes the list that it is given
+        return {"modules_to_save": ["embed_tokens", "lm_head"]}
+
+    together = adapters.adapted(tiny.llama(tied=True), **both(), ensure_weight_tying=True)
+    assert adjusted(together, profiles["tied"]).outcomes["adjusted"] == 15
+    adapters.adapted(tiny.llama(tied=True), **both()).save_pretrained(tmp_path)
+    base = tiny.llama(tied=True)
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    profile = adapters.profile_of(base)
+    model = PeftModel.from_pretrained(base, tmp_path)
+    report = adjusted(model, profile)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= {record.parameter for record in report.parameters}
+    assert report.outcomes["adjusted"] == 16
 
 
 def test_nan_is_refused_by_name_and_leaves_no_new_adapter(profiles):

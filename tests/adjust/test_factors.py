@@ -10,6 +10,7 @@ import torch
 
 from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.core.transform import Dense
+from safedelta_hf.errors import FactorisationError
 from safedelta_hf.records import Role
 from safedelta_hf.rules import TransformRule
 from tests.fixtures import by_hand
@@ -190,3 +191,33 @@ def test_diagonals_are_factorised_when_their_turn_comes_and_not_ahead():
         return len(rule.made)
 
     assert on_each(2, work) == [1, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping(Recording):
+    """Cannot factor what is large, at its strength."""
+
+    name: ClassVar[str] = "stopping"
+
+    def factorise(self, moments):
+        if self.strength * float(moments.safety[0, 0]) > 5:
+            raise FactorisationError("not positive definite")
+        return super().factorise(moments)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_one_rank_cannot_factor_stops_all_of_them_at_the_same_parameter_and_they_go_on_together(size, moments):
+    uses = uses_of(*"abcde")
+    profile = by_hand.profile_of(uses, moments)
+
+    def work(ranks):
+        seen = []
+        for strength in (2.0, 1.0):
+            cache, rule = FactorCache(profile, uses=uses, ranks=ranks), Stopping(strength=strength)
+            try:
+                seen.append(len(gone_through(cache, rule, uses)))
+            except FactorisationError:
+                seen.append("stopped")
+        return seen
+
+    assert on_each(size, work) == [["stopped", 5]] * size

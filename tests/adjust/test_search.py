@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from safedelta_hf.adjust.search import search_strength
 from safedelta_hf.data.refusals import Drift
+from safedelta_hf.errors import FactorisationError, SafeDeltaWarning
 from safedelta_hf.rules import AutoStrength, Ridge, SafeDelta, Scale, TaskRidge
 
 AUTO = AutoStrength(tolerance=0.05, precision=1.2)
@@ -76,3 +77,36 @@ def test_a_result_was_itself_measured_even_if_the_drift_is_not_monotone():
     bumpy = lambda s: Drift(mean=0.0, upper=0.2 if s < 3 or 30 < s < 50 else 0.01)  # noqa: E731
     found = search_strength(Ridge(), AUTO, bumpy, 3)
     assert found.outcome == "found" and bumpy(found.strength).upper <= AUTO.tolerance
+
+
+def solvable_up_to(limit, measure):
+    """A drift that cannot be measured beyond a strength, since the moments cannot be factored there."""
+
+    def measured(strength):
+        if strength > limit:
+            raise FactorisationError("not positive definite")
+        return measure(strength)
+
+    return measured
+
+
+@pytest.mark.parametrize("limit", [0.003, 0.5, 2.0, 5e4])
+def test_what_cannot_be_factored_is_the_end_of_the_range(limit):
+    with pytest.warns(SafeDeltaWarning, match="stays milder than strength .*not positive definite"):
+        found = search_strength(Ridge(), AUTO, solvable_up_to(limit, rising(Ridge(), 1e9)), 3)
+    assert found.outcome == "strictest fails"
+    assert limit / 10 <= found.strength <= limit
+    strengths = [trial.strength for trial in found.trials]
+    assert max(strengths) == found.strength and len(set(strengths)) == len(strengths)
+
+
+@pytest.mark.parametrize("limit", [0.003, 0.5])
+def test_a_search_that_begins_beyond_the_range_finds_what_is_within(limit):
+    with pytest.warns(SafeDeltaWarning, match="stays milder"):
+        found = search_strength(Ridge(), AUTO, solvable_up_to(limit, rising(Ridge(), 0.0005)), 3)
+    assert found.outcome == "found" and 1 <= found.strength / 0.0005 <= AUTO.precision * (1 + 1e-9)
+
+
+def test_moments_that_no_strength_can_factor_are_a_named_error():
+    with pytest.warns(SafeDeltaWarning), pytest.raises(FactorisationError, match="at any strength that a search tries"):
+        search_strength(Ridge(), AUTO, solvable_up_to(0.0, rising(Ridge(), 1.0)), 3)

@@ -97,6 +97,19 @@ def test_a_transposed_weight_and_the_head_have_roles_of_their_own():
     assert {use.parameter: use.role for use in made.observed({}).uses.values()} == {"w": Role.CONV1D, "v": Role.HEAD}
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 6), (6, 1), (1, 1), (4, 3)])
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_a_layer_of_one_input_or_output_is_all_of_its_weight_however_it_is_stored(inputs, outputs, inputs_first):
+    shape = (inputs, outputs) if inputs_first else (outputs, inputs)
+    made = MomentCollector({"w": torch.empty(shape)}, MomentStorage(), head=None, chosen=("w",), share=True)
+    made.start_batch(1, 6)
+    strides = (1, outputs) if inputs_first else (inputs, 1)
+    made.product(whole("w", outputs, inputs, strides=strides), torch.randn(6, inputs))
+    (use,) = made.observed({}).uses.values()
+    assert use.moment == f"w:{use.role}" and use.view == use.role.view(shape) and use.view.covers(inputs * outputs)
+    assert use.has_inputs_first is (inputs_first and (inputs, outputs) != (1, 1))
+
+
 def test_a_bias_counts_how_often_it_was_added_with_the_square_of_its_factor():
     made = collector()
     made.offset(BIAS, 5)

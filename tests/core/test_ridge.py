@@ -1,10 +1,11 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from safedelta_hf.core.ridge import shrinkage, utility_of
-from safedelta_hf.errors import NumericalError
+from safedelta_hf.core.ridge import Shrinkage, semidefinite_root, shrinkage, utility_of
+from safedelta_hf.core.transform import Dense
+from safedelta_hf.errors import FactorisationError, NumericalError
 from tests.fixtures import oracles
 from tests.fixtures.problems import layer, layers
 
@@ -130,3 +131,117 @@ def test_nan_is_an_error():
     hessian[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="NaN"):
         shrinkage(hessian, None, 1.0)
+
+
+def apart(found, expected):
+    """Relative distance in float64."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def unused_part(rows, inputs):
+    """What of some rows lies in the directions that no input has, float64."""
+    used = torch.linalg.qr(inputs.T).Q
+    return rows.double() - rows.double() @ used @ used.T
+
+
+def in_exact_arithmetic(delta, inputs, utility, strength):
+    """Ridge from the inputs themselves in float64, in a form that no strength makes singular."""
+    scaled = (2 / 4) ** 0.5 * inputs
+    weighed = torch.linalg.solve(utility, scaled.T)
+    inner = scaled @ weighed + torch.eye(len(inputs), dtype=torch.float64) / strength
+    return delta.double() - delta.double() @ scaled.T @ torch.linalg.solve(inner, weighed.T)
+
+
+def fewer_tokens_than_inputs(collinear, tokens=60, size=96):
+    """Inputs, float64, two of them massive: at all tokens, or at the same few tokens as in language models."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
+    if collinear:
+        inputs[::20, 7] += 1000.0
+        inputs[::20, 31] -= 700.0
+    else:
+        inputs[:, [7, 31]] *= torch.tensor([1000.0, 700.0], dtype=torch.float64)
+    return inputs
+
+
+@pytest.mark.parametrize("size", [8, 64, 300])
+@pytest.mark.parametrize(("strength", "scale"), [(1e6, 1.0), (1.0, 1e6), (1e6, 1e6)])
+def test_directions_that_one_safety_token_does_not_use_keep_their_delta(size, strength, scale):
+    generator = torch.Generator().manual_seed(size)
+    token = scale**0.5 * torch.randn(1, size, generator=generator, dtype=torch.float64)
+    delta = torch.randn(4, size, generator=generator)
+    found = shrinkage((token.T @ token).float(), None, strength)(delta)
+    assert apart(unused_part(found, token), unused_part(delta, token)) <= 1e-5
+    assert (found.double() @ token.T).norm() <= 1e-5 * (delta.double() @ token.T).norm()
+
+
+@pytest.mark.parametrize("collinear", [False, True])
+@pytest.mark.parametrize("strength", [1e-5, 1.0, 10.0, 1e3, 1e6, 1e12])
+def test_fewer_tokens_than_inputs_end_no_range_of_strengths(strength, collinear):
+    inputs = fewer_tokens_than_inputs(collinear)
+    hessian = (2 / 4 * inputs.T @ inputs).float()
+    delta = torch.randn(5, len(hessian), generator=torch.Generator().manual_seed(1))
+    task = task_moment(delta)
+    blended = task.double() + 0.1 * task.double().diagonal().mean() * torch.eye(len(task), dtype=torch.float64)
+    for utility, exact in ((None, torch.eye(len(task), dtype=torch.float64)), (utility_of(task, 0.1), blended)):
+        expected = in_exact_arithmetic(delta, inputs, exact, strength)
+        found = shrinkage(hessian, utility, strength)(delta)
+        assert apart(found, expected) <= 1e-2
+        assert apart(unused_part(found, inputs), unused_part(expected, inputs)) <= 1e-2
+
+
+@given(layers, st.sampled_from([1e-3, 1.0, 1e3, 1e6, 1e12]))
+def test_no_strength_is_off_by_more_than_a_hundredth(problem, strength):
+    delta, hessian = problem
+    values, vectors = torch.linalg.eigh(hessian.double())
+    # What is less than rounding of the largest is rounding: of two tokens, size - 2 directions are unused.
+    values = torch.where(values > 1e-5 * values[-1], values, 0.0)
+    exact = (vectors * values) @ vectors.T
+    near = torch.linalg.eigvalsh(hessian.double()) / values[-1]
+    assume(not ((near.abs() > 1e-7) & (near < 1e-3)).any())  # there rounding decides whether a direction is used
+    expected = oracles.ridge(delta, torch.eye(len(hessian)), exact, strength)
+    assert (shrinkage(hessian, None, strength)(delta) - expected).norm() <= 1e-2 * delta.norm()
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 1e4, 1e9])
+def test_a_well_conditioned_system_is_solved_in_float32_whatever_the_strength(strength):
+    inputs = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
+    inputs[:, 3] *= 1e3
+    transform = shrinkage(inputs.T @ inputs, None, strength)
+    assert isinstance(transform, Shrinkage) and transform.factor.dtype == torch.float32 and not transform.notes
+
+
+def test_what_float32_cannot_solve_is_said():
+    inputs = fewer_tokens_than_inputs(collinear=True)
+    transform = shrinkage((inputs.T @ inputs).float(), None, 1e4)
+    assert isinstance(transform, Dense)
+    assert transform.notes == ("solved in float64; float32 tells 60 of 96 directions of the safety data from rounding",)
+
+
+@given(layers)
+def test_the_root_gives_the_moment_back_but_for_rounding(problem):
+    _, hessian = problem
+    root = semidefinite_root(hessian)
+    size = hessian.diagonal().double().sqrt()
+    rounding = 4 * len(hessian) * torch.finfo(torch.float32).eps
+    assert ((root @ root.T - hessian).abs() <= rounding * size * size[:, None] + 1e-30).all()
+
+
+def test_a_moment_without_rounding_has_as_many_directions_as_its_rank():
+    vectors = torch.randint(-4, 5, (70, 200), generator=torch.Generator().manual_seed(0)).float()
+    assert semidefinite_root(vectors.T @ vectors).shape == (200, 70)
+
+
+@pytest.mark.parametrize("strength", [1e30, 1e39, 1e300])
+def test_no_strength_is_too_large_for_what_safety_never_used(strength):
+    hessian = torch.tensor([0.0, 1.0, 1e9])
+    for moment in (hessian, hessian.diag()):
+        for utility in (None, utility_of(torch.ones_like(moment) if moment.ndim == 1 else torch.eye(3), 0.1)):
+            found = shrinkage(moment, utility, strength)(torch.ones(2, 3))
+            torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 0.0]] * 2))
+
+
+def test_a_task_moment_that_is_no_utility_is_a_named_error():
+    task = torch.tensor([[1.0, 1.1], [1.1, 1.0]])
+    with pytest.raises(FactorisationError, match="raise blend"):
+        shrinkage(torch.ones(2, 2), task, 1.0)

@@ -5,6 +5,7 @@ from safedelta_hf.adjust.plan import unreached
 from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseDelta, DenseMatrix
+from safedelta_hf.errors import NumericalError
 from safedelta_hf.records import MatrixView, Role, Use
 
 SHAPES = {
@@ -165,3 +166,30 @@ def test_the_errors_of_rounding_stay_in_the_matrix_that_a_use_reads(number, dtyp
     others = [one for one in range(3) if one != number]
     assert torch.equal(fed[others], nearest[others]) and not torch.equal(fed[number], nearest[number])
     assert torch.equal(fed[number], round_columns(half.wanted()[number], dtype, factor))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e18, 1e25, 1e35])
+def test_figures_of_a_delta_of_any_size_are_those_of_float64(scale):
+    tuned, base = torch.randn(5, 3) * scale, torch.randn(5, 3) * scale
+    use = Use(parameter="w", role=Role.LINEAR, moment="w", view=Role.LINEAR.view((5, 3)), shape=(5, 3))
+    hessian = torch.randn(7, 3)
+    hessian = hessian.T @ hessian
+    delta = DenseDelta(tuned, base)
+    half = delta.transformed(use, Dense(matrix=torch.full((3,), 0.5)))
+    exact = (tuned - base).double()
+    assert delta.tuned_energy == pytest.approx(float(exact.square().sum()), rel=1e-5, abs=0)
+    assert half.lost_energy == pytest.approx(float(exact.square().sum()) / 4, rel=1e-5, abs=0)
+    expected = float(torch.trace(exact @ hessian.double() @ exact.T))
+    assert delta.matrix(use).inner(Dense(matrix=hessian)) == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_delta_beyond_float32_is_a_named_error(dtype):
+    largest = torch.full((2,), 3e38, dtype=dtype)
+    with pytest.raises(NumericalError, match="beyond float32"):
+        DenseDelta(largest, -largest)
+
+
+def test_nothing_is_no_figure():
+    zero = DenseDelta(torch.ones(2, 2), torch.ones(2, 2))
+    assert zero.tuned_energy == zero.lost_energy == 0.0

@@ -170,3 +170,18 @@ def test_slices_are_rounded_as_the_whole_is(role, cuts, dtype):
     assert torch.equal(nearest, whole.rounded().weight()) and nearest.dtype == dtype
     assert torch.equal(fed, whole.rounded_along(use, factor).rounded().weight())
     assert not torch.equal(fed, nearest)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_figures_of_a_delta_of_any_size_are_those_of_the_whole(scale):
+    tuned, base = (scale * one for one in pair((5, 3)))
+    use = use_of(Role.LINEAR, (5, 3))
+    transform = transform_of(Role.LINEAR, use.view)
+    whole = DenseDelta(tuned, base)
+
+    def work(shard, ranks):
+        delta = own(tuned, base, shard, ranks)
+        return delta.tuned_energy, delta.matrix(use).inner(transform)
+
+    for found in on_shards((0, 2, 5), work):
+        assert found == pytest.approx((whole.tuned_energy, whole.matrix(use).inner(transform)), rel=1e-4, abs=0)

@@ -200,3 +200,11 @@ def test_the_reference_adapter_of_dpo_is_not_touched(tmp_path):
     assert "ref" in trainer.model.peft_config
     assert tiny.same(adapters.own_tensors(trainer.model, "ref"), started)
     assert not any(tensor.any() for name, tensor in adapters.own_tensors(trainer.model).items() if "lora_A" in name)
+
+
+def test_a_tied_weight_that_an_adapter_tunes_twice_stops_before_the_first_step(tmp_path):
+    model = adapters.adapted(tiny.llama(tied=True), modules_to_save=["embed_tokens", "lm_head"])
+    trainer = tiny.trainer(model, SafeDeltaCallback(ROWS, RULE), tmp_path)
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight: the adapter tunes it in two places"):
+        trainer.train()
+    assert trainer.state.global_step == 0

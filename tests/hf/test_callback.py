@@ -111,7 +111,7 @@ def test_metrics_reach_the_log_history_and_every_tracker(tmp_path, listener_firs
     expected = callback.report.metrics()
     for logs in (trainer.state.log_history[-1], listener.logs[-1]):
         assert {key: logs[key] for key in expected} == expected
-        assert logs["epoch"] == 2 and logs["safedelta/seconds"] > 0
+        assert logs["epoch"] == 2 and "safedelta/seconds" not in logs  # equal runs have equal logs
     assert trainer.state.log_history[-1]["step"] == trainer.state.global_step
 
 

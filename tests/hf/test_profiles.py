@@ -15,7 +15,7 @@ from safedelta_hf import (
     collect_profile,
     with_retention,
 )
-from safedelta_hf.errors import ConfigurationError, DataError, ProfileError
+from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.hf.profiles import examples_of
 from tests.fixtures import templates, tiny
 
@@ -81,7 +81,7 @@ def test_by_default_the_task_is_weighed_and_the_strength_measured(tmp_path):
 def test_too_little_safety_data_to_measure_by_stops_before_training(tmp_path):
     model = tiny.llama()
     before = tiny.weights(model)
-    with pytest.raises(ProfileError, match="of at least 16 examples"):
+    with pytest.raises(DataError, match=r"give at least 16 refusals \(you gave 4\)"):
         tiny.trainer(model, SafeDeltaCallback(ROWS[:4]), tmp_path / "run").train()
     assert tiny.same(before, tiny.weights(model))
 
