@@ -18,6 +18,7 @@ from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, ProfileError
+from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
@@ -188,8 +189,7 @@ def _trained_in_place(
 
 
 def _require_active(model: nn.Module, name: str, new_name: str | None) -> None:
-    active = getattr(model, "active_adapters", [name])
-    active = list(active() if callable(active) else active)
+    active = active_adapters(model)
     if new_name is not None or active != [name]:
         raise AdapterError(
             f"strength='auto' measures the model with its active adapter ({', '.join(active)}), which has to be the "

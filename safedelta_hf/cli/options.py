@@ -91,7 +91,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except SafeDeltaError as error:
-        typer.echo(f"safedelta: {error}", err=True)
+        typer.echo(f"safedelta: {' '.join(str(error).split())}", err=True)  # libraries speak in several lines
         sys.exit(1)
 
 

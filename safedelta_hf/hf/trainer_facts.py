@@ -12,11 +12,11 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
-from safedelta_hf.deltas.lora_layers import active_adapters, tuner_layers
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 from safedelta_hf.model.adjust import plan_model
+from safedelta_hf.modules.adapters import active_adapters, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import PlanEntry, Treatment
 
