@@ -29,6 +29,8 @@ class Report:
         tokens: Number of their tokens.
         parameters: One record for each parameter.
         search: How the strength was found, if it was measured.
+        unverified: Why nothing could tell that the weights were fine-tuned from the base that the profile was made of;
+            empty where something did.
     """
 
     rule: RuleRecord
@@ -38,6 +40,7 @@ class Report:
     tokens: int
     parameters: tuple[ParameterRecord, ...]
     search: StrengthSearch | None = None
+    unverified: str = ""
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -52,9 +55,10 @@ class Report:
     @property
     def warning(self) -> str:
         """What has to be known before anything else; empty if there is nothing."""
-        if self.search is not None:
-            return self.search.warning  # refusals were measured with the weights as they were rounded
-        return self._rounding_warning
+        doubt = f"base not verified: {self.unverified}." if self.unverified else ""
+        # Where a strength was searched, refusals were measured with the weights as they were rounded.
+        found = self._rounding_warning if self.search is None else self.search.warning
+        return " ".join(filter(None, (doubt, found)))
 
     @property
     def _rounding_warning(self) -> str:

@@ -20,7 +20,7 @@ from safedelta_hf.distributed.model import Shard
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.readers import WeightReader
+from safedelta_hf.weights.readers import WeightReader, tied_aliases
 from safedelta_hf.weights.safetensors_files import FLOATING, SafetensorsFiles
 
 
@@ -173,34 +173,16 @@ class PairedBase(WeightReader):
         return self._files.source
 
     @override
+    def holds(self, name: str) -> bool:
+        return name in self._stored
+
+    @override
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         try:
             weight = self._stored[name].read(self._files)
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
         return weight if shard is None else shard.of(weight)
-
-
-def tied_aliases(header: ProfileHeader) -> dict[str, tuple[str, ...]]:
-    """Other names under which the tied parameters of a model may stand in files, as its class tells them.
-
-    Args:
-        header: What the profile of the model was made from; names that are tied have one digest there.
-
-    Returns:
-        Names by canonical name, for those that have any; none if the class is not one of transformers.
-    """
-    model_class = getattr(transformers, header.architecture, None)
-    targets = getattr(model_class, "_tied_weights_keys", None)
-    groups: dict[str, list[str]] = {}
-    for target, source in targets.items() if isinstance(targets, Mapping) else ():
-        groups.setdefault(source, [source]).append(target)
-    aliases = {}
-    for group in groups.values():
-        known = [name for name in group if name in header.base]
-        if len(known) == 1:
-            aliases[known[0]] = tuple(name for name in group if name not in header.base)
-    return aliases
 
 
 def _require_plain(header: ProfileHeader) -> None:
@@ -211,7 +193,7 @@ def _require_plain(header: ProfileHeader) -> None:
             "adjust_model"
         )
     for name, dtype in header.dtypes.items():
-        if getattr(torch, dtype, None) not in FLOATING.values():
+        if name in header.packed or getattr(torch, dtype, None) not in FLOATING.values():
             raise CheckpointError(
                 f"{name}: the profile was made of a base that holds it as {dtype}, whose entries cannot be read as "
                 "numbers; collect a profile of the base as it was before it was quantised"

@@ -23,9 +23,9 @@ from safedelta_hf.deltas.lora_deltas import (
     low_rank_shape,
 )
 from safedelta_hf.deltas.lora_layers import NO_BIAS
-from safedelta_hf.errors import AdapterError
+from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.modules.names import ADAPTER_PREFIX
+from safedelta_hf.modules.names import ADAPTER_PREFIX, is_hub_name
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.digest import digest
 
@@ -136,6 +136,9 @@ _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")
 
 
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+
+
 class AdapterFolder:
     """A saved LoRA adapter: its configuration, and private copies of its tensors.
 
@@ -174,6 +177,41 @@ class AdapterFolder:
             raise AdapterError(f"{module}: the factors have rank {rank}, {CONFIG_FILE} says {expected}")
         alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
         return float(alpha) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def doubt(self, header: ProfileHeader) -> str:
+        """Compare what the adapter says of its base with what a profile was made of, as far as names tell.
+
+        Args:
+            header: What the profile was made from.
+
+        Returns:
+            Why they do not tell that the two are one model; empty where name and revision are the same.
+
+        Raises:
+            ProfileError: They are two.
+        """
+        name, revision = self.config.base_model_name_or_path, self.config.revision
+        architecture = self._base_class()
+        if architecture not in (None, header.architecture) or (
+            is_hub_name(name) and header.name is not None and name.lower() != header.name.lower()
+        ):
+            raise ProfileError(
+                f"profile: made of {header.model}, and the adapter {str(self.folder)!r} is on {name or 'a base'}"
+                f"{f' ({architecture})' if architecture else ''}; collect a profile of that base. If one is a copy of "
+                "the other, pass base=<its folder> (--base on the command line), and weights are compared instead"
+            )
+        if header.name is None or not is_hub_name(name):
+            said = f"names {name!r} as its base" if name else "names no base"
+            return f"the adapter {said}, which cannot be compared with what the profile names ({header.model})"
+        if _is_commit(revision) and _is_commit(header.revision) and revision != header.revision:
+            return f"the adapter is on revision {revision} of {name}, the profile was made of {header.revision}"
+        return ""
+
+    def _base_class(self) -> str | None:
+        # PEFT enters it where the adapter has no task type; FSDP2 gives a sharded model a class of its own.
+        mapping = self.settings.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+        return name.removeprefix("FSDP") if isinstance(name, str) else None
 
     def subtract(self, initial: "AdapterFolder") -> None:
         """Make the adapter one for the original base, when its initialisation took a part of that base with it.
@@ -391,6 +429,10 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | Non
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"adapter: cannot read {str(path)!r} ({error}); is the file complete?") from error
+
+
+def _is_commit(revision: object) -> bool:
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def _token_indices(setting: Any, module: str) -> list[int]:  # noqa: ANN401 - a list, or a dictionary by module

@@ -75,6 +75,16 @@ def test_infinite_strength_gives_the_tuned_weights_bit_for_bit(make):
     assert tiny.same(tiny.weights(tuned), expected)
 
 
+def test_base_and_tuned_that_are_swapped_are_refused(make):
+    torch.manual_seed(0)
+    base, tuned = make(), make()
+    tuned.load_state_dict(base.state_dict())
+    profile, before = collected(base), tiny.weights(tiny.perturbed(tuned))
+    with pytest.raises(BaseWeightsError, match="base: a model in memory and the fine-tuned model look swapped"):
+        adjust(base, tuned, profile)
+    assert tiny.same(tiny.weights(tuned), before)
+
+
 def test_an_untouched_model_is_left_bit_identical_and_the_report_says_so(make):
     torch.manual_seed(0)
     base, tuned = make(), make()
