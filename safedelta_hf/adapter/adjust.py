@@ -13,11 +13,11 @@ from safedelta_hf.adapter.store import AdapterInMemory
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.deltas.lora_deltas import FullDelta
-from safedelta_hf.deltas.lora_folder import initialised_from_base, require_low_rank
 from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
+from safedelta_hf.deltas.lora_settings import initialised_from_base, require_low_rank
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError, ProfileError
+from safedelta_hf.errors import AdapterError, ProfileError, foreign_errors_named
 from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
@@ -28,6 +28,7 @@ from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.readers import WeightReader, open_base, verified
 
 
+@foreign_errors_named("adjusting the adapter")
 def adjust_adapter(
     model: nn.Module | ShardedModel,
     *,

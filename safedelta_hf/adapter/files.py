@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters, require_number
-from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors, initialised_from_base
-from safedelta_hf.errors import AdapterError, BaseWeightsError, ProfileError
+from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_settings import initialised_from_base
+from safedelta_hf.errors import AdapterError, BaseWeightsError, ProfileError, foreign_errors_named
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Treatment, inputs_first
 from safedelta_hf.report import Report
@@ -18,6 +19,7 @@ from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, compared, tied_aliases, verified
 
 
+@foreign_errors_named("adjusting the adapter", "nothing was written")
 def adjust_adapter_files(
     adapter: str | Path,
     *,
@@ -78,8 +80,9 @@ def adjust_adapter_files(
             "wrote it right after get_peft_model> (--initial-adapter on the command line)"
         )
     reader = _Base(base, folder, profile.header, progress=progress)
+    shapes = {use.parameter: use.shape for use in profile.uses}
     store = AdapterInFiles(
-        list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read)),
+        list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read, shapes)),
         partial(folder.write, Path(output)),
         architecture=profile.header.architecture,
         source=reader.source,

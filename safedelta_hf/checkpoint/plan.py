@@ -12,7 +12,7 @@ from safedelta_hf.adjust.plan import check_rule, plan_parameters, require_number
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.pair import CheckpointPair
-from safedelta_hf.deltas.lora_folder import CONFIG_FILE
+from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile

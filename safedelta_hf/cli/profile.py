@@ -149,8 +149,6 @@ def _size(memory: str | None) -> int | str | None:
     return int(memory) if memory is not None and memory.isdecimal() else memory
 
 
-
-
 def _require_name(repository: str | None) -> None:
     try:
         if repository is not None:

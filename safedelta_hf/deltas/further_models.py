@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.deltas.dense import DenseDelta
-from safedelta_hf.deltas.lora_folder import CONFIG_FILE, AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.errors import BaseWeightsError, MergeError
 from safedelta_hf.records import ProfileHeader

@@ -19,7 +19,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import require_trainable
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError, foreign_errors_named
 from safedelta_hf.hf.base_weights import (
     RunBase,
     base_of_run,
@@ -32,7 +32,6 @@ from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
 from safedelta_hf.hf.trainer_facts import (
     bare,
     entries_of_trained,
-    foreign_errors_named,
     is_pruned,
     log_metrics,
     output_dir,

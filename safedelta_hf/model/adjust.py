@@ -9,7 +9,7 @@ from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ProfileError
+from safedelta_hf.errors import ProfileError, foreign_errors_named
 from safedelta_hf.model.store import ModelStore
 from safedelta_hf.modules.names import parameter_aliases
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
@@ -20,6 +20,7 @@ from safedelta_hf.rules import Rule, default_rule
 from safedelta_hf.weights.readers import WeightReader, open_base
 
 
+@foreign_errors_named("adjusting the weights")
 def adjust_model(
     model: nn.Module | ShardedModel,
     *,

@@ -140,7 +140,7 @@ def test_a_profile_of_another_architecture_or_shape_is_refused(saved, profiles, 
     stopped(saved, profiles, ProfileError, "not among those of the GPT2LMHeadModel", kind="gpt2")
     for kind, size in (("wide", 32), ("narrow", 8)):
         adapters.profile_of(tiny.llama(hidden_size=size)).save(tmp_path / kind)
-        message = rf"k_proj.weight: has the shape \[8, 16\], and \[{size // 2}, {size}\] in the model that the profile"
+        message = rf"_proj.weight: has the shape \[.*\] by .*, and \[.*{size}.*\] in the model that the profile was"
         stopped(saved, tmp_path, ProfileError, message, kind=kind)
 
 
