@@ -27,6 +27,7 @@ from safedelta_hf.deltas.lora_layers import NO_BIAS
 from safedelta_hf.deltas.lora_settings import (
     CONFIG_FILE,
     initialised_from_base,
+    is_targeted,
     of_module,
     peft_type,
     read_settings,
@@ -242,7 +243,8 @@ class LoraTensors:
                     f"{parameter}: modules_to_save={list(names)} of {CONFIG_FILE} has the adapter carry it whole, and "
                     f"{TENSOR_FILE} does not hold it; is the file complete?"
                 )
-        if config.trainable_token_indices and not any(key.endswith(_TOKEN_ROWS) for key in self._tensors):
+        promised = config.trainable_token_indices not in (None, {})
+        if promised and not any(key.endswith(_TOKEN_ROWS) for key in self._tensors):
             raise AdapterError(
                 f"adapter: {CONFIG_FILE} names trainable_token_indices, and {TENSOR_FILE} holds no {_TOKEN_ROWS}; is "
                 "the file complete?"
@@ -255,6 +257,11 @@ class LoraTensors:
                 for own in (module + end for end in ends):
                     if self._factor(own).dim() < 2:
                         raise AdapterError(f"{own}: has the shape {list(self._factor(own).shape)}, and is no matrix")
+                if not is_targeted(module, self._adapter.config.target_modules):
+                    raise AdapterError(
+                        f"{module}: none of the target_modules of {CONFIG_FILE}, so PEFT passes its factors over; save "
+                        "the adapter again"
+                    )
                 pair = self._low_rank(module, ends)
                 self._require_same(pair.parameter, pair.shape)
                 return

@@ -114,6 +114,9 @@ def peft_type(config: Any) -> str:  # noqa: ANN401
 _LARGEST_CONFIG = 32 * 2**20
 """Bytes of a configuration, at most: parsing it takes many times as much memory."""
 
+_LONGEST_PATTERN = 1000
+"""Letters of a regular expression, at most; compiling it takes time that no limit interrupts."""
+
 _PATTERN_SECONDS = 1.0
 """Time that a regular expression of a configuration may take on one name; an honest one takes microseconds."""
 
@@ -127,7 +130,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_pattern(is_right: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(is_right, value.values())))
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
 
 def _is_flag(value: object) -> bool:
@@ -217,16 +220,34 @@ def of_module(module: str, pattern: Mapping[str, T], default: T) -> T:
     Raises:
         AdapterError: One is no regular expression, or takes too long to match.
     """
-    for key, value in pattern.items():
-        try:
-            if regex.match(rf"(.*\.)?({key})$", module, timeout=_PATTERN_SECONDS):
-                return value
-        except (regex.error, TimeoutError, RecursionError, MemoryError) as error:
-            raise AdapterError(
-                f"{module}: {key[:100]!r} in rank_pattern or alpha_pattern of {CONFIG_FILE} is no regular expression "
-                f"that can be matched ({error or type(error).__name__}); write the names of modules there"
-            ) from error
-    return default
+    return next((value for key, value in pattern.items() if _matches(rf"(.*\.)?({key})$", module)), default)
+
+
+def is_targeted(module: str, targets: str | list[str] | None) -> bool:
+    """Whether PEFT puts an adapter on a module.
+
+    Args:
+        module: Name of the module in the base model.
+        targets: `target_modules`.
+
+    Returns:
+        Whether it is one of them; tensors of others are passed over when PEFT loads a folder.
+    """
+    if isinstance(targets, str):
+        return targets == "all-linear" or _matches(rf"({targets})$", module)
+    return any(module == name or module.endswith(f".{name}") for name in targets or ())
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(f"longer than {_LONGEST_PATTERN} letters")
+        return regex.match(pattern, module, timeout=_PATTERN_SECONDS) is not None
+    except (regex.error, TimeoutError, ValueError, RecursionError, MemoryError) as error:
+        raise AdapterError(
+            f"{module}: {pattern[:100]!r} of {CONFIG_FILE} is no regular expression that can be matched "
+            f"({str(error) or type(error).__name__}); write the names of modules there"
+        ) from error
 
 
 def _shown(value: object) -> str:

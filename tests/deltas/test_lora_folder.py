@@ -126,6 +126,9 @@ def test_a_base_that_was_replaced_by_an_approximation_is_refused():
         require_weight_delta(Settings(init_lora_weights="loftq"))
 
 
+UNSET = {"trainable_token_indices": None, "modules_to_save": None, "target_modules": "all-linear"}
+
+
 def sorted_out(tensors, base=None, transposed=(), **config):
     """The deltas that tensors of an adapter are sorted into."""
     base = base or {}
@@ -135,7 +138,9 @@ def sorted_out(tensors, base=None, transposed=(), **config):
     adapter = SimpleNamespace(
         tensors={PREFIX + name: tensor for name, tensor in tensors.items()},
         shapes={PREFIX + name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        config=SimpleNamespace(**{"trainable_token_indices": None, "modules_to_save": None} | config),
+        config=SimpleNamespace(
+            **{"trainable_token_indices": None, "modules_to_save": None, "target_modules": "all-linear"} | config
+        ),
         scaling=lambda module, rank: 3 / rank,
     )
     return {delta.parameter: delta for delta in LoraTensors(adapter, header, set(transposed), base.__getitem__)}
