@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from safedelta_hf import SafeDelta, adjust_adapter, adjust_adapter_files, adjust_model
-from safedelta_hf.errors import AdapterError, BaseWeightsError, NumericalError, ProfileError
+from safedelta_hf.errors import AdapterError, AdjustmentError, BaseWeightsError, NumericalError, ProfileError
 from tests.adapter.test_adjust import BASES, RULE, VARIANTS
 from tests.fixtures import adapters, tiny
 
@@ -250,6 +251,26 @@ def test_a_truncated_file_is_refused(saved, profiles):
     for length in (4, len(data) // 2):
         (saved / FILE).write_bytes(data[:length])
         stopped(saved, profiles, AdapterError, "is the file complete")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_a_named_error(error, saved, profiles, monkeypatch):
+    monkeypatch.setattr("safedelta_hf.deltas.lora_folder.save_file", lambda *_, **__: (_ for _ in ()).throw(error))
+    stopped(saved, profiles, AdjustmentError, "while adjusting the adapter .*No space left.*nothing was written")
+
+
+def test_factors_that_peft_would_not_load_are_refused_by_name(saved, profiles):
+    def high(tensors):
+        name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+        tensors[name] = torch.zeros(48, 4)  # zero, so that it changes nothing
+
+    modules = json.loads((saved / CONFIG).read_text())["target_modules"]
+    changed(saved, target_modules=[name for name in modules if name != "up_proj"])
+    stopped(saved, profiles, AdapterError, "layers.0.mlp.up_proj: none of the target_modules")
+    changed(saved, target_modules=".*_proj")
+    change(saved, high)
+    message = r"up_proj.weight: has the shape \[48, 16\] by the adapter's tensors, and \[24, 16\] in the model"
+    stopped(saved, profiles, ProfileError, message)
 
 
 def test_a_missing_factor_is_refused(saved, profiles):

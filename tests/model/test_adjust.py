@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from safedelta_hf import ProfileConfig, SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.errors import (
+    AdjustmentError,
     BaseWeightsError,
     ConfigurationError,
     CoverageError,
@@ -83,6 +86,25 @@ def test_base_and_tuned_that_are_swapped_are_refused(make):
     with pytest.raises(BaseWeightsError, match="base: a model in memory and the fine-tuned model look swapped"):
         adjust(base, tuned, profile)
     assert tiny.same(tiny.weights(tuned), before)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_a_named_error_and_every_weight_is_as_it_was(error, monkeypatch):
+    base, tuned = tiny.llama(), tiny.perturbed(tiny.llama())
+    before, calls = tiny.weights(tuned), []
+
+    def filling(*given):
+        calls.append(given)
+        if len(calls) > 3:
+            raise error
+        save_file(*given)
+
+    monkeypatch.setattr("safedelta_hf.weights.journal.save_file", filling)
+    with pytest.raises(
+        AdjustmentError, match="while adjusting the weights .*No space left.*the weights are as they were"
+    ):
+        adjust(tuned, base)
+    assert len(calls) == 4 and tiny.same(tiny.weights(tuned), before)
 
 
 def test_an_untouched_model_is_left_bit_identical_and_the_report_says_so(make):
