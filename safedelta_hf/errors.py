@@ -1,6 +1,8 @@
 """Named causes of failure. Every message says what is wrong, where, and what to do."""
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SafeDeltaError(Exception):
@@ -115,3 +117,39 @@ def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[ty
             name = value.__name__
             raise ConfigurationError(f"{owner}: {setting}={name} is a class and must be {told}; pass {name}(...)")
         raise ConfigurationError(f"{owner}: {setting}={reprlib.repr(value)} must be {told}")
+
+
+@contextmanager
+def foreign_errors_named(
+    stage: str, advice: str = "the weights are as they were", kind: type[SafeDeltaError] = AdjustmentError
+) -> Iterator[None]:
+    """Turn what other libraries raise into an error of ours; a `RuntimeError` would make Trainer train again.
+
+    Also a decorator of functions.
+
+    Args:
+        stage: What is being done.
+        advice: What is known then, or what to do.
+        kind: Class of the error, no `RuntimeError`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SafeDeltaError: As it was raised, or of that kind, with what was raised as its cause.
+    """
+    try:
+        yield
+    except SafeDeltaError:
+        raise
+    except Exception as error:
+        raise kind(f"{type(error).__name__} while {stage} ({_told(error)}); {advice}") from error
+
+
+def _told(error: BaseException) -> str:
+    # What an error says, and, where it wraps another that says more, the one that it came from.
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    said = str(error) or "no message"
+    return said if root is error or str(root) in said else f"{said}, because of {type(root).__name__}: {root}"

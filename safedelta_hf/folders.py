@@ -241,12 +241,18 @@ class RunLog(Generic[T]):
         entries: What the lines that were there tell, in order.
 
     Raises:
-        OutputError: The file was begun by a run that is made from something else, or is no such file. It is as it was.
+        OutputError: The file was begun by a run that is made from something else, or is no such file, or cannot be read
+            or written. It is as it was.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], parse: Callable[[dict[str, Any]], T]) -> None:
         self.path = path
         self.entries: list[T] = []
+        with self._failing_by_name():
+            self._open(manifest, parse)
+
+    def _open(self, manifest: Mapping[str, Any], parse: Callable[[dict[str, Any]], T]) -> None:
+        path = self.path
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         lines = [line for line in map(_mapping, whole.split(b"\n")) if line is not None]
@@ -272,9 +278,12 @@ class RunLog(Generic[T]):
             *entries: One for each line, as plain values.
             sync: Whether to wait until they are on the disk; else a machine that fails may lose them, a killed process
                 does not.
+
+        Raises:
+            OutputError: They cannot be written, as on a full disk.
         """
         content = "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
-        with self.path.open("ab", buffering=0) as stream:
+        with self._failing_by_name(), self.path.open("ab", buffering=0) as stream:
             before = stream.tell()
             try:
                 write_all(stream.fileno(), content)
@@ -283,6 +292,17 @@ class RunLog(Generic[T]):
             except BaseException:
                 os.ftruncate(stream.fileno(), before)
                 raise
+
+    @contextmanager
+    def _failing_by_name(self) -> Iterator[None]:
+        try:
+            yield
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"{str(self.path)!r} cannot be read or written ({error}); make room, or choose another output"
+            ) from error
 
     def _require(self, stated: Any, manifest: dict[str, Any]) -> None:  # noqa: ANN401 - JSON
         if not isinstance(stated, dict):

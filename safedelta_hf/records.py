@@ -285,6 +285,8 @@ class ProfileHeader:
 
     Attributes:
         architecture: Class name of the model.
+        name: Its repository on the Hub, if it was loaded from there.
+        revision: Commit of that repository, if it is known.
         base: Digest of each parameter of the base model, by canonical name.
         dtypes: Data type of each parameter, by canonical name, such as "bfloat16".
         tokenizer: Digest of the tokenizer, or None if the safety data came tokenised.
@@ -294,10 +296,13 @@ class ProfileHeader:
         skipped: Parameters that no supported layer uses, with the reason.
         retention: Ordinary data that is protected too, if any.
         parametrised: Names of the parameters that a weight is computed from, by its canonical name.
+        packed: Names of the quantised parameters, whose digests are those of their packed data.
         format_version: Version of the layout on disk.
     """
 
     architecture: str
+    name: str | None = None
+    revision: str | None = None
     base: Mapping[str, str]
     dtypes: Mapping[str, str]
     tokenizer: str | None
@@ -307,7 +312,13 @@ class ProfileHeader:
     skipped: Mapping[str, str]
     retention: Retention | None = None
     parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    format_version: int = 4
+    packed: tuple[str, ...] = ()
+    format_version: int = 5
+
+    @property
+    def model(self) -> str:
+        """What to call the base in messages."""
+        return self.architecture if self.name is None else f"{self.name} ({self.architecture})"
 
 
 @dataclass(frozen=True, kw_only=True)

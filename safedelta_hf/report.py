@@ -30,6 +30,8 @@ class Report:
         parameters: One record for each parameter.
         search: How the strength was found, if it was measured.
         seconds: How long the callback took when training had ended; None of other ways. Equal reports may differ in it.
+        unverified: Why nothing could tell that the weights were fine-tuned from the base that the profile was made of;
+            empty where something did.
     """
 
     rule: RuleRecord
@@ -40,6 +42,7 @@ class Report:
     parameters: tuple[ParameterRecord, ...]
     search: StrengthSearch | None = None
     seconds: float | None = field(default=None, compare=False)
+    unverified: str = ""
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -54,9 +57,10 @@ class Report:
     @property
     def warning(self) -> str:
         """What has to be known before anything else; empty if there is nothing."""
-        if self.search is not None:
-            return self.search.warning  # refusals were measured with the weights as they were rounded
-        return self._rounding_warning
+        doubt = f"base not verified: {self.unverified}." if self.unverified else ""
+        # Where a strength was searched, refusals were measured with the weights as they were rounded.
+        found = self._rounding_warning if self.search is None else self.search.warning
+        return " ".join(filter(None, (doubt, found)))
 
     @property
     def _rounding_warning(self) -> str:

@@ -14,11 +14,12 @@ from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.deltas.lora_deltas import FullDelta, by_parameter
-from safedelta_hf.deltas.lora_folder import initialised_from_base, require_low_rank
 from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
+from safedelta_hf.deltas.lora_settings import initialised_from_base, require_low_rank
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError, ProfileError, require_kind
+from safedelta_hf.errors import AdapterError, ProfileError, foreign_errors_named, require_kind
+from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, ProfileHeader, Treatment
@@ -28,6 +29,7 @@ from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.readers import WeightReader, open_base, verified
 
 
+@foreign_errors_named("adjusting the adapter")
 def adjust_adapter(
     model: nn.Module | ShardedModel,
     *,
@@ -201,8 +203,7 @@ def _trained_in_place(
 
 
 def _require_active(model: nn.Module, name: str, new_name: str | None) -> None:
-    active = getattr(model, "active_adapters", [name])
-    active = list(active() if callable(active) else active)
+    active = active_adapters(model)
     if new_name is not None or active != [name]:
         raise AdapterError(
             f"strength='auto' measures the model with its active adapter ({', '.join(active)}), which has to be the "

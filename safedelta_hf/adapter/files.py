@@ -10,15 +10,17 @@ from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters, require_number
 from safedelta_hf.adjust.settings import opened_settings
-from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors, initialised_from_base
-from safedelta_hf.errors import AdapterError, BaseWeightsError, require_kind
+from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_settings import initialised_from_base
+from safedelta_hf.errors import AdapterError, BaseWeightsError, ProfileError, foreign_errors_named, require_kind
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Treatment, inputs_first
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, rule_of
-from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, verified
+from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, compared, tied_aliases, verified
 
 
+@foreign_errors_named("adjusting the adapter", "nothing was written")
 def adjust_adapter_files(
     adapter: str | Path,
     *,
@@ -33,9 +35,9 @@ def adjust_adapter_files(
 ) -> Report:
     """Adjust a LoRA adapter that PEFT saved, and write it as PEFT would: the same keys, types and configuration.
 
-    Only the adapter and the profile are read. That they belong together is checked as far as they tell: every tuned
-    parameter has to be one of the profile's, with the same number of inputs; base weights themselves are checked where
-    they are read.
+    Every tuned parameter has to be one of the profile's, in its shape, and the base of the adapter the one that the
+    profile was made of: where its files can be read, every weight is compared, else the names that adapter and profile
+    give it. Where neither tells, the report says so (`Report.unverified`).
 
     Args:
         adapter: Folder of the adapter.
@@ -45,9 +47,9 @@ def adjust_adapter_files(
             `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
         task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
             folder of one.
-        base: The base model, or its folder or cached repository. Read one weight at a time, for whole parameters that
-            the adapter carries (`modules_to_save`, `trainable_token_indices`, `bias`) alone; the one that the adapter
-            names if None.
+        base: The base model, or its folder or cached repository, read one weight at a time; the one that the adapter
+            names if None, which need not be there unless the adapter carries parameters whole (`modules_to_save`,
+            `trainable_token_indices`, `bias`).
         initial_adapter: Folder of the adapter before training, if its initialisation took a part of the base weights
             with it (PiSSA, OLoRA, CorDA, LoRA-GA). The result has twice the rank and belongs on the original base.
         treatment: What to do with tuned parameters other than linear weights.
@@ -59,6 +61,8 @@ def adjust_adapter_files(
     Raises:
         ConfigurationError: The strength is to be measured.
         AdapterError: The folder cannot be read or has no delta `s B A`, or the output exists.
+        BaseWeightsError: The base that was given cannot be read.
+        ProfileError: The profile was made of another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was and there is no output.
     """
     for name, value in (("adapter", adapter), ("output", output)):
@@ -79,26 +83,33 @@ def adjust_adapter_files(
             "so its delta is relative to what it started from; pass initial_adapter=<the adapter as save_pretrained "
             "wrote it right after get_peft_model> (--initial-adapter on the command line)"
         )
-    reader = _Base(base, folder, profile.header)
+    reader = _Base(base, folder, profile.header, progress=progress)
+    shapes = {use.parameter: use.shape for use in profile.uses}
     store = AdapterInFiles(
-        list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read)),
+        list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read, shapes)),
         partial(folder.write, Path(output)),
         architecture=profile.header.architecture,
         source=reader.source,
+        unverified=reader.unverified,
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment())
     return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
 
 
 class _Base:
-    """The base of a saved adapter, opened when one of its weights is needed."""
+    """The base of a saved adapter: compared with the profile, and read where the adapter carries parameters whole."""
 
-    def __init__(self, given: nn.Module | str | Path | None, adapter: AdapterFolder, header: ProfileHeader) -> None:
+    def __init__(
+        self, given: nn.Module | str | Path | None, adapter: AdapterFolder, header: ProfileHeader, *, progress: bool
+    ) -> None:
         self._given = given
         self._named = adapter.config.base_model_name_or_path
         self._revision = adapter.config.revision
         self._header = header
         self._opened: WeightReader | None = None
+        self._failure: BaseWeightsError | None = None
+        self._open()
+        self.unverified = "" if self._is_profiles(progress) else adapter.doubt(header)
 
     @property
     def source(self) -> str:
@@ -108,20 +119,33 @@ class _Base:
     def read(self, name: str) -> Tensor:
         if name not in self._header.base:
             raise AdapterError(f"{name}: not a parameter of the {self._header.architecture} of the profile")
-        weight = verified(self._open(name), name, self._header.dtypes[name], self._header.base[name])
+        if self._opened is None:
+            raise BaseWeightsError(
+                f"{name}: the adapter carries it whole, so its base value is needed, and {self._named!r} cannot be "
+                f"read ({self._failure}); pass base=<folder of the base model> (--base on the command line)"
+            ) from self._failure
+        weight = verified(self._opened, name, self._header.dtypes[name], self._header.base[name])
         return weight.to(getattr(torch, self._header.dtypes[name]))
 
-    def _open(self, name: str) -> WeightReader:
-        if self._opened is None:
-            source, revision = (self._given, None) if self._given is not None else (self._named, self._revision)
+    def _open(self) -> None:
+        if isinstance(self._given, nn.Module):
+            self._opened = ModelReader(self._given)
+        elif self._given is not None:
+            self._opened = FilesReader(self._given, tied_aliases(self._header))
+        elif self._named:
             try:
-                if isinstance(source, nn.Module):
-                    self._opened = ModelReader(source)
-                else:
-                    self._opened = FilesReader(source or "", {}, revision)
+                self._opened = FilesReader(self._named, tied_aliases(self._header), self._revision)
             except BaseWeightsError as error:
-                raise BaseWeightsError(
-                    f"{name}: the adapter carries it whole, so its base value is needed, and {source!r} cannot be read "
-                    f"({error}); pass base=<folder of the base model> (--base on the command line)"
-                ) from error
-        return self._opened
+                self._failure = error
+
+    def _is_profiles(self, progress: bool) -> bool:
+        if self._opened is None:
+            return False
+        found = compared(self._opened, self._header, progress=progress)
+        if found.differing is not None:
+            raise ProfileError(
+                f"profile: made of {self._header.model}, which is not the base of this adapter: {found.differing} in "
+                f"{self._opened.source} is another weight; collect a profile of that base, in the same precision, or "
+                "pass base=<the model that it was trained on> if that is another (--base on the command line)"
+            )
+        return found.compared > 0

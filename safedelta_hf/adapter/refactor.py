@@ -10,10 +10,10 @@ from safedelta_hf.adapter.merged_layers import merged_deltas, write_lora
 from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters, require_number
-from safedelta_hf.deltas.lora_folder import require_weight_delta
 from safedelta_hf.deltas.lora_layers import adapter_config
+from safedelta_hf.deltas.lora_settings import require_weight_delta
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError
+from safedelta_hf.errors import AdapterError, foreign_errors_named
 from safedelta_hf.modules.names import class_name, parameter_aliases
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
@@ -21,6 +21,7 @@ from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
 
 
+@foreign_errors_named("adjusting the adapter", "nothing was written")
 def refactor_adapter(
     model: nn.Module,
     *,

@@ -116,6 +116,7 @@ class AdapterInFiles(AdapterStore):
         finish: Writes the folder, given every tensor that was replaced, by name.
         architecture: Class name of the base model.
         source: Where the base weights are, for the report.
+        unverified: As in `WeightStore`.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class AdapterInFiles(AdapterStore):
         *,
         architecture: str,
         source: str,
+        unverified: str = "",
     ) -> None:
         super().__init__(deltas, architecture=architecture, source=source)
+        self.unverified = unverified
         self._finish = finish
         self._replaced: dict[str, Tensor] = {}
 

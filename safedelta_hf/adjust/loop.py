@@ -63,6 +63,8 @@ class Adjustment:
         self._merging = check_entries(tuned, profile, rule, task, is_dense=store.is_dense)
         self._tuned = {entry.parameter: entry for entry in tuned}
         self._tuned_losses: dict[str, float] = {}
+        if plan.entries and not tuned:
+            store.require_base()
 
     def at(self, rule: Rule, factors: FactorCache | None = None) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
@@ -262,6 +264,7 @@ def adjust_weights(
         else:
             search, records = loop.measured(rule, rule.auto)
     report = report_of(records, rule, profile, architecture=store.architecture, base=store.source, search=search)
+    report = replace(report, unverified=store.unverified)
     if report.warning and ranks.is_main:
         warnings.warn(f"{rule.name}: {report.warning}", SafeDeltaWarning, stacklevel=3)
     return report

@@ -126,7 +126,8 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
         )
     if dict(task.header.base) != dict(profile.header.base):
         raise ProfileError(
-            "task: this profile was made of another base model than the safety profile; collect it again"
+            f"task: this profile was made of {task.header.model}, which is another base than that of the safety "
+            f"profile ({profile.header.model}), or the same in another precision; collect it again"
         )
 
 

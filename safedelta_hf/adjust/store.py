@@ -29,11 +29,13 @@ class WeightStore(ABC):
     Attributes:
         architecture: Class name of the model, for the report.
         source: Where the base weights come from, for the report.
+        unverified: Why nothing could tell that the base is the profile's, for the report; empty where something did.
         running: The model that runs with these weights, where there is one in memory; strengths are measured by it.
     """
 
     architecture: str
     source: str
+    unverified: str = ""
     running: ShardedModel | None = None
 
     @abstractmethod
@@ -97,6 +99,13 @@ class WeightStore(ABC):
 
         Args:
             record: What was done with it.
+        """
+
+    def require_base(self) -> None:  # noqa: B027 - of an adapter, the base is found otherwise
+        """Make sure that the base is the profile's, where no fine-tuned weight differs from the profile's base.
+
+        Raises:
+            SafeDeltaError: It is not, so the profile's base was given as the fine-tuned model.
         """
 
     @abstractmethod

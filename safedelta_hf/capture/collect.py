@@ -33,9 +33,11 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError, require_kind
-from safedelta_hf.modules.names import class_name, unwrapped
+from safedelta_hf.modules.names import class_name, hub_name, unwrapped
+from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.digest import fingerprint
 
 DEFAULT_HOLDOUT = 0.25
@@ -205,7 +207,13 @@ def collect_profile(
         if purpose == SAFETY_DATA and ranks.is_main:
             losses = () if held_out is None else held_out.losses
             warn_unless_refusals(responses_of(sequences + aside, processing_class), losses)
-        return replace(profile, held_out=held_out)
+        return replace(profile, header=_named(profile.header, opened), held_out=held_out)
+
+
+def _named(header: ProfileHeader, model: ShardedModel) -> ProfileHeader:
+    name, revision = hub_name(model.model)
+    packed = tuple(one for one in model.names if is_quantised(model.live(one)))
+    return replace(header, name=name, revision=revision, packed=packed)
 
 
 def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: str) -> None:

@@ -13,7 +13,7 @@ from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.checkpoint.store import CheckpointStore
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import AdjustmentError, ConfigurationError, require_kind
+from safedelta_hf.errors import AdjustmentError, ConfigurationError, OutputError, SafeDeltaError, require_kind
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
@@ -106,10 +106,13 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
 def _failing_by_name(output: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, SafeDeltaError) and not isinstance(error, OutputError):
+            raise
+        what = "a file could not be read or written" if isinstance(error, OSError) else type(error).__name__
         raise AdjustmentError(
-            f"output: {str(output)!r} is not complete, a file could not be read or written ({error}); what is finished "
-            f"stays in {str(unfinished_of(output))!r}, and the same call goes on from there"
+            f"output: {str(output)!r} is not complete, {what} ({error}); what is finished stays in "
+            f"{str(unfinished_of(output))!r}, and the same call goes on from there"
         ) from error
 
 

@@ -3,10 +3,13 @@
 Parameters stand in files as they are, or renamed and split as transformers saves them.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 import transformers
@@ -20,8 +23,14 @@ from safedelta_hf.distributed.model import Shard
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import parameter_names, wrapping_told
 from safedelta_hf.records import ProfileHeader
-from safedelta_hf.weights.readers import WeightReader
-from safedelta_hf.weights.safetensors_files import FLOATING, SafetensorsFiles
+from safedelta_hf.weights.readers import WeightReader, tied_aliases
+from safedelta_hf.weights.safetensors_files import FLOATING, LARGEST_INDEX, SafetensorsFiles
+
+_COUNTS: Final = re.compile(r"layer|expert|head")
+"""Settings of a model by which it is built piece by piece."""
+
+_CALLS: Final = 200
+"""Calls of torch, for each tensor, that making a model without values may take; it takes some ten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,34 +182,16 @@ class PairedBase(WeightReader):
         return self._files.source
 
     @override
+    def holds(self, name: str) -> bool:
+        return name in self._stored
+
+    @override
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         try:
             weight = self._stored[name].read(self._files)
         except CheckpointError as error:
             raise BaseWeightsError(f"base: {error}") from error
         return weight if shard is None else shard.of(weight)
-
-
-def tied_aliases(header: ProfileHeader) -> dict[str, tuple[str, ...]]:
-    """Other names under which the tied parameters of a model may stand in files, as its class tells them.
-
-    Args:
-        header: What the profile of the model was made from; names that are tied have one digest there.
-
-    Returns:
-        Names by canonical name, for those that have any; none if the class is not one of transformers.
-    """
-    model_class = getattr(transformers, header.architecture, None)
-    targets = getattr(model_class, "_tied_weights_keys", None)
-    groups: dict[str, list[str]] = {}
-    for target, source in targets.items() if isinstance(targets, Mapping) else ():
-        groups.setdefault(source, [source]).append(target)
-    aliases = {}
-    for group in groups.values():
-        known = [name for name in group if name in header.base]
-        if len(known) == 1:
-            aliases[known[0]] = tuple(name for name in group if name not in header.base)
-    return aliases
 
 
 def _require_plain(header: ProfileHeader) -> None:
@@ -211,7 +202,7 @@ def _require_plain(header: ProfileHeader) -> None:
             "adjust_model"
         )
     for name, dtype in header.dtypes.items():
-        if getattr(torch, dtype, None) not in FLOATING.values():
+        if name in header.packed or getattr(torch, dtype, None) not in FLOATING.values():
             raise CheckpointError(
                 f"{name}: the profile was made of a base that holds it as {dtype}, whose entries cannot be read as "
                 "numbers; collect a profile of the base as it was before it was quantised"
@@ -316,6 +307,7 @@ def saved_layout(files: SafetensorsFiles, header: ProfileHeader) -> dict[str, St
     try:
         model = _skeleton(files, header)
         parameters = {name: parameter.detach() for parameter, name in parameter_names(model).items()}
+        _require_as_many(parameters.values(), files)
         with _Uncopied():
             saved: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
     except CheckpointError as error:
@@ -337,12 +329,62 @@ def _skeleton(files: SafetensorsFiles, header: ProfileHeader) -> PreTrainedModel
         raise CheckpointError(f"{header.architecture} is no class of transformers")
     if files.config is None:
         raise CheckpointError("there is no config.json")
+    _require_plausible(files.config, files, header)
     config = AutoConfig.from_pretrained(files.config.parent, local_files_only=True, trust_remote_code=False)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if layers > len(header.base):
         raise CheckpointError(f"config.json speaks of {layers} layers, the profile of {len(header.base)} parameters")
-    with torch.device("meta"):
+    calls = _CALLS * (len(header.base) + len(files.tensors))
+    with torch.device("meta"), _Bounded(calls):
         return model_class(config)
+
+
+def _require_plausible(path: Path, files: SafetensorsFiles, header: ProfileHeader) -> None:
+    # Before anything is built of it: numbers of layers, experts and heads are at most those of tensors, or a dimension.
+    if path.stat().st_size > LARGEST_INDEX:
+        raise CheckpointError(f"config.json is larger than {LARGEST_INDEX} bytes")
+    sides = [side for tensor in files.tensors.values() for side in tensor.shape]
+    most = max(len(header.base), len(files.tensors), *sides)
+    left: list[tuple[str, Any]] = [("config.json", json.loads(path.read_text(encoding="utf-8")))]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left.extend(value.items())
+        elif isinstance(value, list):
+            left.extend((name, one) for one in value)
+        elif isinstance(value, int) and value > most and _COUNTS.search(name.lower()):
+            raise CheckpointError(f"config.json speaks of {name}={str(value)[:20]}, the files of {most} at most")
+
+
+def _require_as_many(parameters: Iterable[Tensor], files: SafetensorsFiles) -> None:
+    described = sum(parameter.numel() for parameter in parameters)
+    stored = sum(math.prod(tensor.shape) for tensor in files.tensors.values())
+    if described > 2 * stored:  # tied weights are stored once
+        raise CheckpointError(f"config.json describes {described} entries of weights, the files hold {stored}")
+
+
+class _Bounded(TorchFunctionMode):
+    """Stops what calls functions of torch without end.
+
+    Args:
+        calls: Calls that are let through.
+    """
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self._left = calls
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        self._left -= 1
+        if self._left < 0:
+            raise CheckpointError("config.json describes many more layers than the files hold")
+        return func(*args, **(kwargs or {}))
 
 
 class _Uncopied(TorchFunctionMode):

@@ -13,7 +13,7 @@ from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.pair import CheckpointPair
-from safedelta_hf.deltas.lora_folder import CONFIG_FILE
+from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError, require_kind
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile

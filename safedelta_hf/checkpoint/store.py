@@ -11,7 +11,7 @@ from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
 from safedelta_hf.records import ParameterRecord, ProfileHeader
 from safedelta_hf.weights.digest import digest
-from safedelta_hf.weights.readers import verified
+from safedelta_hf.weights.readers import require_unswapped, verified
 
 
 class CheckpointStore(WeightStore):
@@ -74,6 +74,10 @@ class CheckpointStore(WeightStore):
         for stored, value in self._pair.split(name, written.weight().contiguous()):
             self._output.write(stored, value)
         return Written(written)
+
+    @override
+    def require_base(self) -> None:
+        require_unswapped(self._pair.base, self._header)
 
     @override
     def restore(self) -> None:

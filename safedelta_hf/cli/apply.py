@@ -42,7 +42,7 @@ def apply(
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone.", rich_help_panel=_OF_MODEL)
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="Base model; of an adapter, for whole parameters that it carries alone.")
+        str | None, typer.Option(help="Base model; of an adapter, the one that it names if left out.")
     ] = None,
     rule: Annotated[str | None, typer.Option(help=f"{RULE_HELP} {DEFAULT_RULE_HELP}")] = None,
     strength: Annotated[

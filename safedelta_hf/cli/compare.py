@@ -9,7 +9,6 @@ from typing import Annotated, Any, Final
 import typer
 from transformers.utils import logging
 
-from safedelta_hf.cli.evaluate import load_model
 from safedelta_hf.cli.options import RULE_HELP, load_function, one_line_errors, one_of, parsed_strength
 from safedelta_hf.compare import Candidates, ComparisonFile, Scenario, choose_candidates, compare, draw, markdown
 from safedelta_hf.compare.points import RESULTS
@@ -19,6 +18,7 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings
 from safedelta_hf.folders import write_whole
+from safedelta_hf.modules.loading import load_base, load_model, source_of
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
@@ -48,7 +48,7 @@ OWN_OPTIONS: Final = (
     "max_new_tokens",
     "batch_size",
 )
-REQUIRED: Final = ("base", "tuned", "safety_data", "harmful")
+REQUIRED: Final = ("tuned", "safety_data", "harmful")
 
 _ON_TESTBED: Final = "On the testbed"
 _OF_OWN: Final = "On a model of your own"
@@ -89,8 +89,10 @@ def comparison(
     case: Cases = None,
     seed: Seeds = None,
     questions: Annotated[int | None, _count(f"Of each kind; default {QUESTIONS}.", _ON_TESTBED)] = None,
-    base: Annotated[str | None, _own("Name or folder of the base model.")] = None,
-    tuned: Annotated[str | None, _own("Folder of the fine-tuned model.")] = None,
+    base: Annotated[
+        str | None, _own("Name or folder of the base model; default the one that an adapter names.")
+    ] = None,
+    tuned: Annotated[str | None, _own("Folder of the fine-tuned model, or of an adapter.")] = None,
     safety_data: Annotated[Path | None, _own("Harmful prompts with refusals, for the profile.")] = None,
     harmful: Annotated[Path | None, _own("Requests that should be refused, to ask.")] = None,
     benign: Annotated[Path | None, _own("Requests that only look harmful, to ask.")] = None,
@@ -103,7 +105,7 @@ def comparison(
 ) -> None:
     """Compare rules over strengths, and baselines: attack success against utility, as JSON, table and plot.
 
-    Without --base and --tuned on the testbed: each case is fine-tuned with each seed.
+    Without --tuned on the testbed: each case is fine-tuned with each seed.
     """
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -130,7 +132,7 @@ def _own_options(given: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: given[name] for name in OWN_OPTIONS}
     if all(value is None for value in own.values()):
         return {}
-    _refuse([name for name in TESTBED_OPTIONS if given[name]], "on the testbed alone, without --base")
+    _refuse([name for name in TESTBED_OPTIONS if given[name]], "on the testbed alone, without --tuned")
     _refuse([name for name in REQUIRED if own[name] is None], "needed to compare rules on a model of your own")
     return own
 
@@ -154,7 +156,14 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
     # Everything that is small is read before anything that is large.
     score = None if own["score"] is None else load_function(own["score"], "--score")
     questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task"], score=score)
-    (base, _), (tuned, tokenizer) = load_model(own["base"], "--base"), load_model(own["tuned"], "--tuned")
+    read = source_of(own["tuned"], "--tuned", own["base"])
+    if own["base"] is None and read.adapter is None:
+        _refuse(["base"], "needed to compare rules on a model of your own, unless --tuned is an adapter that names it")
+    tuned, tokenizer = load_model(own["tuned"], "--tuned", base=own["base"], merged=True)
+    if own["base"] is None:
+        base = load_base(read, f"--tuned {own['tuned']!r}", device_map="auto")
+    else:
+        base, _ = load_model(own["base"], "--base", merged=True)
     settings = EvaluationSettings(
         max_new_tokens=own["max_new_tokens"] or MAX_NEW_TOKENS, batch_size=own["batch_size"] or BATCH_SIZE
     )

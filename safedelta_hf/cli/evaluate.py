@@ -1,10 +1,9 @@
 """`safedelta eval`: measure how a model behaves, from files to files."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
@@ -12,10 +11,11 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import FORMATS, Guard, HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
 from safedelta_hf.evaluation.evaluate import RESULTS
 from safedelta_hf.evaluation.scoring import Judge
+from safedelta_hf.modules.loading import load_model
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Name or folder of the model.")],
+    model: Annotated[str, typer.Option(help="Name or folder of the model, or of a PEFT adapter.")],
     output: Annotated[Path, typer.Option(help=f"Folder for {RESULTS} and the responses; a killed run goes on there.")],
     adapter: Annotated[str | None, typer.Option(help="Name or folder of a PEFT adapter on the model.")] = None,
     harmful: Annotated[Path | None, typer.Option(help="Requests that should be refused.")] = None,
@@ -61,7 +61,7 @@ def evaluate(
             harness=_harness(lm_eval, lm_eval_include, lm_eval_limit),
         )
         reference = _reference(base, coherence_limit)
-        loaded, tokenizer = load_model(model, "--model", adapter)
+        loaded, tokenizer = load_model(model, "--model", adapter=adapter)
         evaluation = evaluate_model(
             loaded,
             tokenizer,
@@ -113,38 +113,3 @@ def _reference(base: str | None, limit: float | None) -> Reference | None:
     if base is None and limit is not None:
         raise ConfigurationError("--coherence-limit has no effect without --base; give the base model too")
     return None if base is None else Reference(*load_model(base, "--base"), limit)
-
-
-def load_model(name: str, option: str, adapter: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what an option names.
-
-    Args:
-        name: Name or folder of a model.
-        option: The option.
-        adapter: Name or folder of a PEFT adapter on it.
-
-    Returns:
-        The model and its tokenizer.
-
-    Raises:
-        ConfigurationError: One of them cannot be loaded.
-    """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{option} {name!r} cannot be loaded as a language model ({error})") from error
-    return model if adapter is None else _with_adapter(model, adapter), tokenizer
-
-
-def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigurationError(f"--adapter needs the package peft ({error}); pip install peft") from error
-    try:
-        adapted: Any = PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"--adapter {adapter!r} cannot be loaded on the model ({error})") from error
-    loaded: PreTrainedModel = adapted
-    return loaded

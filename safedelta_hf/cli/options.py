@@ -83,15 +83,17 @@ def one_of(known: Mapping[str, T], name: str, option: str) -> T:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the command with one line and status 1 on what this package reports on purpose.
+    """End the command with one line and status 1 on what this package reports on purpose, and where there is no room.
 
     Yields:
         Nothing.
     """
     try:
         yield
-    except SafeDeltaError as error:
-        typer.echo(f"safedelta: {error}", err=True)
+    except (SafeDeltaError, OSError, MemoryError) as error:
+        typer.echo(
+            f"safedelta: {' '.join(str(error).split()) or type(error).__name__}", err=True
+        )  # libraries speak in several lines
         sys.exit(1)
 
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Final
 import typer
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from safedelta_hf.capture.collect import Checkpointing, collect_profile
@@ -19,6 +18,7 @@ from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.folders import require_absent
+from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
 from safedelta_hf.profile.encodings import ENCODINGS, Encoding, encoding_of
 from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_retention
 
@@ -35,7 +35,7 @@ def _reading(text: str, **settings: Any) -> Any:  # noqa: ANN401 - what Annotate
 
 
 def profile(
-    model: Annotated[str, typer.Option(help="Name or folder of the base (aligned) model.")],
+    model: Annotated[str, typer.Option(help="Name or folder of the base (aligned) model, or of an adapter on it.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist. A killed run goes on there.")],
     safety_data: Annotated[Path | None, typer.Option(help="Harmful prompts with a safe model's responses.")] = None,
     task_data: Annotated[
@@ -99,11 +99,14 @@ def profile(
             targets=targets or ALL_LINEAR,
         )
         require_absent(output)
-        tokenizer = _loaded(AutoTokenizer, model)
+        read, what = source_of(model, "--model"), f"--model {model!r}"
+        if read.adapter is not None:
+            typer.echo(f"{model} is an adapter; the profile is that of its base, {read.base}")
+        tokenizer = load_tokenizer(read, what)
         read_safety_data(source, tokenizer, max_length, purpose=purpose)
         if ordinary_data is not None:
             read_safety_data(ordinary_data, tokenizer, max_length, purpose="ordinary data")
-        loaded: PreTrainedModel = _loaded(AutoModelForCausalLM, model, dtype=dtype, device_map=device)
+        loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)
         sums = output.with_name(f".{output.name}.sums")
         checkpointing = None if save_every is None else Checkpointing(sums, every=save_every)
         found = collect_profile(loaded, source, tokenizer, config=config, checkpointing=checkpointing, purpose=purpose)
@@ -122,7 +125,7 @@ def profile(
         typer.echo(_summary(found, output))
         try:
             if push_to_hub is not None:
-                base = None if Path(model).exists() else model
+                base = None if Path(read.base).exists() else read.base
                 address = _pushed(found, output, push_to_hub, storage=encoding, base_model=base, private=private)
                 typer.echo(f"Uploaded: {address}")
         finally:
@@ -144,14 +147,6 @@ def _source(
 
 def _size(memory: str | None) -> int | str | None:
     return int(memory) if memory is not None and memory.isdecimal() else memory
-
-
-def _loaded(kind: Any, name: str, **how: str) -> Any:  # noqa: ANN401 - a model or a tokenizer
-    try:
-        return kind.from_pretrained(name, **how)
-    except (OSError, ValueError, RuntimeError) as error:
-        device = f" on --device {how['device_map']!r}" if how else ""
-        raise ConfigurationError(f"--model {name!r} cannot be loaded as a language model{device} ({error})") from error
 
 
 def _require_name(repository: str | None) -> None:

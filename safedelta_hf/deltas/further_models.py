@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from safedelta_hf.deltas.dense import DenseDelta
-from safedelta_hf.deltas.lora_folder import CONFIG_FILE, AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.errors import BaseWeightsError, MergeError
 from safedelta_hf.records import ProfileHeader
@@ -60,6 +61,7 @@ def further_adapter(folder: Path, header: ProfileHeader, transposed: set[str]) -
 
     Raises:
         AdapterError: It cannot be read, or is no LoRA.
+        ProfileError: It says that it is on another base.
         MergeError: It carries a parameter whole, or tunes one that the base does not have.
     """
 
@@ -69,7 +71,9 @@ def further_adapter(folder: Path, header: ProfileHeader, transposed: set[str]) -
             "save the model, and give that folder"
         )
 
-    tuned = {delta.parameter: delta for delta in LoraTensors(AdapterFolder(folder), header, transposed, refuse)}
+    adapter = AdapterFolder(folder)
+    adapter.doubt(header)
+    tuned = {delta.parameter: delta for delta in LoraTensors(adapter, header, transposed, refuse)}
     if strangers := sorted(set(tuned) - set(header.base)):
         raise MergeError(
             f"{strangers[0]}: tuned by {str(folder)!r}, and no parameter of the base; give an adapter on this base"

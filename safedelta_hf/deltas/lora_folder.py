@@ -1,11 +1,12 @@
 """An adapter in the folder that PEFT saves it in: whether and how it has a delta on the weights of its base."""
 
+import itertools
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,110 +24,22 @@ from safedelta_hf.deltas.lora_deltas import (
     low_rank_shape,
 )
 from safedelta_hf.deltas.lora_layers import NO_BIAS
-from safedelta_hf.errors import AdapterError
+from safedelta_hf.deltas.lora_settings import (
+    CONFIG_FILE,
+    initialised_from_base,
+    is_targeted,
+    of_module,
+    peft_type,
+    read_settings,
+    require_low_rank,
+)
+from safedelta_hf.errors import AdapterError, CheckpointError, ProfileError
 from safedelta_hf.folders import complete_or_absent
-from safedelta_hf.modules.names import ADAPTER_PREFIX
+from safedelta_hf.modules.names import ADAPTER_PREFIX, is_hub_name
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.digest import digest
+from safedelta_hf.weights.safetensors_files import FLOATING, read_header
 
-_PLAIN_VARIANTS = ("velora_config",)
-"""Variants of LoRA that only change how it is trained."""
-
-_INITIALISED_FROM_BASE = ("pissa", "olora", "corda", "lora_ga")
-"""Initialisations that take a part of the base weights out of the base and into the adapter."""
-
-_NO_DELTA_VARIANTS = {
-    "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no delta on a weight",
-    "use_qalora": "QA-LoRA pools its inputs and PEFT cannot merge it",
-    "arrow_config": "Arrow routes each token to other adapters, so it has no delta on a weight; adjust those adapters",
-    "kasa_config": (
-        "KaSA truncates the base weights; merge_and_unload() it and use adjust_model(merged, base=<the original base>)"
-    ),
-}
-
-
-def require_low_rank(config: Any) -> None:  # noqa: ANN401 - a configuration of PEFT, which is imported lazily
-    """Make sure that an adapter adds `s B A` to each weight.
-
-    Args:
-        config: Configuration of the adapter.
-
-    Raises:
-        AdapterError: It is another tuner, or a variant of LoRA that is not linear in `A`.
-    """
-    kind = peft_type(config)
-    if kind != "LORA":
-        raise AdapterError(
-            f"adapter: {kind} does not add a product B A that a rule could multiply; where it has a delta on weights, "
-            "refactor_adapter(model, output=DIR, rank=N, ...) writes the adjusted delta as a LoRA"
-        )
-    require_weight_delta(config)
-    for variant in variants(config):
-        if variant not in _PLAIN_VARIANTS:
-            raise AdapterError(
-                f"adapter: with {variant} the delta is not linear in A and B, so it has no adjusted form of its own; "
-                "refactor_adapter(model, output=DIR, rank=N, ...) writes the adjusted delta as a plain LoRA"
-            )
-
-
-def require_weight_delta(config: Any) -> None:  # noqa: ANN401
-    """Make sure that a LoRA has a delta on weights, relative to the base that it was given.
-
-    Args:
-        config: Configuration of the adapter.
-
-    Raises:
-        AdapterError: It has none, or the base cannot be recovered.
-    """
-    for variant in variants(config):
-        if variant in _NO_DELTA_VARIANTS:
-            raise AdapterError(f"adapter: {_NO_DELTA_VARIANTS[variant]}")
-    if getattr(config, "init_lora_weights", True) == "loftq":
-        raise AdapterError(
-            "adapter: LoftQ replaced the base weights by a quantised approximation, from which they cannot be "
-            "recovered; merge_and_unload() it and use adjust_model(merged, base=<the original base>)"
-        )
-
-
-def initialised_from_base(config: Any) -> bool:  # noqa: ANN401
-    """Whether the adapter took a part of the base weights with it when it was initialised.
-
-    Args:
-        config: Configuration of the adapter.
-
-    Returns:
-        Whether its delta is relative to what it started from.
-    """
-    return str(getattr(config, "init_lora_weights", True)).lower().startswith(_INITIALISED_FROM_BASE)
-
-
-def variants(config: Any) -> list[str]:  # noqa: ANN401
-    """The variants of LoRA that a configuration switches on.
-
-    Args:
-        config: Configuration of the adapter.
-
-    Returns:
-        Names of its fields.
-    """
-    return [
-        field.name for field in fields(config) if field.metadata.get("is_lora_variant") and getattr(config, field.name)
-    ]
-
-
-def peft_type(config: Any) -> str:  # noqa: ANN401
-    """The kind of adapter.
-
-    Args:
-        config: Configuration of the adapter.
-
-    Returns:
-        A name such as "LORA".
-    """
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
@@ -134,6 +47,9 @@ _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 _FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 
 class AdapterFolder:
@@ -148,10 +64,15 @@ class AdapterFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.settings = _read_settings(self.folder)
+        self.settings = read_settings(self.folder)
         self.config = _read_config(self.folder)
-        self.tensors, self._metadata = _read_tensors(self.folder)
+        self.shapes = _read_shapes(self.folder)
         self.is_converted = False
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Private copies of its tensors, by name; nothing of them is read before the first is asked for."""
+        return _read_tensors(self.folder)
 
     def scaling(self, module: str, rank: int) -> float:
         """What the product `B A` of a module is multiplied with.
@@ -166,14 +87,46 @@ class AdapterFolder:
         Raises:
             AdapterError: The configuration gives another rank.
         """
-        from peft.utils.other import get_pattern_key
-
-        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
-        expected = ranks.get(get_pattern_key(ranks.keys(), module), self.config.r)
+        expected = of_module(module, self.config.rank_pattern, self.config.r)
         if rank != expected:
             raise AdapterError(f"{module}: the factors have rank {rank}, {CONFIG_FILE} says {expected}")
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
+        alpha = of_module(module, self.config.alpha_pattern, self.config.lora_alpha)
         return float(alpha) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def doubt(self, header: ProfileHeader) -> str:
+        """Compare what the adapter says of its base with what a profile was made of, as far as names tell.
+
+        Args:
+            header: What the profile was made from.
+
+        Returns:
+            Why they do not tell that the two are one model; empty where name and revision are the same.
+
+        Raises:
+            ProfileError: They are two.
+        """
+        name, revision = self.config.base_model_name_or_path, self.config.revision
+        architecture = self._base_class()
+        if architecture not in (None, header.architecture) or (
+            is_hub_name(name) and header.name is not None and name.lower() != header.name.lower()
+        ):
+            raise ProfileError(
+                f"profile: made of {header.model}, and the adapter {str(self.folder)!r} is on {name or 'a base'}"
+                f"{f' ({architecture})' if architecture else ''}; collect a profile of that base. If one is a copy of "
+                "the other, pass base=<its folder> (--base on the command line), and weights are compared instead"
+            )
+        if header.name is None or not is_hub_name(name):
+            said = f"names {name!r} as its base" if name else "names no base"
+            return f"the adapter {said}, which cannot be compared with what the profile names ({header.model})"
+        if _is_commit(revision) and _is_commit(header.revision) and revision != header.revision:
+            return f"the adapter is on revision {revision} of {name}, the profile was made of {header.revision}"
+        return ""
+
+    def _base_class(self) -> str | None:
+        # PEFT enters it where the adapter has no task type; FSDP2 gives a sharded model a class of its own.
+        mapping = self.settings.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+        return name.removeprefix("FSDP") if isinstance(name, str) else None
 
     def subtract(self, initial: "AdapterFolder") -> None:
         """Make the adapter one for the original base, when its initialisation took a part of that base with it.
@@ -191,7 +144,7 @@ class AdapterFolder:
                 f"initial_adapter: {str(self.folder)!r} was not initialised from the base weights "
                 f"(init_lora_weights={self.config.init_lora_weights!r}), so nothing has to be subtracted; leave it out"
             )
-        if {k: t.shape for k, t in initial.tensors.items()} != {k: t.shape for k, t in self.tensors.items()}:
+        if initial.shapes != self.shapes:
             raise AdapterError(
                 f"initial_adapter: {str(initial.folder)!r} holds other tensors than {str(self.folder)!r}; pass the "
                 "adapter that save_pretrained wrote right after get_peft_model, before training"
@@ -201,6 +154,7 @@ class AdapterFolder:
                 start = initial.tensors[key].to(tensor.dtype)
                 is_down = factor.group(2) == "A"
                 self.tensors[key] = torch.cat([tensor, start] if is_down else [tensor, -start], dim=0 if is_down else 1)
+                self.shapes[key] = tuple(self.tensors[key].shape)
         growth = math.sqrt(2) if self.config.use_rslora else 2
         doubled = {
             "r": self.config.r * 2,
@@ -233,7 +187,9 @@ class AdapterFolder:
             tensors = {
                 key: replaced.get(key, tensor).to(tensor.dtype).contiguous() for key, tensor in self.tensors.items()
             }
-            save_file(tensors, unfinished / TENSOR_FILE, metadata=self._metadata)
+            with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
+                metadata = file.metadata()
+            save_file(tensors, unfinished / TENSOR_FILE, metadata=metadata)
 
 
 class LoraTensors:
@@ -244,6 +200,7 @@ class LoraTensors:
         header: What the profile of its base was made from.
         transposed: Names of the weights that are stored with their inputs first.
         read_base: Reads a base weight by canonical name, for the deltas that are relative to one.
+        shapes: Shapes of parameters of the base, as far as they are known: compared before any tensor is read.
     """
 
     def __init__(
@@ -252,15 +209,21 @@ class LoraTensors:
         header: ProfileHeader,
         transposed: set[str],
         read_base: Callable[[str], Tensor],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._adapter = adapter
         self._header = header
         self._transposed = transposed
         self._read_base = read_base
-        self._names = {key.removeprefix(ADAPTER_PREFIX): key for key in adapter.tensors}
-        self._tensors = {key: adapter.tensors[name] for key, name in self._names.items()}
+        self._expected = shapes or {}
+        self._names = {key.removeprefix(ADAPTER_PREFIX): key for key in adapter.shapes}
+        self._tensors = {key: torch.empty(adapter.shapes[name], device="meta") for key, name in self._names.items()}
 
     def __iter__(self) -> Iterator[LoraDelta]:
+        self._require_whole()
+        for key in self._tensors:
+            self._require_shape(key)
+        self._tensors = {key: self._adapter.tensors[name] for key, name in self._names.items()}
         left = set(self._tensors)
         for key in self._tensors:
             if key in left:
@@ -268,6 +231,55 @@ class LoraTensors:
                 left -= used
                 if delta is not None:
                     yield delta
+
+    def _require_whole(self) -> None:
+        # PEFT fails where tensors are missing that the configuration promises.
+        config = self._adapter.config
+        names = tuple(config.modules_to_save or ())
+        for parameter in self._header.base if names else ():
+            modules = itertools.accumulate(parameter.split(".")[:-1], "{}.{}".format)
+            if parameter not in self._tensors and any(module.endswith(names) for module in modules):
+                raise AdapterError(
+                    f"{parameter}: modules_to_save={list(names)} of {CONFIG_FILE} has the adapter carry it whole, and "
+                    f"{TENSOR_FILE} does not hold it; is the file complete?"
+                )
+        promised = config.trainable_token_indices not in (None, {})
+        if promised and not any(key.endswith(_TOKEN_ROWS) for key in self._tensors):
+            raise AdapterError(
+                f"adapter: {CONFIG_FILE} names trainable_token_indices, and {TENSOR_FILE} holds no {_TOKEN_ROWS}; is "
+                "the file complete?"
+            )
+
+    def _require_shape(self, key: str) -> None:
+        for ends in (_LINEAR, _EMBEDDING):
+            if key.endswith(ends):
+                module = key.removesuffix(ends[0]).removesuffix(ends[1])
+                for own in (module + end for end in ends):
+                    if self._factor(own).dim() < 2:
+                        raise AdapterError(f"{own}: has the shape {list(self._factor(own).shape)}, and is no matrix")
+                if not is_targeted(module, self._adapter.config.target_modules):
+                    raise AdapterError(
+                        f"{module}: none of the target_modules of {CONFIG_FILE}, so PEFT passes its factors over; save "
+                        "the adapter again"
+                    )
+                pair = self._low_rank(module, ends)
+                self._require_same(pair.parameter, pair.shape)
+                return
+        dimensions = 1 if key.endswith(".lora_B.bias") else 2 if key.endswith(_TOKEN_ROWS) else None
+        if dimensions not in (None, self._tensors[key].dim()):
+            raise AdapterError(
+                f"{key}: has the shape {list(self._tensors[key].shape)}, expected {dimensions} dimensions"
+            )
+        if dimensions is None:
+            self._require_same(key.replace(".base_layer.", "."), tuple(self._tensors[key].shape))
+
+    def _require_same(self, parameter: str, shape: tuple[int, ...]) -> None:
+        expected = self._expected.get(parameter, shape)
+        if shape != expected:
+            raise ProfileError(
+                f"{parameter}: has the shape {list(shape)} by the adapter's tensors, and {list(expected)} in the model "
+                "that the profile was made for; collect a profile of this adapter's base"
+            )
 
     def _delta(self, key: str) -> tuple[LoraDelta | None, set[str]]:
         for ends in (_LINEAR, _EMBEDDING):
@@ -322,6 +334,11 @@ class LoraTensors:
             raise AdapterError(f"{module}: {len(rows)} rows for {len(indices)} trainable token indices")
         parameter = f"{module}.weight"
         base = self._read_base(parameter)
+        if base.shape[1:] != rows.shape[1:] or max(indices, default=0) >= len(base):
+            raise AdapterError(
+                f"{module}: rows {list(rows.shape)} for the tokens {indices[:5]}..., and the embedding of the base is "
+                f"{list(base.shape)}; was the vocabulary resized?"
+            )
         return TokenRowsDelta(
             parameter=parameter,
             shape=tuple(base.shape),
@@ -351,24 +368,12 @@ class LoraTensors:
         return FullDelta(parameter=parameter, shape=tuple(base.shape), tensors={self._names[key]: tensor}, base=base)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(f"adapter: {str(folder)!r} holds no {CONFIG_FILE}; is it a folder that PEFT saved?")
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"adapter: {str(path)!r} is no adapter configuration ({error!r})") from error
-    return settings
-
-
 def _read_config(folder: Path) -> Any:  # noqa: ANN401 - a configuration of PEFT
     from peft import PeftConfig
 
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration of any tuner, and of any version of PEFT
         raise AdapterError(f"adapter: {str(folder / CONFIG_FILE)!r} cannot be read by PEFT ({error!r})") from error
     config.rank_pattern = getattr(config, "rank_pattern", None) or {}
     config.alpha_pattern = getattr(config, "alpha_pattern", None) or {}
@@ -381,17 +386,35 @@ def _read_config(folder: Path) -> Any:  # noqa: ANN401 - a configuration of PEFT
     return config
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     path = folder / TENSOR_FILE
     if not path.is_file():
         raise AdapterError(
             f"adapter: {str(folder)!r} holds no {TENSOR_FILE}; save the adapter with safe_serialization=True"
         )
     try:
+        stored = read_header(TENSOR_FILE, path)
+    except CheckpointError as error:
+        raise AdapterError(f"adapter: {error}") from error
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATING:
+            raise AdapterError(
+                f"{name}: stored as {tensor.dtype} in {str(path)!r}; only {', '.join(FLOATING)} are read as numbers"
+            )
+    return {name: tensor.shape for name, tensor in stored.items()}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSOR_FILE
+    try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    except (OSError, SafetensorError) as error:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise AdapterError(f"adapter: cannot read {str(path)!r} ({error}); is the file complete?") from error
+
+
+def _is_commit(revision: object) -> bool:
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def _token_indices(setting: Any, module: str) -> list[int]:  # noqa: ANN401 - a list, or a dictionary by module

@@ -45,37 +45,6 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:  # noqa: ANN401 
     return configs[adapter_name]
 
 
-def active_adapters(model: nn.Module) -> list[str]:
-    """Name the adapters that a model computes with.
-
-    Args:
-        model: A model of PEFT, or one whose adapters transformers or `peft.inject_adapter_in_model` added.
-
-    Returns:
-        Names in the order of activation; empty if it has none.
-    """
-    names: Any = getattr(model, "active_adapters", ())
-    if not callable(names):
-        return list(names)
-    # What transformers offers is a method, which knows only adapters that transformers added, and asks for the newest
-    # PEFT; the layers know their own.
-    return list(dict.fromkeys(name for layer in tuner_layers(model) for name in layer.active_adapters))
-
-
-def tuner_layers(model: nn.Module) -> list[Any]:
-    """List the layers that adapters are on.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        PEFT's layers, in module order.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
 def require_unmerged(model: nn.Module) -> None:
     """Make sure that no adapter is merged into the base weights.
 

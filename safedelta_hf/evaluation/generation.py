@@ -14,6 +14,7 @@ from safedelta_hf.data.batches import require_fit
 from safedelta_hf.data.dataset import tokenizer_digest
 from safedelta_hf.data.templates import ProcessingClass, prompt_tokens, template_of, tokenizer_of
 from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.evaluating import evaluating
 from safedelta_hf.weights.digest import digest
 
@@ -184,16 +185,10 @@ def model_digest(model: nn.Module, processing_class: ProcessingClass | None) -> 
         "state": state,
         "config": {key: value for key, value in described.items() if key not in _INCIDENTAL},
         "adapters": {name: _scaling(adapter) for name, adapter in adapters.items()},
-        "active": _active(model) if adapters else None,
+        "active": active_adapters(model) if adapters else None,
         "tokenizer": tokenizer_digest(processing_class),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _active(model: nn.Module) -> list[str]:
-    # A method of models that load adapters themselves, an attribute of PEFT's.
-    active: Any = getattr(model, "active_adapters", [])
-    return list(active() if callable(active) else active)
 
 
 def _scaling(adapter: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safedelta_hf.data.forms import text_of, turns_of_row
 from safedelta_hf.data.phrases import is_refusal
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.generation import model_digest
+from safedelta_hf.modules.loading import load_model
 
 
 def attack_success_rate(responses: Sequence[str]) -> float:
@@ -146,7 +147,7 @@ class ModelJudge:
     without either is no verdict.
 
     Args:
-        model: Name or folder of the model, or a loaded one.
+        model: Name or folder of the model, or of a PEFT adapter on the base that it names; or a loaded one.
         processing_class: Tokenizer of a loaded model; otherwise it is loaded with the model.
         batch_size: Exchanges per forward pass.
         max_new_tokens: Length limit of an answer, in tokens.
@@ -164,11 +165,10 @@ class ModelJudge:
         max_new_tokens: int = 16,
     ) -> None:
         make: Any = pipeline
-        named = str(model) if isinstance(model, str | Path) else model
-        try:
-            self._pipeline: Any = make("text-generation", model=named, tokenizer=processing_class)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"judge: {named!r} cannot be loaded as a language model ({error})") from error
+        if isinstance(model, str | Path):
+            model, own = load_model(str(model), "judge:")
+            processing_class = processing_class or own
+        self._pipeline: Any = make("text-generation", model=model, tokenizer=processing_class)
         if not self._pipeline.tokenizer.chat_template:
             raise ConfigurationError(
                 f"judge: the tokenizer of {self._pipeline.model.name_or_path!r} has no chat template, so the model "

@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safedelta_hf.data.dataset import tokenizer_digest
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import BaseWeightsError, ProfileError
+from safedelta_hf.errors import BaseWeightsError, ProfileError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
 from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, WeightReader, open_base
@@ -95,19 +96,38 @@ def require_recorded(run: RunBase, state: TrainerState) -> None:
         )
 
 
-def remember(run: RunBase, state: TrainerState) -> None:
-    """Enter the base into the Trainer's state, so that every checkpoint names it, and who the run is.
+def warn_of_other_data(profile: SafetyProfile, state: TrainerState) -> None:
+    """Warn if a resumed run has other safety data than it began with.
+
+    Args:
+        profile: The profile of the run.
+        state: The Trainer's state.
+    """
+    begun_with = (_record(state) or {}).get("data")
+    if begun_with not in (None, profile.header.data) and Ranks.of_run().is_main:
+        warnings.warn(
+            "SafeDeltaCallback: the resumed run began with other safety data, or with the same in another order or "
+            f"tokenisation (fingerprint {begun_with[:12]}, now {profile.header.data[:12]}); it is adjusted by those "
+            "that are given now",
+            SafeDeltaWarning,
+            stacklevel=2,
+        )
+
+
+def remember(run: RunBase, state: TrainerState, data: str) -> None:
+    """Enter base and safety data into the Trainer's state, so that every checkpoint names them, and who the run is.
 
     Args:
         run: The base of the run.
         state: Changed in place.
+        data: Fingerprint of its safety data.
     """
     weights = run.weights.files if isinstance(run.weights, FilesOrCopies) else run.weights
     files: dict[str, str | None] = {"source": None, "revision": None}
     if isinstance(weights, FilesReader):
         files = {"source": weights.source, "revision": weights.revision}
     name = name_of_run(state) or Ranks.of_run().broadcast(secrets.token_hex(16), owner=0)
-    _exported(state)[STATE_KEY] = {"run": name, "digest": run.digest, **files}
+    _exported(state)[STATE_KEY] = {"run": name, "digest": run.digest, "data": data, **files}
 
 
 def name_of_run(state: TrainerState) -> str | None:
@@ -162,13 +182,17 @@ def require_matching(profile: SafetyProfile, run: RunBase, processing_class: Pro
     found = tokenizer_digest(processing_class)
     if profile.header.tokenizer is not None and found is not None and found != profile.header.tokenizer:
         raise ProfileError("profile: made with another tokenizer or chat template; collect it with this model's own")
-    if set(profile.header.base) == set(run.digests):
-        other = [name for name, digest in run.digests.items() if digest != profile.header.base[name]]
-        if other:
-            raise ProfileError(
-                f"profile: made for another base: {len(other)} of {len(run.digests)} weights differ, such as "
-                f"{other[0]}; collect a profile of the model that is fine-tuned, in the same dtype"
-            )
+    base = profile.header.base
+    if strangers := sorted(set(base) ^ set(run.digests)):
+        raise ProfileError(
+            f"profile: made for another base, {profile.header.model} with {len(base)} parameters; the one that is "
+            f"fine-tuned has {len(run.digests)}, and they differ in {', '.join(strangers[:3])}. Collect a profile of it"
+        )
+    if other := [name for name, digest in run.digests.items() if digest != base[name]]:
+        raise ProfileError(
+            f"profile: made for another base, {profile.header.model}: {len(other)} of {len(run.digests)} weights "
+            f"differ, such as {other[0]}; collect a profile of the model that is fine-tuned, in the same dtype"
+        )
 
 
 def _from_model(model: ShardedModel, output_dir: Path) -> RunBase:

@@ -21,13 +21,19 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import require_trainable
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError, require_kind
-from safedelta_hf.hf.base_weights import RunBase, base_of_run, remember, require_matching, require_recorded
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError, foreign_errors_named, require_kind
+from safedelta_hf.hf.base_weights import (
+    RunBase,
+    base_of_run,
+    remember,
+    require_matching,
+    require_recorded,
+    warn_of_other_data,
+)
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
 from safedelta_hf.hf.trainer_facts import (
     bare,
     entries_of_trained,
-    foreign_errors_named,
     is_pruned,
     log_metrics,
     output_dir,
@@ -184,7 +190,8 @@ class SafeDeltaCallback(TrainerCallback):
                     self._start_from(opened, args, state, self._processing_class or processing_class, train_dataset)
             run, profile = self._started()
             require_recorded(run, state)
-            remember(run, state)
+            warn_of_other_data(profile, state)
+            remember(run, state, profile.header.data)
             entries = entries_of_trained(opened, profile, self._treatment)
             check_entries(entries, profile, self._rule, self.task, is_dense=trains_dense(opened))
 

@@ -20,11 +20,11 @@ from safedelta_hf.data.dataset import SafetySequence, read_safety_data
 from safedelta_hf.data.rows import kept
 from safedelta_hf.data.templates import ProcessingClass, tokenizer_of
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, EvaluationError
+from safedelta_hf.errors import ConfigurationError, EvaluationError, foreign_errors_named
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, PromptSource
 from safedelta_hf.evaluation.scoring import TaskScore
-from safedelta_hf.hf.trainer_facts import foreign_errors_named, log_metrics, shows_progress
+from safedelta_hf.hf.trainer_facts import log_metrics, shows_progress
 
 PREFIX = "safedelta/eval_"
 """What the name of every logged score begins with."""

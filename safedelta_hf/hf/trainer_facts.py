@@ -1,8 +1,7 @@
 """Facts about a training run, read off what the Trainer passes to its callbacks, and the way to its log."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -12,11 +11,11 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
-from safedelta_hf.deltas.lora_layers import active_adapters, tuner_layers
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.model.adjust import plan_model
+from safedelta_hf.modules.adapters import active_adapters, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import PlanEntry, Treatment
 
@@ -139,40 +138,6 @@ def require_fetched_adapters(model: ShardedModel) -> None:
                 "training fails (https://github.com/huggingface/peft/issues/3080). Use FSDP2 (fsdp_config "
                 '{"version": 2}), or target_modules without experts and routers, such as ["q_proj", "v_proj"]'
             )
-
-
-@contextmanager
-def foreign_errors_named(
-    stage: str, advice: str = "the weights are as they were", kind: type[SafeDeltaError] = AdjustmentError
-) -> Iterator[None]:
-    """Turn what other libraries raise into an error of ours; a `RuntimeError` would make Trainer train again.
-
-    Args:
-        stage: What is being done.
-        advice: What is known then, or what to do.
-        kind: Class of the error, no `RuntimeError`.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        SafeDeltaError: As it was raised, or of that kind, with what was raised as its cause.
-    """
-    try:
-        yield
-    except SafeDeltaError:
-        raise
-    except Exception as error:
-        raise kind(f"{type(error).__name__} while {stage} ({_told(error)}); {advice}") from error
-
-
-def _told(error: BaseException) -> str:
-    # What an error says, and, where it wraps another that says more, the one that it came from.
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    said = str(error) or "no message"
-    return said if root is error or str(root) in said else f"{said}, because of {type(root).__name__}: {root}"
 
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.utils.hub import PushToHubMixin
@@ -23,7 +23,8 @@ from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import CheckpointError, ConfigurationError, RestoreError, SafeDeltaError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.hf.base_weights import name_of_run
-from safedelta_hf.modules.names import without_wrappers
+from safedelta_hf.modules.adapters import active_adapters
+from safedelta_hf.modules.names import ADAPTER_PREFIX, without_wrappers
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import open_base
 
@@ -90,7 +91,9 @@ def save_tuned(model: nn.Module, processing_class: ProcessingClass | None, folde
 def _save(
     model: nn.Module, weights: dict[str, Tensor] | None, processing_class: ProcessingClass | None, folder: Path
 ) -> None:
-    if isinstance(model, PushToHubMixin):
+    if getattr(model, "_hf_peft_config_loaded", False):
+        _save_own_adapter(model, weights, folder)
+    elif isinstance(model, PushToHubMixin):
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[no-untyped-call]
     elif weights is None:
         save_model(model, str(folder / "model.safetensors"))
@@ -142,6 +145,17 @@ def _require_adapters(model: ShardedModel, folder: Path) -> None:
             f"{folder.name}: the adapters have {trained} trained tensors, and PEFT saved {saved}, so some are "
             "lost; does something wrap the layers that they are on?"
         )
+
+
+def _save_own_adapter(model: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:  # noqa: ANN401
+    # As the model's `save_pretrained` does, which asks for the newest PEFT, of an adapter that transformers loaded.
+    from peft import get_peft_model_state_dict
+
+    (name,) = active_adapters(model)
+    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=name)
+    tensors = {f"{ADAPTER_PREFIX}{key}": tensor.contiguous() for key, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[name].save_pretrained(folder)
 
 
 def whereabouts(

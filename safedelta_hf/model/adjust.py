@@ -10,7 +10,7 @@ from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ProfileError, require_kind
+from safedelta_hf.errors import ProfileError, foreign_errors_named, require_kind
 from safedelta_hf.model.store import ModelStore
 from safedelta_hf.modules.names import parameter_aliases, wrapping_told
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
@@ -21,6 +21,7 @@ from safedelta_hf.rules import Rule
 from safedelta_hf.weights.readers import WeightReader, open_base
 
 
+@foreign_errors_named("adjusting the weights")
 def adjust_model(
     model: nn.Module | ShardedModel,
     *,

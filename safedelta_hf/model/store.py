@@ -17,7 +17,7 @@ from safedelta_hf.modules.parametrised import parametrised_weights
 from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.journal import Journal
-from safedelta_hf.weights.readers import WeightReader, verified
+from safedelta_hf.weights.readers import WeightReader, require_unswapped, verified
 
 
 class ModelStore(WeightStore):
@@ -64,6 +64,10 @@ class ModelStore(WeightStore):
         self._moved[name] = tuple(filter(self._is_moved, weight.originals))
         require_finite(name, weight.computed())
         return bool(self._moved[name])
+
+    @override
+    def require_base(self) -> None:
+        require_unswapped(self._base, self._header, self._model)
 
     @override
     def is_dense(self, name: str) -> bool:

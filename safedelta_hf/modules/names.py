@@ -2,7 +2,10 @@
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -85,6 +88,41 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (inner := _wrapped(module)) is not None:
         module = inner
     return module
+
+
+def hub_name(model: nn.Module) -> tuple[str | None, str | None]:
+    """Where on the Hub a model was loaded from.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Repository and commit; None for what is not known, as of a model from a folder, whose place tells nobody else
+        anything.
+    """
+    config = getattr(unwrapped(model), "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not is_hub_name(name):
+        return None, None
+    return name, getattr(config, "_commit_hash", None)
+
+
+def is_hub_name(name: object) -> bool:
+    """Whether something can be the name of a repository on the Hub, and is no folder.
+
+    Args:
+        name: The name.
+
+    Returns:
+        Whether it can.
+    """
+    if not isinstance(name, str) or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def class_name(model: nn.Module) -> str:

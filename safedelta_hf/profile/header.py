@@ -11,6 +11,8 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
+
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import ConfigurationError, ProfileError
@@ -141,6 +143,7 @@ class Content:
     def __post_init__(self) -> None:
         # Mutual consistency is no matter of how it was read.
         _require_counts(self.header)
+        _require_types(self.header)
         _require_files(self.files, self.moments)
         for moment in self.moments:
             _require_plausible(moment, self.header.sequences)
@@ -208,6 +211,16 @@ def _require_counts(header: ProfileHeader) -> None:
         seen += [header.retention.sequences, header.retention.tokens, header.retention.weight]
     if min(seen) <= 0:
         raise ValueError("its header counts no sequences or no tokens, or weighs ordinary data by nothing")
+
+
+def _require_types(header: ProfileHeader) -> None:
+    if odd := sorted(set(header.base) ^ set(header.dtypes)):
+        raise ValueError(f"{odd[0][:100]!r} has a digest and no data type, or the other way round")
+    for name, dtype in header.dtypes.items():
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{name[:100]!r} is of the data type {dtype[:50]!r}, which torch does not know")
+    if strangers := sorted(set(header.packed) - set(header.base)):
+        raise ValueError(f"{strangers[0][:100]!r} is quantised, and no parameter of the base")
 
 
 def _require_files(files: Mapping[str, StoredFile], moments: Iterable[StoredMoment]) -> None:

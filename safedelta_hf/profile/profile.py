@@ -158,7 +158,7 @@ class SafetyProfile:
             repo_id: `organisation/name`, or a name of your own; made if it does not exist. A profile that is there is
                 replaced.
             storage: How moments are stored, as in `save`.
-            base_model: Name of the base model on the Hub, for the card.
+            base_model: Name of the base model on the Hub, for the card; the one that the profile names if None.
             private: Whether a new repository is private; None for the organisation's default.
             token: Access token; None for the one that was stored by logging in.
             revision: Branch to commit to, made if it does not exist; None for the default one.
@@ -180,6 +180,7 @@ class SafetyProfile:
             self.save(folder, encoding)
             with ranks.together():
                 if ranks.is_main:
+                    base_model = base_model or self.header.name
                     write_card(folder, self.header, storage=str(encoding), name=repo_id, base_model=base_model)
                     address = upload(
                         folder,
@@ -231,7 +232,11 @@ def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: floa
     """
     require_number("retention", "weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
     if dict(profile.header.base) != dict(ordinary.header.base):
-        raise ProfileError("retention: the profile of the ordinary data was made of another base model")
+        raise ProfileError(
+            f"retention: the profile of the ordinary data was made of {ordinary.header.model}, which is another base "
+            f"than that of the safety profile ({profile.header.model}), or the same in another precision; collect it "
+            "again"
+        )
     if profile.header.retention is not None:
         raise ProfileError("retention: the safety profile protects ordinary data already; start from one that does not")
     seen = ordinary.header

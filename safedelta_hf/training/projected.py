@@ -23,13 +23,14 @@ from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.lora_deltas import LoraDelta
-from safedelta_hf.deltas.lora_layers import active_adapters, lora_deltas
+from safedelta_hf.deltas.lora_layers import lora_deltas
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdapterError, BaseWeightsError, ConfigurationError, ProfileError
 from safedelta_hf.model.adjust import plan_model
+from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.profile.profile import SafetyProfile, with_retention
 from safedelta_hf.records import Action, PlanEntry, Treatment
 from safedelta_hf.rules import Ridge

@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from typing_extensions import override
 
 from safedelta_hf.distributed.model import Parameter, Shard, ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import parameter_aliases, parameter_names, wrapping_told
+from safedelta_hf.modules.quantised import is_quantised
+from safedelta_hf.records import ProfileHeader
 from safedelta_hf.weights.digest import digest, digest_of_shard
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
@@ -22,6 +26,17 @@ class WeightReader(Protocol):
     @property
     def source(self) -> str:
         """Where the weights come from, for the report."""
+        ...
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a weight of a canonical name.
+
+        Args:
+            name: Canonical parameter name.
+
+        Returns:
+            Whether it can be read.
+        """
         ...
 
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
@@ -52,6 +67,10 @@ class ModelReader(WeightReader):
     def __init__(self, model: nn.Module) -> None:
         self._model = open_model(model)
         self._names = frozenset(self._model.names)
+
+    @override
+    def holds(self, name: str) -> bool:
+        return name in self._names
 
     @override
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
@@ -103,6 +122,10 @@ class FilesReader(WeightReader):
     @override
     def source(self) -> str:
         return self._source
+
+    @override
+    def holds(self, name: str) -> bool:
+        return any(stored in self._files.tensors for stored in self._candidates(name))
 
     @override
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
@@ -191,6 +214,10 @@ class FilesOrCopies(WeightReader):
         return f"{self._files.source}, {copies}" if self._keepers else self._files.source
 
     @override
+    def holds(self, name: str) -> bool:
+        return name in self._keepers or (self._files is not None and self._files.holds(name))
+
+    @override
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         if name in self._keepers:
             own, keeper = self._copies.get(name), self._keepers[name]
@@ -241,6 +268,97 @@ def verified(reader: WeightReader, name: str, dtype: str, expected: str, model: 
             "were the files changed since? Pass base=<the model that the profile was made of>"
         )
     return weight
+
+
+class Comparison(NamedTuple):
+    """Weights beside the digests of a profile.
+
+    Attributes:
+        compared: Number of weights that were compared; those that are not there, or are quantised in one of the two
+            alone, tell nothing.
+        differing: The first that is another weight, at which the comparison ended; None if all are the same.
+    """
+
+    compared: int
+    differing: str | None
+
+
+def compared(
+    reader: WeightReader, header: ProfileHeader, model: ShardedModel | None = None, *, progress: bool = False
+) -> Comparison:
+    """Compare all weights that can be read with those that a profile was made of.
+
+    Args:
+        reader: Where to read.
+        header: What the profile was made from.
+        model: A model of the same parameters, if only what this process holds of each is read.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What was found, alike on all ranks of that model.
+
+    Raises:
+        BaseWeightsError: A weight that is there cannot be read.
+    """
+    count = 0
+    for name, expected in tqdm(header.base.items(), desc="Comparing the base", unit="weight", disable=not progress):
+        if not reader.holds(name):
+            continue
+        dtype = getattr(torch, header.dtypes[name])
+        weight = reader.read(name, None if model is None else model.shard(name))
+        if is_quantised(weight) != (name in header.packed):
+            continue
+        weight = weight if name in header.packed else weight.to(dtype)
+        if model is None:
+            found = digest(weight)
+        else:
+            found = digest_of_shard(weight, model.shape(name), model.shard(name), model.ranks)
+        if found != expected:
+            return Comparison(count, name)
+        count += 1
+    return Comparison(count, None)
+
+
+def require_unswapped(base: WeightReader, header: ProfileHeader, model: ShardedModel | None = None) -> None:
+    """Make sure that a base is the profile's, once no weight of the fine-tuned model differs from the profile's base.
+
+    Args:
+        base: Reads the base.
+        header: What the profile was made from.
+        model: The fine-tuned model, if it is in memory.
+
+    Raises:
+        BaseWeightsError: It is not.
+    """
+    differing = compared(base, header, model).differing
+    if differing is not None:
+        raise BaseWeightsError(
+            f"base: {base.source} and the fine-tuned model look swapped: every weight of the latter is that of the "
+            f"model that the profile was made of, and {differing} in the former is not; give them the other way round "
+            "(or, if the profile was made of the fine-tuned model, collect it again, of the base)"
+        )
+
+
+def tied_aliases(header: ProfileHeader) -> dict[str, tuple[str, ...]]:
+    """Other names under which the tied parameters of a model may stand in files, as its class tells them.
+
+    Args:
+        header: What the profile of the model was made from; names that are tied have one digest there.
+
+    Returns:
+        Names by canonical name, for those that have any; none if the class is not one of transformers.
+    """
+    model_class = getattr(transformers, header.architecture, None)
+    targets = getattr(model_class, "_tied_weights_keys", None)
+    groups: dict[str, list[str]] = {}
+    for target, source in targets.items() if isinstance(targets, Mapping) else ():
+        groups.setdefault(source, [source]).append(target)
+    aliases = {}
+    for group in groups.values():
+        known = [name for name in group if name in header.base]
+        if len(known) == 1:
+            aliases[known[0]] = tuple(name for name in group if name not in header.base)
+    return aliases
 
 
 def open_base(base: nn.Module | str | Path, model: nn.Module, revision: str | None = None) -> WeightReader:

@@ -1,15 +1,19 @@
 """Files to files: what is written is what adjusting in memory gives, and nothing but that."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from safedelta_hf import SafeDelta, adjust_adapter, adjust_adapter_files, adjust_model
-from safedelta_hf.errors import AdapterError, BaseWeightsError, NumericalError, ProfileError
+from safedelta_hf.errors import AdapterError, AdjustmentError, BaseWeightsError, NumericalError, ProfileError
 from tests.adapter.test_adjust import BASES, RULE, VARIANTS
 from tests.fixtures import adapters, tiny
 
@@ -66,8 +70,8 @@ def test_files_to_files_is_the_adjustment_in_memory(variant, profiles, tmp_path)
     assert tiny.same(adapters.own_tensors(loaded), adapters.own_tensors(model))
 
 
-def test_without_whole_parameters_no_base_is_read(saved, profiles, tmp_path, monkeypatch):
-    monkeypatch.setattr("safedelta_hf.weights.readers.FilesReader.__init__", None)
+def test_without_whole_parameters_no_base_is_needed(saved, profiles, tmp_path):
+    changed(saved, base_model_name_or_path=str(tmp_path / "gone"))
     report = adjusted(saved, profiles, tmp_path / "out")
     assert set(report.outcomes) == {"adjusted"}
 
@@ -137,15 +141,108 @@ def test_a_profile_of_another_architecture_or_shape_is_refused(saved, profiles, 
     stopped(saved, profiles, ProfileError, "not among those of the GPT2LMHeadModel", kind="gpt2")
     for kind, size in (("wide", 32), ("narrow", 8)):
         adapters.profile_of(tiny.llama(hidden_size=size)).save(tmp_path / kind)
-        message = rf"k_proj.weight: has the shape \[8, 16\], and \[{size // 2}, {size}\] in the model that the profile"
+        message = rf"_proj.weight: has the shape \[.*\] by .*, and \[.*{size}.*\] in the model that the profile was"
         stopped(saved, tmp_path, ProfileError, message, kind=kind)
+
+
+def qwen2():
+    """Of another class, with more parameters, and the same shapes where they have the same names."""
+    settings = {name: value for name, value in tiny.llama().config.to_dict().items() if name not in ("model_type",)}
+    torch.manual_seed(1)
+    return Qwen2ForCausalLM(Qwen2Config(**settings)).eval()
+
+
+def changed(folder, **settings):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("make", [qwen2, lambda: tiny.perturbed(tiny.llama())])
+@pytest.mark.parametrize("known_by", ["the folder it names", "the folder given", "the model given"])
+def test_a_profile_of_another_base_is_refused_wherever_base_weights_can_be_read(make, known_by, saved, tmp_path):
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    changed(saved, base_model_name_or_path=str(tmp_path / "base") if known_by == "the folder it names" else None)
+    given = {"the folder given": tmp_path / "base", "the model given": base}.get(known_by)
+    for name, other in (("right", base), ("wrong", make())):
+        adapters.profile_of(other).save(tmp_path / name)
+    stopped(saved, tmp_path, ProfileError, "not the base of this adapter: .* is another weight", "wrong", base=given)
+    report = adjusted(saved, tmp_path, tmp_path / "out", "right", base=given)
+    assert report.unverified == report.warning == ""
+
+
+def profile_named(name, revision=None, **changes):
+    profile = adapters.profile_of(tiny.llama())
+    return replace(profile, header=replace(profile.header, name=name, revision=revision, **changes))
+
+
+ONE, OTHER = "1" * 40, "2" * 40
+
+
+@pytest.mark.parametrize(
+    ("named", "revision", "made_of", "expected"),
+    [
+        ("org/llama", None, ("org/llama", ONE), ""),
+        ("Org/Llama", "main", ("org/llama", ONE), ""),
+        ("org/llama", ONE, ("org/llama", ONE), ""),
+        ("org/llama", OTHER, ("org/llama", ONE), f"the adapter is on revision {OTHER} of org/llama"),
+        (None, None, ("org/llama", ONE), "names no base"),
+        ("/moved/llama", None, ("org/llama", ONE), "names '/moved/llama' as its base, which cannot be compared"),
+        ("org/llama", None, (None, None), r"cannot be compared with what the profile names \(LlamaForCausalLM\)"),
+    ],
+)
+def test_where_no_base_can_be_read_names_are_compared_and_doubt_is_told(
+    named, revision, made_of, expected, saved, tmp_path
+):
+    changed(saved, base_model_name_or_path=named, revision=revision)
+    settings = {"profile": profile_named(*made_of), "rule": RULE, "progress": False}
+    report = adjust_adapter_files(saved, output=tmp_path / "out", **settings)
+    assert re.search(expected, report.unverified) and bool(report.unverified) == bool(expected)
+    for told in (report.summary(), report.model_card(), report.table(), json.dumps(report.to_dict())):
+        assert ("base not verified: the adapter" in told) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base_model_name_or_path": "org/qwen2"},
+        {"base_model_name_or_path": None, "auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}},
+        {"base_model_name_or_path": "org/llama", "auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}},
+    ],
+)
+def test_names_of_two_bases_are_refused_until_weights_can_be_compared(settings, saved, tmp_path):
+    changed(saved, **settings)
+    profile_named("org/llama").save(tmp_path / "llama")
+    stopped(saved, tmp_path, ProfileError, r"made of org/llama \(LlamaForCausalLM\), and the adapter .*pass base=")
+    assert adjusted(saved, tmp_path, tmp_path / "out", base=tiny.llama()).unverified == ""
+
+
+def test_a_class_that_a_sharded_model_was_given_is_no_other_base(saved, tmp_path):
+    changed(saved, auto_mapping={"base_model_class": "FSDPLlamaForCausalLM"}, base_model_name_or_path="org/llama")
+    profile_named("org/llama").save(tmp_path / "llama")
+    assert adjusted(saved, tmp_path, tmp_path / "out").unverified == ""
+
+
+def test_a_weight_that_is_packed_in_one_of_the_two_alone_tells_nothing(saved, tmp_path):
+    base = tiny.llama()
+    linear = [name for name in tiny.weights(base) if "proj" in name]
+    digests = {name: "of packed data" for name in linear}
+    profile = profile_named(None, packed=tuple(linear))
+    header = replace(profile.header, base={**profile.header.base, **digests})
+    settings = {"rule": RULE, "progress": False, "base": base}
+    report = adjust_adapter_files(saved, profile=replace(profile, header=header), output=tmp_path / "out", **settings)
+    assert report.unverified == ""  # by the embeddings and norms
+
+
+def test_a_base_that_was_given_and_cannot_be_read_is_refused(saved, profiles, tmp_path):
+    stopped(saved, profiles, BaseWeightsError, "holds neither model.safetensors", base=tmp_path)
 
 
 def test_whole_parameters_are_compared_with_the_base_of_the_profile(profiles, tmp_path):
     model = adapters.adapted(tiny.llama(), modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path / "adapter")
     tiny.perturbed(tiny.llama()).save_pretrained(tmp_path / "other")
-    stopped(tmp_path / "adapter", profiles, BaseWeightsError, "not that of the base", base=tmp_path / "other")
+    stopped(tmp_path / "adapter", profiles, ProfileError, "is another weight", base=tmp_path / "other")
     stopped(tmp_path / "adapter", profiles, BaseWeightsError, "lm_head.weight: .*pass base=")
 
 
@@ -154,6 +251,26 @@ def test_a_truncated_file_is_refused(saved, profiles):
     for length in (4, len(data) // 2):
         (saved / FILE).write_bytes(data[:length])
         stopped(saved, profiles, AdapterError, "is the file complete")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_a_named_error(error, saved, profiles, monkeypatch):
+    monkeypatch.setattr("safedelta_hf.deltas.lora_folder.save_file", lambda *_, **__: (_ for _ in ()).throw(error))
+    stopped(saved, profiles, AdjustmentError, "while adjusting the adapter .*No space left.*nothing was written")
+
+
+def test_factors_that_peft_would_not_load_are_refused_by_name(saved, profiles):
+    def high(tensors):
+        name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+        tensors[name] = torch.zeros(48, 4)  # zero, so that it changes nothing
+
+    modules = json.loads((saved / CONFIG).read_text())["target_modules"]
+    changed(saved, target_modules=[name for name in modules if name != "up_proj"])
+    stopped(saved, profiles, AdapterError, "layers.0.mlp.up_proj: none of the target_modules")
+    changed(saved, target_modules=".*_proj")
+    change(saved, high)
+    message = r"up_proj.weight: has the shape \[48, 16\] by the adapter's tensors, and \[24, 16\] in the model"
+    stopped(saved, profiles, ProfileError, message)
 
 
 def test_a_missing_factor_is_refused(saved, profiles):

@@ -4,7 +4,7 @@ import faulthandler
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -98,3 +98,95 @@ def _limited_memory(megabytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+VALUES: dict[str, object] = {
+    "null": None,
+    "true": True,
+    "text": "x",
+    "minus one": -1,
+    "zero": 0,
+    "a fraction": 3.5,
+    "huge": 10**30,
+    "a hundred million": 10**8,
+    "infinite": float("inf"),
+    "a list": [],
+    "a mapping": {},
+    "a deep list": [[[[[[]]]]]],
+}
+"""What a setting of a file may have become."""
+
+
+def crossed(names: Iterable[T]) -> list[tuple[T, str]]:
+    """Give each name every second value, and its neighbour the others.
+
+    Args:
+        names: What can have any value.
+
+    Returns:
+        Pairs of a name and the name of a value.
+    """
+    return [(name, value) for number, name in enumerate(names) for value in list(VALUES)[number % 2 :: 2]]
+
+
+def nested(depth: int) -> str:
+    """JSON that is nested deeper than Python goes.
+
+    Args:
+        depth: How deep.
+
+    Returns:
+        The text.
+    """
+    return '{"a": ' * depth + "1" + "}" * depth
+
+
+TEXTS: dict[str, bytes] = {
+    "empty": b"",
+    "no JSON": b"{",
+    "a list": b"[]",
+    "a number": b"5",
+    "nested": nested(100_000).encode(),
+    "not UTF-8": b'{"peft_type": "\xff\xfe"}',
+    "half a surrogate pair": b'{"peft_type": "\\ud800"}',
+    "zero bytes": bytes(1000),
+    "endless digits": b'{"r": ' + b"9" * 100_000 + b"}",
+}
+"""What a JSON file may have become."""
+
+
+def damages(size: int) -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    """Ways to damage a file.
+
+    Args:
+        size: Its bytes.
+
+    Yields:
+        What is done, and a function that does it.
+    """
+    for length in (0, 1, 7, 8, 9, 64, *(size * tenth // 10 for tenth in range(1, 10)), size - 1):
+        yield f"cut to {length} bytes", lambda content, length=length: content[:length]
+    for place in (*range(16), *(size * part // 12 for part in range(12))):
+        yield f"byte {place} flipped", lambda content, place=place: _flipped(content, place)
+    yield "grown", lambda content: content + bytes(64)
+    yield "other bytes", lambda content: bytes(range(256)) * (len(content) // 256)
+
+
+def _flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a folder holds.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Bytes of each file, but the size of one that is large; what is no file has none.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return {
+        str(path): path.read_bytes() if path.stat().st_size < 1 << 20 else str(path.stat().st_size).encode()
+        for path in files
+    }

@@ -124,3 +124,14 @@ def test_a_layer_that_only_some_parts_reach_has_the_inputs_of_those(tmp_path):
 def test_a_part_of_no_passes_is_refused_when_it_is_asked_for(tmp_path, every):
     with pytest.raises(ConfigurationError, match=f"every={every}"):
         Checkpointing(tmp_path, every)
+
+
+def test_a_profile_names_the_repository_that_its_model_came_from_and_no_folder(tmp_path):
+    model, commit = tiny.llama(), "1" * 40
+    assert (collected(model, None).header.name, collected(model, None).header.revision) == (None, None)
+    model.config._name_or_path, model.config._commit_hash = "org/llama", commit
+    for folder in (None, tmp_path / "sums"):
+        header = collected(model, folder).header
+        assert (header.architecture, header.name, header.revision) == ("LlamaForCausalLM", "org/llama", commit)
+    model.config._name_or_path = str(tmp_path)
+    assert collected(model, None).header.name is None

@@ -62,6 +62,18 @@ def weight_files(folder):
     return {name: data for name, data in contents(folder).items() if name.startswith("model")}
 
 
+def test_base_and_tuned_that_are_swapped_are_refused(case):
+    for swapped in (
+        {"base": case.tuned, "tuned": case.base},
+        {"base": case.tuned, "tuned": case.base, "rule": Dare(strength=0.5)},
+    ):
+        with pytest.raises(BaseWeightsError, match=r"base: .*tuned and the fine-tuned model look swapped"):
+            case.adjust(**swapped)
+        assert not case.output.exists() and not case.work.exists()
+    unchanged = case.adjust(tuned=case.base)
+    assert set(unchanged.outcomes) == {"unchanged"} and case.output.exists()
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_output_is_the_adjusted_model_as_save_pretrained_writes_it(kind, cases, tmp_path):
     case = cases[kind].copy_to(tmp_path)

@@ -18,7 +18,7 @@ from safedelta_hf.testbed import (
     safety_data,
     skill_questions,
 )
-from tests.fixtures import tiny
+from tests.fixtures import adapters, tiny
 
 SMALL = ["--case=harmful", "--seed=0", "--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
 SMALL += ["--questions=12"]
@@ -139,6 +139,24 @@ def test_a_model_of_ones_own_is_compared_from_files(files, tmp_path):
     assert found["scale", 1e3] == [aligned] and found["scale", 0.0] == [tuned]
     assert len(found["task_ridge", 0.0]) == 2 and found["task_ridge", 0.0] == [tuned, tuned]
     assert all(name in result.output for name in ("over refusal", "task accuracy", "retention 0.1", "comparison.png"))
+
+
+def test_an_adapter_is_compared_like_the_model_that_it_merges_to(files, tmp_path):
+    adapted = adapters.adapted(load_aligned()[0], scale=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    load_aligned()[1].save_pretrained(tmp_path / "merged")
+    common = [option for option in of_files(files) if not option.startswith(("--base", "--tuned"))]
+    common += ["--rule=scale", "--strength=1e-2", "--strength=1e3"]
+    found = {}
+    for name, more in (("adapter", []), ("merged", [f"--base={ALIGNED_MODEL}"])):
+        result = run(tmp_path / name / "out", *common, f"--tuned={tmp_path / name}", *more)
+        assert result.exit_code == 0, result.output
+        found[name] = [{k: v for k, v in row.items() if k != "scenario"} for row in points(tmp_path / name / "out")]
+    assert found["adapter"] == found["merged"]
+    assert found["adapter"][0]["scores"] != found["adapter"][1]["scores"]
+    result = run(tmp_path / "out", *common, f"--tuned={tmp_path / 'merged'}")
+    assert result.exit_code == 1 and "--base: needed" in result.output and not (tmp_path / "out").exists()
 
 
 def test_what_needs_data_that_are_not_there_is_named(files, tmp_path):

@@ -74,6 +74,28 @@ def test_an_adapter_is_measured_with_the_model(files):
     assert with_adapter.scores["refusal_nll"].value > 10 * without.scores["refusal_nll"].value
 
 
+def test_the_folder_of_an_adapter_is_measured_on_the_base_that_it_names(files):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(load_aligned()[0], LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+    adapted.save_pretrained(files / "adapter")
+    arguments = options(files, "refusals", "harmful", output="apart"), f"--adapter={files / 'adapter'}"
+    alone = options(files, "refusals", "harmful", model=files / "adapter"), f"--base={files / 'adapter'}"
+    found = []
+    for (given, more), output in ((arguments, "apart"), (alone, "out")):
+        result = run([*given, more])
+        assert result.exit_code == 0, result.output
+        found.append(Evaluation.load(files / output / "results.json"))
+    assert found[0].model == found[1].model
+    assert found[0].scores["refusal_nll"] == found[1].scores["refusal_nll"]
+    settings = json.loads((files / "adapter" / "adapter_config.json").read_text())
+    (files / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    result = run(alone[0])
+    assert result.exit_code == 1 and "does not say of which base" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
 def test_a_judge_model_is_loaded_from_its_folder(files):
     model, tokenizer = train_judge(["safe"] * 4)
     model.save_pretrained(files / "judge")

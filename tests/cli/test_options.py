@@ -1,6 +1,6 @@
 import pytest
 
-from safedelta_hf.cli.options import is_dotted, load_function
+from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
 from safedelta_hf.errors import ConfigurationError
 
 
@@ -30,3 +30,17 @@ def test_names_of_models_and_folders_are_not_taken_for_functions():
     assert not any(
         map(is_dotted, ("meta-llama/Llama-Guard-3-8B", "/models/guard", "C:\\models\\guard", "guard", "a:b:c"))
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConfigurationError("one\n  two\n"), "safedelta: one two"),
+        (OSError(28, "No space left on device"), "safedelta: [Errno 28] No space left on device"),
+        (MemoryError(), "safedelta: MemoryError"),
+    ],
+)
+def test_what_fails_is_one_line_and_status_1(error, told, capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise error
+    assert ended.value.code == 1 and capsys.readouterr().err == told + "\n"

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.capture import collect as module
-from safedelta_hf.cli import profile as command
 from safedelta_hf.cli.main import app
 from safedelta_hf.errors import ProfileError
+from safedelta_hf.modules import loading
 from safedelta_hf.testbed import ALIGNED_MODEL, CASES, load_aligned, safety_data
 from safedelta_hf.testbed.data import ordinary_data
+from tests.fixtures import adapters
 from tests.fixtures.fake_hub import connected
 from tests.profile.saved_profiles import contents, same_moments
 
@@ -49,6 +50,16 @@ def test_it_writes_what_python_writes(files):
     expected.save(files / "expected", "bfloat16")
     assert contents(files / "profile") == contents(files / "expected")
     assert "LlamaForCausalLM: 27 moments" in result.output and str(files / "profile") in result.output
+
+
+def test_the_profile_of_an_adapter_is_that_of_its_base(files):
+    adapters.adapted(load_aligned()[0], r=2).save_pretrained(files / "adapter")
+    given = arguments(files)
+    result = run(*given[:1], f"--model={files / 'adapter'}", *given[2:])
+    assert result.exit_code == 0, result.output
+    assert f"the profile is that of its base, {ALIGNED_MODEL}" in result.output
+    collect_profile(load_aligned()[0], REFUSALS, load_aligned()[1], progress=False).save(files / "expected")
+    assert contents(files / "profile") == contents(files / "expected")
 
 
 def test_ordinary_data_is_protected_too(files):
@@ -141,14 +152,14 @@ def test_what_the_hub_refuses_is_saved_all_the_same_and_can_be_uploaded_as_it_sa
     ],
 )
 def test_what_cannot_be_is_one_line_before_anything_is_loaded(files, monkeypatch, options, message):
-    monkeypatch.setattr(command.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     result = run(*arguments(files, *options))
     assert result.exit_code == 1 and len(result.output.splitlines()) == 1
     assert result.output.startswith("safedelta: ") and message in result.output
 
 
 def test_a_folder_that_is_there_is_not_overwritten(files, monkeypatch):
-    monkeypatch.setattr(command.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (files / "profile").mkdir()
     (files / "profile" / "precious").touch()
     result = run(*arguments(files))

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safedelta_hf.deltas.lora_deltas import BiasDelta, FullDelta, LowRankDelta, TokenRowsDelta
-from safedelta_hf.deltas.lora_folder import CONFIG_FILE, TENSOR_FILE, AdapterFolder, LoraTensors, require_weight_delta
+from safedelta_hf.deltas.lora_folder import TENSOR_FILE, AdapterFolder, LoraTensors
+from safedelta_hf.deltas.lora_settings import CONFIG_FILE, require_weight_delta
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.weights.digest import digest
 from tests.fixtures import by_hand
@@ -125,6 +126,9 @@ def test_a_base_that_was_replaced_by_an_approximation_is_refused():
         require_weight_delta(Settings(init_lora_weights="loftq"))
 
 
+UNSET = {"trainable_token_indices": None, "modules_to_save": None, "target_modules": "all-linear"}
+
+
 def sorted_out(tensors, base=None, transposed=(), **config):
     """The deltas that tensors of an adapter are sorted into."""
     base = base or {}
@@ -133,7 +137,10 @@ def sorted_out(tensors, base=None, transposed=(), **config):
     )
     adapter = SimpleNamespace(
         tensors={PREFIX + name: tensor for name, tensor in tensors.items()},
-        config=SimpleNamespace(**{"trainable_token_indices": None} | config),
+        shapes={PREFIX + name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        config=SimpleNamespace(
+            **{"trainable_token_indices": None, "modules_to_save": None, "target_modules": "all-linear"} | config
+        ),
         scaling=lambda module, rank: 3 / rank,
     )
     return {delta.parameter: delta for delta in LoraTensors(adapter, header, set(transposed), base.__getitem__)}

@@ -8,8 +8,8 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer
 
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile
-from safedelta_hf.deltas.lora_layers import tuner_layers
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError
+from safedelta_hf.modules.adapters import tuner_layers
 from tests.fixtures import adapters, tiny
 from tests.hf.test_trl import REFUSALS, dpo, sft
 

@@ -1,5 +1,7 @@
 """The base of a run is what it started from, in every run that resumes it; or there is an error."""
 
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from transformers import TrainerState
 from safedelta_hf import SafeDeltaCallback
 from safedelta_hf.data.dataset import tokenizer_digest
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import BaseWeightsError, ProfileError
+from safedelta_hf.errors import BaseWeightsError, ProfileError, SafeDeltaWarning
 from safedelta_hf.hf.base_weights import (
     STATE_KEY,
     RunBase,
@@ -18,6 +20,7 @@ from safedelta_hf.hf.base_weights import (
     remember,
     require_matching,
     require_recorded,
+    warn_of_other_data,
 )
 from safedelta_hf.weights.digest import fingerprint
 from tests.fixtures import tiny
@@ -171,17 +174,17 @@ def test_the_digest_of_a_base_is_that_of_its_weights_in_whatever_order():
 def test_a_run_has_one_name_for_good_and_another_run_another():
     one, other = state(), state()
     assert name_of_run(one) is None
-    remember(run_base(), one)
-    remember(run_base(), other)
+    remember(run_base(), one, "data")
+    remember(run_base(), other, "data")
     name = name_of_run(one)
     assert name is not None and name != name_of_run(other)
-    remember(run_base({"w": "2"}), one)
+    remember(run_base({"w": "2"}), one, "data")
     assert name_of_run(one) == name and one.stateful_callbacks[STATE_KEY]["digest"] == run_base({"w": "2"}).digest
 
 
 def test_a_record_survives_the_trainers_file(tmp_path):
     one = state()
-    remember(run_base(), one)
+    remember(run_base(), one, "data")
     one.save_to_json(str(tmp_path / "state.json"))
     again = TrainerState.load_from_json(str(tmp_path / "state.json"))
     assert name_of_run(again) == name_of_run(one)
@@ -197,7 +200,7 @@ def test_a_state_without_a_record_asks_for_nothing():
 def test_files_are_recorded_where_the_base_is_in_files(folder):
     model = open_model(loaded(folder))
     run = base_of_run(model, state(global_step=0), None, folder.parent / "output")
-    remember(run, started := state())
+    remember(run, started := state(), "data")
     assert started.stateful_callbacks[STATE_KEY]["source"] == str(folder) and run.moved == ()
     resumed_run = base_of_run(model, started, None, folder.parent / "output")
     assert resumed_run.digests == run.digests and resumed_run.weights.source == str(folder)
@@ -225,8 +228,21 @@ def test_a_base_that_no_record_leads_to_is_never_guessed(record, message, tmp_pa
         base_of_run(open_model(tiny.Plain()), resumed_at, None, tmp_path)
 
 
+@pytest.mark.parametrize(("begun_with", "warns"), [("data", False), ("other", True), (None, False)])
+def test_a_resumed_run_with_other_safety_data_says_so(begun_with, warns):
+    resumed = state()
+    if begun_with is not None:
+        remember(run_base(), resumed, begun_with)
+    profile = SimpleNamespace(header=SimpleNamespace(data="data"))
+    told = pytest.warns(SafeDeltaWarning, match="began with other safety data") if warns else nullcontext()
+    with warnings.catch_warnings(), told:
+        if not warns:
+            warnings.simplefilter("error")
+        warn_of_other_data(profile, resumed)
+
+
 def profile_of(base, tokenizer):
-    return SimpleNamespace(header=SimpleNamespace(base=base, tokenizer=tokenizer))
+    return SimpleNamespace(header=SimpleNamespace(base=base, tokenizer=tokenizer, model="Plain"))
 
 
 def test_a_profile_has_to_be_of_this_base_and_tokenizer():
@@ -237,5 +253,7 @@ def test_a_profile_has_to_be_of_this_base_and_tokenizer():
     require_matching(profile_of({"w": "1"}, "another"), run_base(), None)
     with pytest.raises(ProfileError, match="another tokenizer or chat template"):
         require_matching(profile_of({"w": "1"}, "another"), run_base(), tokenizer)
+    with pytest.raises(ProfileError, match="Plain with 2 parameters; the one that is fine-tuned has 1.*differ in v"):
+        require_matching(profile_of({"w": "1", "v": "2"}, None), run_base(), None)
     with pytest.raises(ProfileError, match="1 of 2 weights differ, such as v"):
         require_matching(profile_of({"w": "1", "v": "2"}, None), run_base({"w": "1", "v": "3"}), None)

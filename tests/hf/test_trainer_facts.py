@@ -9,10 +9,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from safedelta_hf.errors import AdjustmentError, ConfigurationError, CoverageError, DataError
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.hf.trainer_facts import (
     bare,
-    foreign_errors_named,
     is_pruned,
     log_metrics,
     output_dir,
@@ -81,28 +80,6 @@ def test_of_several_adapters_one_has_to_be_chosen(names):
 def test_a_trainer_without_a_folder_writes_where_it_runs():
     assert output_dir(SimpleNamespace(output_dir=None)) == Path()
     assert output_dir(SimpleNamespace(output_dir="there")) == Path("there")
-
-
-def test_foreign_errors_get_a_name_and_own_ones_keep_theirs():
-    with pytest.raises(CoverageError, match="^mine$"), foreign_errors_named("adjusting"):
-        raise CoverageError("mine")
-    with pytest.raises(KeyboardInterrupt), foreign_errors_named("adjusting"):
-        raise KeyboardInterrupt
-    with (
-        pytest.raises(AdjustmentError, match=r"^OutOfMemoryError while adjusting \(full\); all is well$") as raised,
-        foreign_errors_named("adjusting", "all is well"),
-    ):
-        raise torch.OutOfMemoryError("full")
-    assert not isinstance(raised.value, RuntimeError) and isinstance(raised.value.__cause__, torch.OutOfMemoryError)
-    with pytest.raises(
-        AdjustmentError, match=r"RuntimeError while reading \(it broke, because of KeyError: 'id'\); the"
-    ):
-        with foreign_errors_named("reading"):
-            raise RuntimeError("it broke") from KeyError("id")
-    with pytest.raises(AdjustmentError, match=r"\(no message\)"), foreign_errors_named("reading"):
-        raise StopIteration
-    with pytest.raises(DataError, match="ValueError while reading"), foreign_errors_named("reading", kind=DataError):
-        raise ValueError
 
 
 class Heard(TrainerCallback):

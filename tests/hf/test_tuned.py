@@ -6,9 +6,10 @@ import weakref
 from contextlib import nullcontext
 
 import pytest
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from safedelta_hf import Ridge, SafeDelta, SafeDeltaCallback, Scale, adjust_adapter, adjust_model
 from safedelta_hf.distributed.open_model import open_model
@@ -49,6 +50,16 @@ def test_keep_tuned_holds_the_weights_before_the_adjustment(tmp_path):
     plain = tiny.llama()
     tiny.trainer(plain, None, tmp_path / "plain").train()
     assert tiny.same(tiny.weights(loaded(tmp_path / "tuned")), tiny.weights(plain))
+
+
+def test_an_adapter_that_transformers_loaded_is_saved_as_it_was(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    adapters.adapted(loaded(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    save_tuned(model, None, tmp_path / "tuned", TrainerState())
+    expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tiny.same(load_file(tmp_path / "tuned" / "adapter_model.safetensors"), expected)
+    assert PeftModel.from_pretrained(tiny.llama(), tmp_path / "tuned").peft_config["default"].r == 4
 
 
 def test_keep_tuned_never_overwrites(tmp_path):

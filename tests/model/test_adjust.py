@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from safedelta_hf import ProfileConfig, SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.errors import (
+    AdjustmentError,
     BaseWeightsError,
     ConfigurationError,
     CoverageError,
@@ -73,6 +76,35 @@ def test_infinite_strength_gives_the_tuned_weights_bit_for_bit(make):
     expected = tiny.weights(tiny.perturbed(tuned))
     adjust(tuned, base, rule=SafeDelta(strength=math.inf, exclude_top=0.0))
     assert tiny.same(tiny.weights(tuned), expected)
+
+
+def test_base_and_tuned_that_are_swapped_are_refused(make):
+    torch.manual_seed(0)
+    base, tuned = make(), make()
+    tuned.load_state_dict(base.state_dict())
+    profile, before = collected(base), tiny.weights(tiny.perturbed(tuned))
+    with pytest.raises(BaseWeightsError, match="base: a model in memory and the fine-tuned model look swapped"):
+        adjust(base, tuned, profile)
+    assert tiny.same(tiny.weights(tuned), before)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_a_named_error_and_every_weight_is_as_it_was(error, monkeypatch):
+    base, tuned = tiny.llama(), tiny.perturbed(tiny.llama())
+    before, calls = tiny.weights(tuned), []
+
+    def filling(*given):
+        calls.append(given)
+        if len(calls) > 3:
+            raise error
+        save_file(*given)
+
+    monkeypatch.setattr("safedelta_hf.weights.journal.save_file", filling)
+    with pytest.raises(
+        AdjustmentError, match="while adjusting the weights .*No space left.*the weights are as they were"
+    ):
+        adjust(tuned, base)
+    assert len(calls) == 4 and tiny.same(tiny.weights(tuned), before)
 
 
 def test_an_untouched_model_is_left_bit_identical_and_the_report_says_so(make):

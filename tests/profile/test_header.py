@@ -138,6 +138,7 @@ PARTS = {
     [
         {},
         {"held_out": None},
+        {"header": replace(HEADER, name="org/base", revision="1" * 40, packed=("w",))},
         {"header": replace(HEADER, retention=Retention(data="4", sequences=1, tokens=2, weight=0.1))},
     ],
 )
@@ -156,7 +157,7 @@ def test_any_change_of_a_written_header_is_found():
     with pytest.raises(ValueError, match="digest does not fit"):
         Content.from_json(json.dumps(changed).encode())
     changed["header"]["format_version"] = 3
-    with pytest.raises(ValueError, match="format version 3, this package reads 4"):
+    with pytest.raises(ValueError, match="format version 3, this package reads 5"):
         Content.from_json(json.dumps(changed).encode())
     for other in (b"[]", b"{}", b'{"header": 3}'):
         with pytest.raises(ValueError, match="no 'header'"):
@@ -182,6 +183,10 @@ def with_retention(**changes):
     ("changes", "message"),
     [
         ({"header": replace(HEADER, tokens=0)}, "counts no sequences or no tokens"),
+        ({"header": replace(HEADER, dtypes={"w": "float32"})}, "'b' has a digest and no data type"),
+        ({"header": replace(HEADER, dtypes={**HEADER.dtypes, "c": "float32"})}, "'c' has a digest and no data type"),
+        ({"header": replace(HEADER, dtypes={"w": "float32", "b": "load"})}, "'b' is of the data type 'load'"),
+        ({"header": replace(HEADER, packed=("c",))}, "'c' is quantised, and no parameter of the base"),
         ({"header": with_retention(weight=0.0)}, "weighs ordinary data by nothing"),
         ({"header": with_retention(sequences=0)}, "counts no sequences"),
         ({"files": {"other": StoredFile(bytes=500, digest="0" * 64)}}, "'other' is no name of a file"),
@@ -220,7 +225,9 @@ def test_what_contradicts_itself_is_no_header(changes, message):
 
 
 def test_a_weight_that_is_computed_may_be_used_although_it_is_no_parameter():
-    header = replace(HEADER, base={"w.original": "1", "b": "2"}, parametrised={"w": ("w.original",)})
+    base = {"w.original": "1", "b": "2"}
+    dtypes = dict.fromkeys(base, "float32")
+    header = replace(HEADER, base=base, dtypes=dtypes, parametrised={"w": ("w.original",)})
     assert Content(**PARTS | {"header": header}).uses == USES
 
 

@@ -1,6 +1,7 @@
 """Against a Hub on this machine that speaks the protocol; huggingface_hub itself is not replaced anywhere."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard, constants
@@ -77,6 +78,9 @@ def test_a_branch_is_made_and_read(profile, hub, tmp_path):
 def test_the_card_says_what_it_is_and_one_that_is_there_stays(profile, hub):
     profile.push_to_hub(NAME, base_model="org/base", storage="eigenbasis:3")
     text = hub.files(NAME)[0]["README.md"].decode()
+    named = replace(profile, header=replace(profile.header, name="org/its-own"))
+    named.push_to_hub("org/other")
+    assert ModelCard(hub.files("org/other")[0]["README.md"].decode()).data.base_model == "org/its-own"
     card = ModelCard(text)
     assert card.data.tags == ["safedelta", "safety-profile"] and card.data.base_model == "org/base"
     assert card.data.library_name == "safedelta_hf" and "12 sequences" in text and "eigenbasis:3" in text

@@ -83,7 +83,7 @@ def test_a_folder_without_header_is_no_profile(tmp_path):
 def test_an_older_format_says_to_collect_again(profile, tmp_path):
     profile.save(tmp_path / "profile")
     resign(tmp_path / "profile", lambda content: content["header"].update(format_version=3))
-    with pytest.raises(ProfileError, match=r"format version 3, this package reads 4.*collect it again"):
+    with pytest.raises(ProfileError, match=r"format version 3, this package reads 5.*collect it again"):
         SafetyProfile.load(tmp_path / "profile")
 
 

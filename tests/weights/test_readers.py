@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,16 @@ import torch
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.weights.digest import digest, fingerprint
-from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, ModelReader, open_base, verified
-from tests.fixtures import tiny
+from safedelta_hf.weights.readers import (
+    Comparison,
+    FilesOrCopies,
+    FilesReader,
+    ModelReader,
+    compared,
+    open_base,
+    verified,
+)
+from tests.fixtures import by_hand, tiny
 from tests.fixtures.tiny import loaded
 
 
@@ -97,3 +106,24 @@ def test_digests_tell_value_shape_and_dtype_apart():
     others = [torch.zeros(4), torch.ones(2, 2), torch.ones(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.int32)]
     assert digest(one) == digest(torch.ones(8)[::2])
     assert len({digest(tensor) for tensor in [one, *others]}) == 5
+
+
+@pytest.mark.parametrize("held", ["in memory", "in files", "in files of another type"])
+def test_all_weights_are_compared_and_the_first_that_differs_is_named(held, folder):
+    base = loaded(folder)
+    header = by_hand.header_of(base=fingerprint(open_model(base)), dtypes=open_model(base).data_types)
+    if held == "in files of another type":
+        base.double().save_pretrained(folder)
+
+    def reader():
+        return ModelReader(base) if held == "in memory" else FilesReader(folder, {})
+
+    assert compared(reader(), header) == Comparison(len(header.base), None)
+    assert compared(reader(), replace(header, packed=("model.norm.weight",))).compared == len(header.base) - 1
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    base.save_pretrained(folder)
+    found = compared(reader(), header)
+    assert found.differing == "model.layers.1.mlp.up_proj.weight" and 0 < found.compared < len(header.base)
+    strangers = by_hand.header_of(base={"up.weight": ""}, dtypes={"up.weight": "float32"})
+    assert compared(reader(), strangers) == Comparison(0, None)
