@@ -85,7 +85,9 @@ def distributed_by_transformers(model, folder, world):
     saved = folder / "model"
     model.save_pretrained(saved)  # the main process writes
     dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=world))
+    return without_dropout(
+        AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=world))
+    )
 
 
 ADAPTERS = {
