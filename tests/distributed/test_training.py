@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from tests.programs import training
 from tests.programs.launching import accelerate_launch, passes
 
-FULL = [case for case, settings in training.CASES.items() if not settings.get("lora")]
 TOLERANCE = 1e-5
 """Relative, of each parameter in float32: what is left of another order of summation."""
 
