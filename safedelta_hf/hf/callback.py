@@ -42,6 +42,7 @@ from safedelta_hf.hf.trainer_facts import (
     shows_progress,
     trained_adapter,
     trains_dense,
+    warn_of_empty_adapters,
 )
 from safedelta_hf.hf.tuned import TunedWeights, require_room_for_tuned, save_tuned, whereabouts
 from safedelta_hf.model.adjust import adjust_model
@@ -183,6 +184,7 @@ class SafeDeltaCallback(TrainerCallback):
             require_trainable(model)
             opened = open_model(model)
             require_fetched_adapters(opened)
+            warn_of_empty_adapters(opened)
             require_room_for_tuned(self._keep_tuned, state)
             with foreign_errors_named("reading data with the base model"):
                 if self._run is None or self._model is None or self._model() is not model:

@@ -1,6 +1,7 @@
 """Facts about a training run, read off what the Trainer passes to its callbacks, and the way to its log."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.utils import logging
 from safedelta_hf.adapter.adjust import plan_adapter
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, SafeDeltaWarning
 from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.modules.adapters import active_adapters, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
@@ -138,6 +139,23 @@ def require_fetched_adapters(model: ShardedModel) -> None:
                 "training fails (https://github.com/huggingface/peft/issues/3080). Use FSDP2 (fsdp_config "
                 '{"version": 2}), or target_modules without experts and routers, such as ["q_proj", "v_proj"]'
             )
+
+
+def warn_of_empty_adapters(model: ShardedModel) -> None:
+    """Warn where the Trainer would save nothing of what is trained.
+
+    Args:
+        model: The model that will be trained.
+    """
+    # PEFT looks for the adapter under the names of modules, and FSDP1's units are part of those.
+    if model.kind == "FSDP1" and getattr(model.model, "peft_config", None) and model.ranks.is_main:
+        warnings.warn(
+            "under FSDP1, PEFT finds no tensor of an adapter: trainer.save_model() writes an empty one, or waits for "
+            "ever where there are modules_to_save. Use FSDP2, or keep_tuned=<folder>, which holds the whole tuned "
+            "adapter, and adjust_adapter_files() on that folder, with callback.profile",
+            SafeDeltaWarning,
+            stacklevel=2,
+        )
 
 
 logger = logging.get_logger(__name__)

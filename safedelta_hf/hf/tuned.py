@@ -4,7 +4,7 @@ import json
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,15 @@ def _never_saved(model: ShardedModel) -> set[str]:
     if not configs or any(getattr(config, "bias", "none") != "none" for config in configs.values()):
         return set()
     # PEFT saves the embeddings of the base with an adapter on them, or if the vocabulary was resized.
-    embeddings = {
-        parameter
-        for find in ("get_input_embeddings", "get_output_embeddings")
-        if (module := getattr(model.model, find)()) is not None
-        for parameter in module.parameters()
-    }
+    embeddings = set(_embeddings(model.model))
     return {name for name in model.names if model.live(name) not in embeddings}
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
+    for find in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError):  # as transformers says it of a model without text
+            module = getattr(model, find, lambda: None)()
+            yield from () if module is None else module.parameters()
 
 
 def _require_adapters(model: ShardedModel, folder: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from safedelta_hf import Ridge, SafeDelta, SafeDeltaCallback, Scale, adjust_adapter, adjust_model
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdjustmentError, ConfigurationError, NumericalError, RestoreError
+from safedelta_hf.errors import AdjustmentError, CheckpointError, ConfigurationError, NumericalError, RestoreError
 from safedelta_hf.hf.base_weights import STATE_KEY
 from safedelta_hf.hf.tuned import (
     RUN_FILE,
@@ -85,6 +86,29 @@ def test_tuned_weights_that_cannot_be_kept_are_rescued_elsewhere(tmp_path, monke
     rescued = tmp_path / "run" / "tuned-not-adjusted-4-1"
     assert str(rescued) in raised.value.__notes__[0]
     assert tiny.same(tiny.weights(loaded(rescued)), tiny.weights(model))
+
+
+def below_wrappers(model):
+    """Activation checkpointing, as accelerate puts it around layers."""
+    layers = model.base_model.model.model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    return model
+
+
+def test_an_adapter_below_wrappers_is_saved_as_without_them(tmp_path):
+    plain = with_lora(refusing.base())
+    save_tuned(plain, None, tmp_path / "plain", TrainerState())
+    save_tuned(below_wrappers(plain), None, tmp_path / "wrapped", TrainerState())
+    wanted, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped"))
+    assert len(wanted) == sum(parameter.requires_grad for parameter in plain.parameters())
+    assert tiny.same(wanted, found)
+
+
+def test_an_adapter_of_which_tensors_would_be_missing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("safedelta_hf.hf.tuned.without_wrappers", nullcontext)
+    with pytest.raises(CheckpointError, match=r"^tuned: the adapters have \d+ trained tensors, and PEFT saved \d+"):
+        save_tuned(below_wrappers(with_lora(refusing.base())), None, tmp_path / "tuned", TrainerState())
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_is_adjusted_again_from_its_tuned_weights(tmp_path):

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from safedelta_hf.modules.names import canonical, parameter_aliases, parameter_names
+from safedelta_hf.modules.names import canonical, parameter_aliases, parameter_names, without_wrappers
 from tests.fixtures import tiny
 
 
@@ -30,3 +31,15 @@ def test_a_compiled_model_has_the_names_of_the_bare_one():
     model = tiny.llama()
     compiled = torch.compile(model, backend="eager")
     assert parameter_names(compiled) == parameter_names(model)
+
+
+def test_wrappers_are_gone_within_the_block_and_back_however_it_ends():
+    plain = [name for name, _ in tiny.llama().named_modules()]
+    model = tiny.llama()
+    model.model.layers[0] = checkpoint_wrapper(torch.compile(model.model.layers[0], backend="eager"))
+    model = torch.compile(model, backend="eager")
+    wrapped = dict(model.named_modules())
+    with pytest.raises(ZeroDivisionError), without_wrappers(model) as bare:
+        assert [name for name, _ in bare.named_modules()] == plain
+        raise ZeroDivisionError
+    assert dict(model.named_modules()) == wrapped

@@ -19,6 +19,7 @@ from transformers.integrations import deepspeed
 
 from safedelta_hf import Ridge, SafeDelta, SafeDeltaCallback, TaskRidge, Treatment
 from safedelta_hf.modules.names import canonical
+from safedelta_hf.rules import AutoStrength
 from tests.fixtures import architectures, tiny
 from tests.programs import shim
 
@@ -28,6 +29,7 @@ RULES = {
     "ridge": lambda: Ridge(strength=2.0),
     "task_ridge": lambda: TaskRidge(strength=2.0),
     "auto": lambda: Ridge(strength="auto"),
+    "strict": lambda: Ridge(strength=AutoStrength(tolerance=0.002)),
 }
 MODELS = {
     "llama": tiny.llama,
@@ -83,7 +85,9 @@ def distributed_by_transformers(model, folder, world):
     saved = folder / "model"
     model.save_pretrained(saved)  # the main process writes
     dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=world))
+    return without_dropout(
+        AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=world))
+    )
 
 
 ADAPTERS = {
@@ -112,7 +116,7 @@ CASES = {
     "task": {"rule": "task_ridge"},
     "measured": {"rule": "auto"},
     "conv1d": {"name": "gpt2", "rule": "safe_delta"},
-    "tied": {"name": "tied", "rule": "auto"},
+    "tied": {"name": "tied", "rule": "strict"},
     "experts": {"name": "mixtral"},
     "one_example": {"safety": 1},
     "from_files": {"name": "saved"},
