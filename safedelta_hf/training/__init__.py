@@ -10,8 +10,8 @@ from safedelta_hf.training.safety_layers import SafetyLayers, angle_curves, loca
 from safedelta_hf.training.safety_probe import SafetyProbeConfig, with_safety_probe
 
 __all__ = [
-    "FreezeSafetyLayers",
     "PAPER",
+    "FreezeSafetyLayers",
     "ProjectedTraining",
     "SafetyLayers",
     "SafetyProbeConfig",
