@@ -22,7 +22,8 @@ from safedelta_hf.modules.loading import load_base, load_model, source_of
 from safedelta_hf.rules import RULES
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
-from safedelta_hf.testbed.comparison import AlignedModel, CaseScenario
+from safedelta_hf.testbed.comparison import CaseScenario
+from safedelta_hf.testbed.defences import DEFENCES, AlignedModel
 
 TABLE: Final = "comparison.md"
 PLOT: Final = "comparison.png"
@@ -34,7 +35,7 @@ RETENTION: Final = 0.1
 SEEDS: Final = (0, 1, 2)
 SEED_LIMIT: Final = 2**32 - 1
 
-TESTBED_OPTIONS: Final = ("case", "seed", "questions")
+TESTBED_OPTIONS: Final = ("case", "seed", "questions", "defence")
 OWN_OPTIONS: Final = (
     "base",
     "tuned",
@@ -70,6 +71,13 @@ Seeds = Annotated[
     list[int] | None,
     typer.Option(help="May be repeated; default 0, 1, 2.", min=0, max=SEED_LIMIT, rich_help_panel=_ON_TESTBED),
 ]
+Defences = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"Further ways to fine-tune each case: {', '.join(DEFENCES)}, or 'all'. May be repeated; default none.",
+        rich_help_panel=_ON_TESTBED,
+    ),
+]
 
 
 def _count(text: str, panel: str = _OF_OWN) -> Any:  # noqa: ANN401 - what Annotated takes
@@ -89,6 +97,7 @@ def comparison(
     case: Cases = None,
     seed: Seeds = None,
     questions: Annotated[int | None, _count(f"Of each kind; default {QUESTIONS}.", _ON_TESTBED)] = None,
+    defence: Defences = None,
     base: Annotated[
         str | None, _own("Name or folder of the base model; default the one that an adapter names.")
     ] = None,
@@ -124,7 +133,9 @@ def comparison(
         if own:
             scenarios, file = _of_files(own, output)
         else:
-            scenarios, file = _of_testbed(case or list(CASES), seed or SEEDS, questions or QUESTIONS, output)
+            scenarios, file = _of_testbed(
+                case or list(CASES), seed or SEEDS, questions or QUESTIONS, _defences(defence or []), output
+            )
         _finish(scenarios, candidates, file, output)
 
 
@@ -142,14 +153,25 @@ def _refuse(options: Sequence[str], reason: str) -> None:
         raise ConfigurationError(f"{', '.join('--' + name.replace('_', '-') for name in options)}: {reason}")
 
 
+def _defences(names: Sequence[str]) -> list[str]:
+    if "all" in names:
+        return list(DEFENCES)
+    for name in names:
+        one_of(DEFENCES, name, "--defence")
+    return list(dict.fromkeys(names))
+
+
 def _of_testbed(
-    cases: Sequence[str], seeds: Sequence[int], questions: int, output: Path
+    cases: Sequence[str], seeds: Sequence[int], questions: int, defences: Sequence[str], output: Path
 ) -> tuple[list[Scenario], ComparisonFile]:
     chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases)]
     aligned = AlignedModel()
     made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
     file = ComparisonFile(output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command())
-    return [CaseScenario(aligned, case, seed, questions) for case in chosen for seed in dict.fromkeys(seeds)], file
+    scenarios = [
+        CaseScenario(aligned, case, seed, questions, defences) for case in chosen for seed in dict.fromkeys(seeds)
+    ]
+    return list[Scenario](scenarios), file
 
 
 def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:

@@ -149,19 +149,23 @@ class Scenario(ABC):
             Scores by name, `attack_success` among them.
         """
 
-    def adjusted(self, rule: Rule, retention: float) -> Candidate:
+    def adjusted(
+        self, rule: Rule, retention: float, *, tuned: Callable[[], TunedModel] | None = None, method: str | None = None
+    ) -> Candidate:
         """The fine-tuned model as a rule adjusts it.
 
         Args:
             rule: The rule.
             retention: Weight of the ordinary data; 0 is without.
+            tuned: Another fine-tuned model of the same base and task.
+            method: What it is called; the rule's name if None.
 
         Returns:
             The candidate; nothing is made yet.
         """
 
         def make() -> CandidateModel:
-            model, profile = self.tuned.restored(), self.profile
+            model, profile = (tuned() if tuned else self.tuned).restored(), self.profile
             if retention:
                 assert self.ordinary is not None, "checked before anything was made"
                 profile = with_retention(profile, self.ordinary, retention)
@@ -174,7 +178,7 @@ class Scenario(ABC):
             seconds = time.perf_counter() - started
             return CandidateModel(model, seconds, None if report.search is None else asdict(report.search))
 
-        return Candidate(method=rule.name, settings={**rule.settings, "retention": retention}, make=make)
+        return Candidate(method=method or rule.name, settings={**rule.settings, "retention": retention}, make=make)
 
 
 class ModelScenario(Scenario):

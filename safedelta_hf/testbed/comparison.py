@@ -2,9 +2,9 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,9 @@ from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.testbed.data import Case, ordinary_data, safety_data
+from safedelta_hf.rules import TaskRidge
+from safedelta_hf.testbed.data import Case, safety_data
+from safedelta_hf.testbed.defences import DEFENCES, AlignedModel, Training
 from safedelta_hf.testbed.model import behaviour_scores, fine_tune, load_aligned
 
 LOWER_RATES: Final = (0.3, 0.1)
@@ -30,30 +32,6 @@ TASK_EXAMPLES: Final = 256
 UTILITIES: Final = {"new_skill": "gain", "old_skills": "kept"}
 
 
-class AlignedModel:
-    """The aligned model with its profiles, shared by all cases."""
-
-    def __init__(self) -> None:
-        self.model, self.tokenizer = load_aligned()
-
-    @cached_property
-    def profile(self) -> SafetyProfile:
-        """Profile on the safety data."""
-        return collect_profile(self.model, safety_data(), self.tokenizer, progress=False)
-
-    @cached_property
-    def ordinary(self) -> SafetyProfile:
-        """Profile on ordinary data."""
-        return collect_profile(
-            self.model,
-            ordinary_data(),
-            self.tokenizer,
-            config=ProfileConfig(holdout=0.0),
-            purpose="ordinary data",
-            progress=False,
-        )
-
-
 class CaseScenario(Scenario):
     """One case, fine-tuned with one seed when that is first needed.
 
@@ -62,13 +40,17 @@ class CaseScenario(Scenario):
         case: What to fine-tune on.
         seed: Seed of the data and of the training.
         questions: Number of questions of each kind.
+        defences: Further ways to fine-tune it, out of `DEFENCES`; each is measured alone, and adjusted afterwards.
     """
 
     seed: int
 
-    def __init__(self, aligned: AlignedModel, case: Case, seed: int, questions: int) -> None:
+    def __init__(
+        self, aligned: AlignedModel, case: Case, seed: int, questions: int, defences: Sequence[str] = ()
+    ) -> None:
         self.name, self.seed, self.base = case.name, seed, aligned.model
         self._aligned, self._case, self._questions = aligned, case, questions
+        self._defences = tuple(defences)
 
     @property
     @override
@@ -117,6 +99,7 @@ class CaseScenario(Scenario):
             *super().baselines,
             *(self._training("lower learning rate", other, lambda: load_aligned()[0]) for other in lower),
             *(self._training("re-tuned", other, lambda: self.tuned.restored()) for other in again),
+            *(candidate for name in self._defences for candidate in self._defended(name)),
         ]
 
     @override
@@ -125,15 +108,42 @@ class CaseScenario(Scenario):
             model, self._aligned.tokenizer, has_new_skill=self._case.teaches is not None, questions=self._questions
         )
 
+    def _defended(self, name: str) -> Iterator[Candidate]:
+        # Trained once for both.
+        @cache
+        def tuned() -> TunedModel:
+            training = DEFENCES[name](self._aligned, self._case, self.seed)
+            return TunedModel(*self._trained(load_aligned()[0], self._case, training))
+
+        settings, rule = _settings(self._case), TaskRidge()
+        yield Candidate(
+            method=name, settings=settings, make=lambda: CandidateModel(tuned().restored(), tuned().seconds)
+        )
+        yield self.adjusted(rule, 0.0, tuned=tuned, method=f"{name}, then {rule.name}")
+
     def _training(self, method: str, case: Case, start: Callable[[], PreTrainedModel]) -> Candidate:
         return Candidate(
             method=method, settings=_settings(case), make=lambda: CandidateModel(*self._trained(start(), case))
         )
 
-    def _trained(self, model: PreTrainedModel, case: Case) -> tuple[PreTrainedModel, float]:
+    def _trained(
+        self, model: PreTrainedModel, case: Case, training: Training | None = None
+    ) -> tuple[PreTrainedModel, float]:
+        training = training or Training()
+        training.prepare(model)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            fine_tune(model, self._aligned.tokenizer, case, seed=self.seed, output=Path(folder), progress=False)
+            fine_tune(
+                model,
+                self._aligned.tokenizer,
+                case,
+                seed=self.seed,
+                output=Path(folder),
+                rows=training.rows,
+                make_trainer=training.make_trainer,
+                callbacks=training.callbacks,
+                progress=False,
+            )
         return model, time.perf_counter() - started
 
 

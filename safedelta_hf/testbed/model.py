@@ -1,8 +1,8 @@
 """The aligned model that ships with the package, its tokenizer, how it is fine-tuned, and what it does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -108,6 +108,8 @@ def fine_tune(
     *,
     seed: int,
     output: Path,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    make_trainer: Callable[..., Trainer] = Trainer,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> None:
@@ -119,11 +121,13 @@ def fine_tune(
         case: Data and training arguments.
         seed: Seed of the data and of the training.
         output: Folder of the Trainer.
+        rows: Other training data, tokenised; None for the case's own.
+        make_trainer: Makes the Trainer from its arguments.
         callbacks: Passed to the Trainer.
         progress: Whether the Trainer shows its progress bar and figures.
     """
     set_seed(seed)
-    trainer = Trainer(
+    trainer = make_trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(output),
@@ -137,7 +141,7 @@ def fine_tune(
             report_to="none",
             disable_tqdm=not progress,
         ),
-        train_dataset=tokenize(case.examples(seed), tokenizer),
+        train_dataset=tokenize(case.examples(seed), tokenizer) if rows is None else rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         processing_class=tokenizer,
         callbacks=list(callbacks),
