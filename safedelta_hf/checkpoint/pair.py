@@ -239,7 +239,7 @@ def _layout(name: str, files: SafetensorsFiles, header: ProfileHeader) -> dict[s
 
 def _absence(name: str, files: SafetensorsFiles, header: ProfileHeader) -> str:
     strangers = _first(one for one in files.tensors if one not in header.base)
-    found = f", which has {strangers} instead.{wrapping_told(files.tensors, header.base)}" if strangers else ""
+    found = f", which has {strangers} instead{wrapping_told(files.tensors, header.base)}" if strangers else ""
     return (
         f"{name}: a parameter of the {header.architecture} that the profile was made for, and not in "
         f"{files.source!r}{found}. A quantised checkpoint cannot be adjusted; if transformers renames its weights when "

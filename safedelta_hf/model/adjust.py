@@ -85,7 +85,7 @@ def plan_model(model: nn.Module | ShardedModel, profile: SafetyProfile, treatmen
         raise ProfileError(
             f"profile: made for {profile.header.architecture} with {len(profile.header.base)} parameters, this is "
             f"{type(opened.model).__name__} with {len(shapes)}; they differ in {', '.join(strangers[:3])}. "
-            f"Collect a profile of this model's base.{wrapping_told(shapes, profile.header.base)}"
+            f"Collect a profile of this model's base{wrapping_told(shapes, profile.header.base)}"
         )
     if profile.header.parametrised:
         shapes = _with_computed(shapes, parametrised_weights(opened.model), profile.header.parametrised)

@@ -50,7 +50,7 @@ def wrapping_told(found: Iterable[str], wanted: Collection[str]) -> str:
         wanted: Names of the same parameters of a bare model.
 
     Returns:
-        A sentence that begins with a blank; empty if it is something else.
+        A sentence, with what ends the one before it; empty if it is something else.
     """
     names = set(found)
     parts = min(names, default="").split(".")
@@ -59,7 +59,7 @@ def wrapping_told(found: Iterable[str], wanted: Collection[str]) -> str:
         bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         if len(bare) == len(names) and not bare.isdisjoint(wanted):
             maker = next((maker for part, maker in _MAKERS.items() if part in prefix), "what wraps the model")
-            return f" Names here begin with {prefix!r}, put there by {maker}: give what is wrapped, or save that"
+            return f". Names here begin with {prefix!r}, put there by {maker}: give what is wrapped, or save that"
     return ""
 
 

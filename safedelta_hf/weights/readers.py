@@ -139,7 +139,7 @@ class FilesReader(WeightReader):
                 except CheckpointError as error:
                     raise BaseWeightsError(f"base: {error}") from error
         raise BaseWeightsError(
-            f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>."
+            f"{name}: not in the safetensors files of {self.source!r}; pass base=<a model in memory>"
             f"{wrapping_told(self._files.tensors, {name})}"
         )
 

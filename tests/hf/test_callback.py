@@ -361,12 +361,13 @@ def test_a_profile_of_another_tokenizer_stops_before_training(tmp_path):
     stops_before_training(callback, "another tokenizer", ProfileError, tmp_path)
 
 
-def test_empty_safety_data_stops_before_training(tmp_path):
-    stops_before_training(SafeDeltaCallback([]), "empty", DataError, tmp_path)
+def test_empty_safety_data_makes_no_callback():
+    with pytest.raises(DataError, match="empty"):
+        SafeDeltaCallback([])
 
 
 def test_conversations_without_a_tokenizer_stop_before_training(tmp_path):
-    stops_before_training(SafeDeltaCallback(tiny.conversations()), "no tokenizer", DataError, tmp_path)
+    stops_before_training(SafeDeltaCallback(tiny.conversations(16)), "no tokenizer", DataError, tmp_path)
 
 
 def test_uncovered_parameters_stop_before_training(tmp_path):
