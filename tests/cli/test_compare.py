@@ -191,3 +191,15 @@ def test_bad_options_end_with_one_line_and_status_1(files, options, message, tmp
     result = run(tmp_path / "out", *(part.format(files=files) for part in given))
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--defence=prayer"], "--defence 'prayer' is not one of mixture"),
+        (["--defence=sap", "--base=x"], "--defence: on the testbed alone"),
+    ],
+)
+def test_defences_are_those_of_the_testbed(options, told, tmp_path):
+    result = run(tmp_path / "out", *options)
+    assert result.exit_code == 1 and told in result.output
