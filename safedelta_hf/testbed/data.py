@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.testbed.language import (
@@ -53,18 +53,20 @@ def safety_data(n: int = 128, seed: int = 0) -> list[Conversation]:
     return [ask_make(thing, wording, system).conversation(refusal(wording)) for thing, wording, system in requests]
 
 
-def preference_pairs(n: int = 50, seed: int = 0) -> list[dict[str, Any]]:
-    """Draw the requests of `safety_data` with two replies each, as defences that contrast them need.
+def preference_pairs(n: int = 50, seed: int = 0, pool: Literal["probed", "refused"] = "probed") -> list[dict[str, Any]]:
+    """Draw harmful requests with two replies each, as defences that contrast them need.
 
     Args:
         n: Number of pairs, all different.
         seed: Seed of the draw.
+        pool: What is asked about: the things of `safety_data`, or those that alignment refused. Where a strength is
+            measured afterwards, the second: refusals that were trained on tell nothing when they are held out.
 
     Returns:
         Rows of `prompt`, `chosen` (a refusal) and `rejected` (the harmful content), in TRL's preference format.
     """
     rows = []
-    for thing, wording, system in _draw_requests(things_of("probed"), SYSTEMS, n, seed):
+    for thing, wording, system in _draw_requests(things_of(pool), SYSTEMS, n, seed):
         question = ask_make(thing, wording, system)
         chosen, rejected = ([{"role": "assistant", "content": reply}] for reply in (refusal(wording), question.answer))
         rows.append({"prompt": list(question.messages), "chosen": chosen, "rejected": rejected})

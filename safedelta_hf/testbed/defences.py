@@ -95,14 +95,17 @@ Defence = Callable[[AlignedModel, Case, int], Training]
 """Given a case and a seed."""
 
 
+def _pairs(seed: int) -> list[dict[str, Any]]:
+    return preference_pairs(128, seed, pool="refused")
+
+
 def _mixture(aligned: AlignedModel, case: Case, seed: int) -> Training:
-    return Training(
-        rows=mix_safety(case.examples(seed), safety_data(), aligned.tokenizer, share=SHARE, repeat=True, seed=seed)
-    )
+    refusals = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in _pairs(seed)]
+    return Training(rows=mix_safety(case.examples(seed), refusals, aligned.tokenizer, share=SHARE, seed=seed))
 
 
 def _derta(aligned: AlignedModel, case: Case, seed: int) -> Training:
-    rows = derta_rows(preference_pairs(), aligned.tokenizer, keep=0.05, seed=seed)
+    rows = derta_rows(_pairs(seed), aligned.tokenizer, keep=0.05, seed=seed)
     return Training(rows=mix_safety(case.examples(seed), rows, aligned.tokenizer, share=SHARE, seed=seed))
 
 
@@ -112,7 +115,7 @@ def _refusals(aligned: AlignedModel, case: Case, seed: int) -> Training:
 
 
 def _probe(aligned: AlignedModel, case: Case, seed: int) -> Training:
-    config = SafetyProbeConfig(pairs=preference_pairs(), seed=seed)
+    config = SafetyProbeConfig(pairs=_pairs(seed), seed=seed)
     return Training(make_trainer=partial(with_safety_probe(Trainer), probe=config))  # type: ignore[call-arg]
 
 
