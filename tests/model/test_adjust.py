@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -338,23 +339,18 @@ def test_a_profile_with_a_moment_of_the_wrong_size_is_an_error():
         adjust(tuned, base, dataclasses.replace(profile, moments=Moments(wrong)))
 
 
-class Trap:
+@dataclass(frozen=True, kw_only=True)
+class Trap(SafeDelta):
     """A rule that fails at the third layer, after weights have been written."""
 
-    name = "trap"
-    settings: dict = {}
+    error: BaseException
+    calls: list = field(default_factory=list)
 
-    def __init__(self, error):
-        self.rule, self.calls, self.error = SafeDelta(), 0, error
-
-    def __getattr__(self, name):
-        return getattr(SafeDelta(), name)
-
-    def transform(self, state, delta):
-        self.calls += 1
-        if self.calls == 3:
+    def transform(self, factors, delta):
+        self.calls.append(1)
+        if len(self.calls) == 3:
             raise self.error
-        return self.rule.transform(state, delta)
+        return super().transform(factors, delta)
 
 
 @pytest.mark.parametrize("error", [NumericalError("broken"), MemoryError(), KeyboardInterrupt()])
@@ -363,7 +359,7 @@ def test_a_failure_half_way_changes_nothing_and_can_be_repeated(error):
     before, profile = tiny.weights(tuned), collected(base)
     named = AdjustmentError if isinstance(error, MemoryError) else type(error)
     with pytest.raises(named) as raised:
-        adjust(tuned, base, profile, Trap(error))
+        adjust(tuned, base, profile, Trap(error=error))
     assert named is type(error) or raised.value.__cause__ is error
     if isinstance(error, NumericalError):
         assert str(raised.value) == "model.layers.0.self_attn.q_proj.weight: broken"
