@@ -32,7 +32,7 @@ from safedelta_hf.hf.base_weights import (
 )
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
 from safedelta_hf.hf.trainer_facts import (
-    bare,
+    OWNER,
     entries_of_trained,
     is_pruned,
     log_metrics,
@@ -40,12 +40,13 @@ from safedelta_hf.hf.trainer_facts import (
     require_fetched_adapters,
     require_supported,
     shows_progress,
-    trained_adapter,
     trains_dense,
     warn_of_empty_adapters,
 )
 from safedelta_hf.hf.tuned import TunedWeights, require_room_for_tuned, save_tuned, whereabouts
 from safedelta_hf.model.adjust import adjust_model
+from safedelta_hf.modules.adapters import trained_adapter
+from safedelta_hf.modules.names import bare
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
@@ -53,8 +54,6 @@ from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.journal import base_weights_loaded
 
 logger = logging.get_logger(__name__)
-
-_OWNER = "SafeDeltaCallback"
 
 
 class SafeDeltaCallback(TrainerCallback):
@@ -119,12 +118,12 @@ class SafeDeltaCallback(TrainerCallback):
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
-        self._rule = rule_of(_OWNER, rule, task="drawn from the Trainer's data")
-        require_kind(_OWNER, "config", config, (ProfileConfig, type(None)), "a ProfileConfig")
-        require_kind(_OWNER, "treatment", treatment, (Treatment, type(None)), "a Treatment")
-        require_kind(_OWNER, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
-        require_kind(_OWNER, "keep_tuned", keep_tuned, (str, Path, type(None)), "a folder")
-        require_processing_class(_OWNER, processing_class)
+        self._rule = rule_of(OWNER, rule, task="drawn from the Trainer's data")
+        require_kind(OWNER, "config", config, (ProfileConfig, type(None)), "a ProfileConfig")
+        require_kind(OWNER, "treatment", treatment, (Treatment, type(None)), "a Treatment")
+        require_kind(OWNER, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
+        require_kind(OWNER, "keep_tuned", keep_tuned, (str, Path, type(None)), "a folder")
+        require_processing_class(OWNER, processing_class)
         if profile is not None and retention_dataset is not None:
             raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
         if task_dataset is not None and not self._rule.needs_task:
@@ -132,7 +131,7 @@ class SafeDeltaCallback(TrainerCallback):
                 f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
             )
         self.report: Report | None = None
-        self._given_profile = None if profile is None else opened_profile(_OWNER, profile)
+        self._given_profile = None if profile is None else opened_profile(OWNER, profile)
         self.profile = self._given_profile
         self.task: SafetyProfile | None = None
         self._data = RunData(
@@ -177,7 +176,7 @@ class SafeDeltaCallback(TrainerCallback):
         Raises:
             SafeDeltaError: Training would end in a model that cannot be adjusted; named cause.
         """
-        model = bare(model)
+        model = bare(model, OWNER)
         self._tuned = None
         require_supported(args)
         with Ranks.of_run().together():
@@ -223,7 +222,7 @@ class SafeDeltaCallback(TrainerCallback):
         if is_pruned(state, control):
             logger.info("Safe Delta: this trial was pruned, so its weights are not adjusted.")
             return
-        model = bare(model)
+        model = bare(model, OWNER)
         started = time.perf_counter()
         saved = None
         try:
@@ -262,10 +261,10 @@ class SafeDeltaCallback(TrainerCallback):
             BaseWeightsError: The callback has not seen the start of the training.
             ConfigurationError: The model was adjusted already, and its fine-tuned weights were not kept.
         """
-        chosen = self._rule if rule is None else rule_of(_OWNER, rule, self.task)
+        chosen = self._rule if rule is None else rule_of(OWNER, rule, self.task)
         run, profile = self._started()
-        opened = open_model(bare(model))
-        adapter = trained_adapter(opened.model)
+        opened = open_model(bare(model, OWNER))
+        adapter = trained_adapter(opened.model, OWNER)
         adjust = adjust_model if adapter is None else partial(adjust_adapter, adapter_name=adapter)
         again = self._tuned is not None and self._tuned.is_of(opened)
         tuned = self._tuned if again else TunedWeights(opened, self._keep_tuned, is_adapter=adapter is not None)
@@ -297,7 +296,7 @@ class SafeDeltaCallback(TrainerCallback):
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
         self.profile, self.task = self._given_profile, None
-        adapter = trained_adapter(model.model)
+        adapter = trained_adapter(model.model, OWNER)
         if adapter is not None:
             require_adjustable(model.model, adapter)
         if self._rule.auto is not None:

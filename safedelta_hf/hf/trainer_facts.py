@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -16,50 +15,12 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import ConfigurationError, SafeDeltaWarning
 from safedelta_hf.model.adjust import plan_model
-from safedelta_hf.modules.adapters import active_adapters, tuner_layers
+from safedelta_hf.modules.adapters import trained_adapter, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import PlanEntry, Treatment
 
-
-def bare(model: nn.Module | None) -> nn.Module:
-    """The model without what `torch.compile` wraps around it.
-
-    Args:
-        model: As the callback received it.
-
-    Returns:
-        The module that holds the parameters.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    if model is None:
-        raise ConfigurationError("SafeDeltaCallback: the Trainer passed no model")
-    bare: nn.Module = getattr(model, "_orig_mod", model)
-    return bare
-
-
-def trained_adapter(model: nn.Module) -> str | None:
-    """Name of the adapter that is being trained.
-
-    Args:
-        model: The bare model.
-
-    Returns:
-        Its name, or None if the model has no adapters.
-
-    Raises:
-        ConfigurationError: Several adapters are active at once.
-    """
-    if not getattr(model, "peft_config", None):
-        return None
-    names = active_adapters(model)
-    if len(names) != 1:
-        raise ConfigurationError(
-            f"SafeDeltaCallback: adjusts one adapter, and {len(names)} are active: {names}; activate the one that is "
-            "trained with set_adapter(name)"
-        )
-    return names[0]
+OWNER = "SafeDeltaCallback"
+"""Whose run it is, for errors."""
 
 
 def output_dir(args: TrainingArguments) -> Path:
@@ -205,7 +166,7 @@ def entries_of_trained(model: ShardedModel, profile: SafetyProfile, treatment: T
     Returns:
         One entry for each trained parameter.
     """
-    adapter = trained_adapter(model.model)
+    adapter = trained_adapter(model.model, OWNER)
     if adapter is not None:
         return list(plan_adapter(model, profile, treatment, adapter).entries)
     trained = {name for name in model.names if model.live(name).requires_grad}
@@ -222,5 +183,5 @@ def trains_dense(model: ShardedModel) -> Callable[[str], bool]:
     Returns:
         Whether they will, by canonical name; False for all that an adapter tunes.
     """
-    is_adapted, own = trained_adapter(model.model) is not None, frozenset(model.names)
+    is_adapted, own = trained_adapter(model.model, OWNER) is not None, frozenset(model.names)
     return lambda name: not is_adapted and (name not in own or model.shard(name).is_whole)

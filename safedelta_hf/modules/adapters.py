@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from safedelta_hf.errors import ConfigurationError
+
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Name the adapters that a model computes with.
@@ -34,3 +36,27 @@ def tuner_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def trained_adapter(model: nn.Module, owner: str) -> str | None:
+    """Name of the adapter that is being trained.
+
+    Args:
+        model: The bare model.
+        owner: The callback that works on it, for errors.
+
+    Returns:
+        Its name, or None if the model has no adapters.
+
+    Raises:
+        ConfigurationError: Several adapters are active at once.
+    """
+    if not getattr(model, "peft_config", None):
+        return None
+    names = active_adapters(model)
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"{owner}: works on one adapter, and {len(names)} are active: {names}; activate the one that is trained "
+            "with set_adapter(name)"
+        )
+    return names[0]

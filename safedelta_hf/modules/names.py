@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from safedelta_hf.errors import ConfigurationError
+
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where torch.compile, FSDP1 and the wrappers of activation checkpointing keep the module that they wrap."""
 
@@ -243,3 +245,22 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     if not hasattr(module, "adapter_layer_names"):
         return None
     return next((inner for key in _WRAPPED if (inner := module._modules.get(key)) is not None), None)
+
+
+def bare(model: nn.Module | None, owner: str) -> nn.Module:
+    """The model without what `torch.compile` wraps around it.
+
+    Args:
+        model: As a callback of the Trainer received it.
+        owner: The callback, for errors.
+
+    Returns:
+        The module that holds the parameters.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if model is None:
+        raise ConfigurationError(f"{owner}: the Trainer passed no model")
+    bare: nn.Module = getattr(model, "_orig_mod", model)
+    return bare

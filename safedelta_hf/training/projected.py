@@ -30,7 +30,8 @@ from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdapterError, BaseWeightsError, ConfigurationError, ProfileError
 from safedelta_hf.model.adjust import plan_model
-from safedelta_hf.modules.adapters import active_adapters
+from safedelta_hf.modules.adapters import trained_adapter
+from safedelta_hf.modules.names import bare
 from safedelta_hf.profile.profile import SafetyProfile, with_retention
 from safedelta_hf.records import Action, PlanEntry, Treatment
 from safedelta_hf.rules import Ridge
@@ -39,6 +40,8 @@ from safedelta_hf.training.preferences import Source
 from safedelta_hf.weights.digest import fingerprint
 from safedelta_hf.weights.journal import base_weights_loaded
 from safedelta_hf.weights.readers import open_base, verified
+
+OWNER = "ProjectedTraining"
 
 SUPPORTED = ("whole", "FSDP2")
 """Ways of holding a model in which a parameter can be written at each step without a trace anywhere else."""
@@ -157,7 +160,7 @@ class ProjectedTraining(TrainerCallback):
             ConfigurationError: The model cannot be projected as it is held or trained.
             SafeDeltaError: Its base is unknown, the profile was made for another, or a trained weight is not covered.
         """
-        model = _bare(model)
+        model = bare(model, OWNER)
         size = Ranks.of_run().size
         if args.world_size != size:
             raise ConfigurationError(
@@ -292,7 +295,7 @@ class _Projection:
         base: dict[str, Tensor],
     ) -> None:
         self._model = model
-        self._adapter = _adapter_of(model.model)
+        self._adapter = trained_adapter(model.model, OWNER)
         self._entries = {entry.parameter: entry for entry in entries}
         self._base = {name: weight for name, weight in base.items() if name in self._entries}
         self._transforms: dict[str, Transform] = {}
@@ -344,7 +347,7 @@ class _Projection:
 def _entries(
     model: ShardedModel, profile: SafetyProfile, treatment: Treatment, rule: Ridge | NullSpace
 ) -> list[PlanEntry]:
-    adapter = _adapter_of(model.model)
+    adapter = trained_adapter(model.model, OWNER)
     if adapter is None:
         trained = {name for name in model.names if model.live(name).requires_grad}
         planned = plan_model(model, profile, treatment).entries
@@ -365,25 +368,13 @@ def _entries(
     return [entry for entry in entries if entry.action is Action.ADJUST]
 
 
-def _adapter_of(model: nn.Module) -> str | None:
-    if not getattr(model, "peft_config", None):
-        return None
-    names = active_adapters(model)
-    if len(names) != 1:
-        raise ConfigurationError(
-            f"ProjectedTraining: projects one adapter, and {len(names)} are active: {names}; activate the one that is "
-            "trained with set_adapter(name)"
-        )
-    return names[0]
-
-
 def _require_projectable(model: ShardedModel) -> None:
     if model.kind not in SUPPORTED:
         raise ConfigurationError(
             f"ProjectedTraining: the model's weights are held by {model.kind}, where they cannot be written at every "
             "step; train in one process, with DDP or with FSDP2"
         )
-    adapter = _adapter_of(model.model)
+    adapter = trained_adapter(model.model, OWNER)
     if adapter is not None and (bias := require_adjustable(model.model, adapter).bias) != "none":
         raise AdapterError(
             f"ProjectedTraining: the adapter (bias={bias!r}) trains biases of the base itself; use bias='none'"
@@ -398,7 +389,7 @@ def _require_projectable(model: ShardedModel) -> None:
 
 
 def _require_base(model: ShardedModel, profile: SafetyProfile) -> None:
-    if _adapter_of(model.model) is not None:
+    if trained_adapter(model.model, OWNER) is not None:
         require_base(model, profile.header)
         return
     found = fingerprint(model)
@@ -408,10 +399,3 @@ def _require_base(model: ShardedModel, profile: SafetyProfile) -> None:
             f"profile: made for another base: {len(other)} weights differ from what the model holds, such as "
             f"{other[0]}; collect a profile of the model that is fine-tuned, or pass base=<the profile's>"
         )
-
-
-def _bare(model: nn.Module | None) -> nn.Module:
-    if model is None:
-        raise ConfigurationError("ProjectedTraining: the Trainer passed no model")
-    bare: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
-    return bare

@@ -4,20 +4,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.hf.trainer_facts import (
-    bare,
     is_pruned,
     log_metrics,
     output_dir,
     require_supported,
     shows_progress,
-    trained_adapter,
     trains_dense,
 )
 
@@ -53,28 +50,6 @@ def test_a_trial_is_pruned_if_it_ends_before_its_last_step_and_nobody_asked(chan
 def test_the_main_process_alone_shows_progress_and_only_if_wanted(main, disabled):
     shown = shows_progress(SimpleNamespace(disable_tqdm=disabled), state(is_world_process_zero=main))
     assert shown is (main and not disabled)
-
-
-def test_a_compiled_model_is_the_one_that_was_compiled():
-    model = nn.Linear(2, 2)
-    assert bare(torch.compile(model)) is model is bare(model)
-    with pytest.raises(ConfigurationError, match="passed no model"):
-        bare(None)
-
-
-def test_a_model_without_adapters_trains_none():
-    assert trained_adapter(nn.Linear(2, 2)) is None
-
-
-@pytest.mark.parametrize("names", [[], ["one"], ["one", "two"]])
-def test_of_several_adapters_one_has_to_be_chosen(names):
-    model = nn.Linear(2, 2)
-    model.peft_config, model.active_adapters = {"one": None, "two": None}, names
-    if len(names) == 1:
-        assert trained_adapter(model) == "one"
-        return
-    with pytest.raises(ConfigurationError, match=rf"{len(names)} are active: .*set_adapter\(name\)"):
-        trained_adapter(model)
 
 
 def test_a_trainer_without_a_folder_writes_where_it_runs():

@@ -2,9 +2,11 @@
 
 import pytest
 from peft import get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from safedelta_hf.modules.adapters import active_adapters
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.modules.adapters import active_adapters, trained_adapter
 from tests.fixtures import adapters, tiny
 
 
@@ -34,3 +36,18 @@ def test_the_active_adapters_of_every_library_are_named(saved):
     ]
     wrapped.base_model.set_adapter(["other", "default"])
     assert active_adapters(wrapped) == ["other", "default"]
+
+
+def test_a_model_without_adapters_trains_none():
+    assert trained_adapter(nn.Linear(2, 2), "It") is None
+
+
+@pytest.mark.parametrize("names", [[], ["one"], ["one", "two"]])
+def test_of_several_adapters_one_has_to_be_chosen(names):
+    model = nn.Linear(2, 2)
+    model.peft_config, model.active_adapters = {"one": None, "two": None}, names
+    if len(names) == 1:
+        assert trained_adapter(model, "It") == "one"
+        return
+    with pytest.raises(ConfigurationError, match=rf"^It: .*{len(names)} are active: .*set_adapter\(name\)"):
+        trained_adapter(model, "It")

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from safedelta_hf.modules.names import canonical, parameter_aliases, parameter_names, without_wrappers
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.modules.names import bare, canonical, parameter_aliases, parameter_names, without_wrappers
 from tests.fixtures import tiny
 
 
@@ -43,3 +45,10 @@ def test_wrappers_are_gone_within_the_block_and_back_however_it_ends():
         assert [name for name, _ in bare.named_modules()] == plain
         raise ZeroDivisionError
     assert dict(model.named_modules()) == wrapped
+
+
+def test_a_compiled_model_is_the_one_that_was_compiled():
+    model = nn.Linear(2, 2)
+    assert bare(torch.compile(model), "It") is model is bare(model, "It")
+    with pytest.raises(ConfigurationError, match="^It: the Trainer passed no model"):
+        bare(None, "It")
