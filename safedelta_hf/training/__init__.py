@@ -1,12 +1,13 @@
 """Defences while training and in the training data, around any Trainer."""
 
+from safedelta_hf.training.angles import angle_curves
 from safedelta_hf.training.derta import derta_rows
 from safedelta_hf.training.freezing import FreezeSafetyLayers, freeze_layers, lora_layers
 from safedelta_hf.training.guard import add_guard_tokens, guard_rows
 from safedelta_hf.training.mixing import PAPER, balance, mix_safety, refusal_mix
 from safedelta_hf.training.projected import ProjectedTraining
 from safedelta_hf.training.rows import check_arguments
-from safedelta_hf.training.safety_layers import SafetyLayers, angle_curves, locate_safety_layers
+from safedelta_hf.training.safety_layers import SafetyLayers, locate_safety_layers
 from safedelta_hf.training.safety_probe import SafetyProbeConfig, with_safety_probe
 
 __all__ = [
