@@ -17,6 +17,10 @@ COMMANDS: Final = MappingProxyType(
             "Fine-tune the tiny model that comes with the package, with the callback, and show what it does to "
             "refusals.",
         ),
+        "refusals": (
+            "safedelta_hf.cli.refusals:refusals",
+            "Ask a model harmful prompts, and keep what it refuses as safety data.",
+        ),
         "profile": (
             "safedelta_hf.cli.profile:profile",
             "Collect the profile of a base model once, for every fine-tune of it.",

@@ -1,0 +1,79 @@
+"""`safedelta refusals`: safety data for a model of the user's, from its own answers."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from transformers.utils import logging
+
+from safedelta_hf.cli.options import one_line_errors
+from safedelta_hf.data.prompt_sets import PROMPT_SETS
+from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.evaluation import read_prompts
+from safedelta_hf.evaluation.questions import Prompt
+from safedelta_hf.evaluation.refusals import (
+    MAX_NEW_TOKENS,
+    Answers,
+    ModelAnswers,
+    ServerAnswers,
+    collect_refusals,
+    write_rows,
+)
+from safedelta_hf.modules.loading import load_model
+
+API_KEY: Final = "OPENAI_API_KEY"
+
+
+def refusals(
+    model: Annotated[str, typer.Option(help="Name or folder of the aligned model; with --server, its name there.")],
+    prompts: Annotated[
+        list[str],
+        typer.Option(help=f"File of harmful prompts, or the name of a set: {', '.join(PROMPT_SETS)}. May be repeated."),
+    ],
+    output: Annotated[Path, typer.Option(help="File of JSON lines to write; must not exist. A killed run goes on.")],
+    server: Annotated[
+        str | None, typer.Option(help=f"Address of an OpenAI-compatible server (vLLM); its key in ${API_KEY}.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask this many prompts, at most.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.", min=1)] = MAX_NEW_TOKENS,
+    batch_size: Annotated[int, typer.Option(help="Prompts per forward pass, or requests at once.", min=1)] = 8,
+) -> None:
+    """Ask a model harmful prompts, and keep what it refuses as safety data."""  # noqa: DOC501 - ends in one line
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with one_line_errors():
+        if output.exists():
+            raise ConfigurationError(f"--output {str(output)!r} exists; choose another, or remove it")
+        asked = _prompts(prompts)[:limit]
+        answers = _answers(model, server, max_new_tokens, batch_size)
+        log = output.with_name(f"{output.name}.answers.jsonl")
+        found = collect_refusals(answers, asked, log=log)
+        if not found.rows:
+            raise ConfigurationError(
+                f"{model} refused none of {found.asked} prompts, so there is nothing to protect; answers: {log}"
+            )
+        write_rows(found.rows, output)
+        share = found.share
+        typer.echo(
+            f"{len(found.rows)} of {found.asked} refused ({share.value:.1%}, 95 % interval {share.low:.1%} to "
+            f"{share.high:.1%})"
+        )
+        if found.warning:
+            typer.echo(f"Warning: {found.warning}.", err=True)
+        typer.echo(f"Written: {output}, {log}")
+
+
+def _prompts(names: list[str]) -> list[Prompt]:
+    found: dict[str, Prompt] = {}
+    for name in names:
+        rows = PROMPT_SETS[name].prompts() if name in PROMPT_SETS else name
+        found |= {prompt.text: prompt for prompt in read_prompts(rows, "--prompts")}
+    return list(found.values())
+
+
+def _answers(model: str, server: str | None, max_new_tokens: int, batch_size: int) -> Answers:
+    if server is not None:
+        key = os.environ.get(API_KEY)
+        return ServerAnswers(server, model, max_new_tokens=max_new_tokens, requests=batch_size, api_key=key)
+    loaded, tokenizer = load_model(model, "--model")
+    return ModelAnswers(loaded, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
