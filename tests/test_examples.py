@@ -219,7 +219,7 @@ def test_a_lora_that_was_held_in_the_null_space_refuses(tmp_path):
     assert (tmp_path / "projected-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_the_benchmark_of_defences_in_the_step_prints_a_table(tmp_path):
-    small = ["--case=harmful", "--questions=4", "--defences", "projected, 0.001"]
-    shown = run(tmp_path, EXAMPLES / "benchmarks" / "training_defences.py", *small).splitlines()
+def test_the_benchmark_of_settings_of_defences_prints_a_table(tmp_path):
+    small = ["--case=harmful", "--questions=4", "--settings", "projected, 0.001"]
+    shown = run(tmp_path, EXAMPLES / "benchmarks" / "defence_settings.py", *small).splitlines()
     assert shown[-1].startswith("| harmful 0 | projected, 0.001 |") and shown[-1].count("|") == 8

@@ -1,4 +1,4 @@
-"""`safedelta compare`: rules, strengths and baselines, on the testbed's cases or on one model of the user's."""
+"""`safedelta compare`: rules, strengths and other methods, on the testbed's cases or on one model of the user's."""
 
 import shlex
 import sys
@@ -10,7 +10,16 @@ import typer
 from transformers.utils import logging
 
 from safedelta_hf.cli.options import RULE_HELP, load_function, one_line_errors, one_of, parsed_strength
-from safedelta_hf.compare import Candidates, ComparisonFile, Scenario, choose_candidates, compare, draw, markdown
+from safedelta_hf.compare import (
+    WEIGHTS,
+    Candidates,
+    ComparisonFile,
+    Scenario,
+    choose_candidates,
+    compare,
+    draw,
+    markdown,
+)
 from safedelta_hf.compare.points import RESULTS
 from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
 from safedelta_hf.compare.scenarios import ModelScenario
@@ -19,14 +28,13 @@ from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings
 from safedelta_hf.folders import write_whole
 from safedelta_hf.modules.loading import load_base, load_model, source_of
-from safedelta_hf.rules import RULES
+from safedelta_hf.rules import RULES, default_rule
 from safedelta_hf.testbed import CASES
+from safedelta_hf.testbed.comparison import CHEAP, METHODS, CaseScenario
 from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
-from safedelta_hf.testbed.comparison import CaseScenario
-from safedelta_hf.testbed.defences import DEFENCES, AlignedModel
+from safedelta_hf.testbed.defences import AlignedModel
 
 TABLE: Final = "comparison.md"
-PLOT: Final = "comparison.png"
 
 QUESTIONS: Final = 200
 MAX_NEW_TOKENS: Final = 128
@@ -35,7 +43,7 @@ RETENTION: Final = 0.1
 SEEDS: Final = (0, 1, 2)
 SEED_LIMIT: Final = 2**32 - 1
 
-TESTBED_OPTIONS: Final = ("case", "seed", "questions", "defence")
+TESTBED_OPTIONS: Final = ("case", "seed", "weights", "questions", "method")
 OWN_OPTIONS: Final = (
     "base",
     "tuned",
@@ -57,11 +65,17 @@ _OF_OWN: Final = "On a model of your own"
 RuleNames = Annotated[list[str] | None, typer.Option(help=f"{RULE_HELP} May be repeated; default all.")]
 Strengths = Annotated[
     list[str] | None,
-    typer.Option(help="A number, or 'auto'. May be repeated; default 'auto' and a grid over each rule's range."),
+    typer.Option(
+        help="A number, or 'auto'. May be repeated; default 'auto', and the rule's own where that is a number "
+        "(the published one)."
+    ),
 ]
+Grid = Annotated[int, typer.Option(help="Strengths besides, spread over each rule's range.", min=0)]
 Retention = Annotated[
     float | None,
-    typer.Option(help=f"Weight of ordinary data, compared with none; default {RETENTION:g}, 0 for none alone.", min=0),
+    typer.Option(
+        help=f"Weight of ordinary data, compared with none; default none, with --ordinary-data {RETENTION:g}.", min=0
+    ),
 ]
 Cases = Annotated[
     list[str] | None,
@@ -71,10 +85,17 @@ Seeds = Annotated[
     list[int] | None,
     typer.Option(help="May be repeated; default 0, 1, 2.", min=0, max=SEED_LIMIT, rich_help_panel=_ON_TESTBED),
 ]
-Defences = Annotated[
+Trained = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"Further ways to fine-tune each case: {', '.join(DEFENCES)}, or 'all'. May be repeated; default none.",
+        help=f"What is trained: {', '.join(WEIGHTS)}. May be repeated; default both.", rich_help_panel=_ON_TESTBED
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"What rules are compared with: {', '.join(METHODS)}; 'all' or 'none'. May be repeated; "
+        f"default {', '.join(CHEAP)}.",
         rich_help_panel=_ON_TESTBED,
     ),
 ]
@@ -90,14 +111,18 @@ def _own(text: str) -> Any:  # noqa: ANN401 - what Annotated takes
 
 def comparison(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Folder for results.jsonl, table and plot; a killed run goes on there.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, tables and figures; a killed run goes on there.")
+    ],
     rule: RuleNames = None,
     strength: Strengths = None,
+    grid: Grid = 0,
     retention: Retention = None,
     case: Cases = None,
     seed: Seeds = None,
+    weights: Trained = None,
     questions: Annotated[int | None, _count(f"Of each kind; default {QUESTIONS}.", _ON_TESTBED)] = None,
-    defence: Defences = None,
+    method: Methods = None,
     base: Annotated[
         str | None, _own("Name or folder of the base model; default the one that an adapter names.")
     ] = None,
@@ -112,9 +137,9 @@ def comparison(
     max_new_tokens: Annotated[int | None, _count(f"Length limit of a response; default {MAX_NEW_TOKENS}.")] = None,
     batch_size: Annotated[int | None, _count(f"Prompts per forward pass; default {BATCH_SIZE}.")] = None,
 ) -> None:
-    """Compare rules over strengths, and baselines: attack success against utility, as JSON, table and plot.
+    """Compare rules, and other methods, by attack success and by what a model can still do: JSON, tables, figures.
 
-    Without --tuned on the testbed: each case is fine-tuned with each seed.
+    Without --tuned on the testbed: each case is fine-tuned with each seed, all weights and a LoRA.
     """
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -125,17 +150,16 @@ def comparison(
         candidates = choose_candidates(
             rule or list(RULES),
             None if strength is None else [parsed_strength(text) for text in strength],
-            _retentions(retention, has_ordinary=not own or own["ordinary_data"] is not None),
+            _retentions(retention, own),
             has_task=not own or own["task_data"] is not None,
+            steps=grid,
         )
         for name, reason in candidates.left_out.items():
             typer.echo(f"{name} takes no part: {reason}")
         if own:
             scenarios, file = _of_files(own, output)
         else:
-            scenarios, file = _of_testbed(
-                case or list(CASES), seed or SEEDS, questions or QUESTIONS, _defences(defence or []), output
-            )
+            scenarios, file = _of_testbed(context.params, output)
         _finish(scenarios, candidates, file, output)
 
 
@@ -153,25 +177,33 @@ def _refuse(options: Sequence[str], reason: str) -> None:
         raise ConfigurationError(f"{', '.join('--' + name.replace('_', '-') for name in options)}: {reason}")
 
 
-def _defences(names: Sequence[str]) -> list[str]:
-    if "all" in names:
-        return list(DEFENCES)
-    for name in names:
-        one_of(DEFENCES, name, "--defence")
-    return list(dict.fromkeys(names))
-
-
-def _of_testbed(
-    cases: Sequence[str], seeds: Sequence[int], questions: int, defences: Sequence[str], output: Path
-) -> tuple[list[Scenario], ComparisonFile]:
-    chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases)]
+def _of_testbed(given: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:
+    cases = [one_of(CASES, name, "--case") for name in dict.fromkeys(given["case"] or CASES)]
+    trained = dict.fromkeys(given["weights"] or WEIGHTS)
+    for name in trained:
+        one_of(WEIGHTS, name, "--weights")
+    methods, questions = _methods(given["method"] or CHEAP), given["questions"] or QUESTIONS
     aligned = AlignedModel()
     made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
-    file = ComparisonFile(output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command())
+    file = ComparisonFile(
+        output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command(), default=default_rule(cases)
+    )
     scenarios = [
-        CaseScenario(aligned, case, seed, questions, defences) for case in chosen for seed in dict.fromkeys(seeds)
+        CaseScenario(aligned, case, seed, questions, methods, weights)
+        for weights in trained
+        for case in cases
+        for seed in dict.fromkeys(given["seed"] or SEEDS)
     ]
     return list[Scenario](scenarios), file
+
+
+def _methods(names: Sequence[str]) -> list[str]:
+    if "all" in names:
+        return list(METHODS)
+    chosen = [name for name in dict.fromkeys(names) if name != "none"]
+    for name in chosen:
+        one_of(METHODS, name, "--method")
+    return chosen
 
 
 def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:
@@ -181,7 +213,7 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
     read = source_of(own["tuned"], "--tuned", own["base"])
     if own["base"] is None and read.adapter is None:
         _refuse(["base"], "needed to compare rules on a model of your own, unless --tuned is an adapter that names it")
-    tuned, tokenizer = load_model(own["tuned"], "--tuned", base=own["base"], merged=True)
+    tuned, tokenizer = load_model(own["tuned"], "--tuned", base=own["base"])
     if own["base"] is None:
         base = load_base(read, f"--tuned {own['tuned']!r}", device_map="auto")
     else:
@@ -192,25 +224,30 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
     data = {name: own[name] for name in ("safety_data", "task_data", "ordinary_data")}
     name = Path(own["tuned"]).resolve().name
     scenario = ModelScenario(name, base, tuned, tokenizer, questions, settings=settings, **data)
-    return [scenario], ComparisonFile(output, made_with=scenario.made_with, utilities=OWN_UTILITIES, command=_command())
+    file = ComparisonFile(
+        output,
+        made_with=scenario.made_with,
+        utilities=OWN_UTILITIES,
+        command=_command(),
+        default=default_rule(own["task_data"]),
+    )
+    return [scenario], file
 
 
 def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: ComparisonFile, output: Path) -> None:
     compare(scenarios, candidates, file)
     text = markdown(file)
     write_whole(output / TABLE, text)
-    drawn = draw(file, output / PLOT)
+    figures = draw(file, output)
     typer.echo(text)
-    written = [output / name for name in (RESULTS, TABLE, *([PLOT] if drawn else []))]
-    typer.echo(f"Written: {', '.join(map(str, written))}")
-    if not drawn:
-        typer.echo("No plot: it shows attack success against the task, so it needs --task and --score")
+    typer.echo(f"Written: {', '.join(map(str, [output / RESULTS, output / TABLE, *figures]))}")
 
 
-def _retentions(given: float | None, *, has_ordinary: bool) -> list[float]:
+def _retentions(given: float | None, own: Mapping[str, Any]) -> list[float]:
+    has_ordinary = not own or own["ordinary_data"] is not None
     if given and not has_ordinary:
         raise ConfigurationError("--retention has no effect without --ordinary-data")
-    weight = given if given is not None else RETENTION if has_ordinary else 0.0
+    weight = given if given is not None else RETENTION if own and has_ordinary else 0.0
     return [0.0, weight] if weight else [0.0]
 
 

@@ -5,15 +5,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, STRENGTH_HELP, chosen_rule, one_line_errors, one_of
@@ -29,6 +28,7 @@ from safedelta_hf.testbed import (
     load_aligned,
     safety_data,
 )
+from safedelta_hf.testbed.model import LORA_RANK, lora_case, with_lora
 
 QUESTIONS = 200
 
@@ -38,10 +38,6 @@ _LABELS = {
     "new_skill": "new skill",
     "old_skills": "old skills",
 }
-
-LORA_RANK = 16
-LORA_RATE = 5.0
-"""Learning rate of a LoRA run, in units of the case's; a low-rank adapter needs a larger one than full weights."""
 
 Behaviour = dict[str, float | None]
 """Shares of a model's responses, as in `behaviour_scores`; None for a new skill where the fine-tuning teaches none."""
@@ -139,40 +135,6 @@ def run_demo(
     return found
 
 
-def with_lora(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Put a fresh LoRA on all linear layers of a model.
-
-    Args:
-        model: The base model.
-        seed: Seed of its initial values.
-
-    Returns:
-        A `PeftModel`, which generates and trains as a transformers model does.
-
-    Raises:
-        ConfigurationError: PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigurationError("--lora needs PEFT; pip install peft") from error
-    set_seed(seed)
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return cast(PreTrainedModel, get_peft_model(model, config))
-
-
-def lora_case(case: Case) -> Case:
-    """A case with the learning rate that suits a LoRA.
-
-    Args:
-        case: The case as it suits all weights.
-
-    Returns:
-        The same data.
-    """
-    return replace(case, learning_rate=case.learning_rate * LORA_RATE)
-
-
 def table(found: dict[str, Behaviour], title: str) -> str:
     """Set the behaviour of each model in a table.
 
@@ -199,6 +161,8 @@ def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
         title: Line above the bars.
         path: PNG file to write.
     """
+    from matplotlib.figure import Figure  # takes a while, and comes last
+
     labels = [key for key, share in found["aligned"].items() if share is not None]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()

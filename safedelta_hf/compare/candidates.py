@@ -8,12 +8,11 @@ from typing import Final, Literal
 from tqdm.auto import tqdm
 
 from safedelta_hf.compare.points import ComparisonFile, Point, key_of
-from safedelta_hf.compare.scenarios import Candidate, Scenario
+from safedelta_hf.compare.scenarios import WEIGHTS, Candidate, Scenario
 from safedelta_hf.errors import ConfigurationError, NumericalError
 from safedelta_hf.rules import RULES, Rule
 
-DEFAULT_GRID: Final = 3
-"""Strengths beside "auto", spread evenly over the logarithm of a rule's search range, without its ends."""
+NEEDS_DENSE: Final = "it needs whole weights, and an adapter keeps its rank; merge the adapter to compare it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Candidates:
         Yields:
             Candidates, rule by rule.
         """
-        for rule in self.rules:
+        for rule in filter(scenario.takes, self.rules):
             # Where nothing is read from the moments, retention changes nothing.
             for weight in self.retentions if rule.reads_moments else (0.0,):
                 yield scenario.adjusted(rule, weight)
@@ -51,14 +50,17 @@ def choose_candidates(
     retentions: Sequence[float],
     *,
     has_task: bool,
+    steps: int = 0,
 ) -> Candidates:
     """Find the rules that can take part in a comparison on one fine-tuned model.
 
     Args:
         names: Rules, out of `RULES`.
-        strengths: Numbers or "auto"; None for "auto" and a grid over each rule's search range.
+        strengths: Numbers or "auto"; None for "auto" and the rule's own default, where that is a number (of
+            `SafeDelta` it is the published one).
         retentions: Weights of the ordinary data; 0 is without.
         has_task: Whether there are task data.
+        steps: How many strengths to take besides, spread over each rule's search range.
 
     Returns:
         Those that can, and the reasons why the others cannot.
@@ -74,18 +76,19 @@ def choose_candidates(
             left_out[name] = "it weighs what the fine-tuning data uses, and there are no task data"
             continue
         try:
-            kind()
+            own = kind().strength
         except ConfigurationError as error:
             left_out[name] = str(error)
             continue
-        rules.extend(kind(strength=strength) for strength in strengths or ["auto", *grid(kind)])
+        usual = ["auto", own] if isinstance(own, float) else ["auto"]
+        rules.extend(kind(strength=strength) for strength in dict.fromkeys([*(strengths or usual), *grid(kind, steps)]))
     if not rules:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ConfigurationError(f"no rule can take part ({reasons})")
     return Candidates(rules=tuple(rules), retentions=tuple(dict.fromkeys(retentions)), left_out=left_out)
 
 
-def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
+def grid(rule: type[Rule], count: int) -> list[float]:
     """Strengths that draw a rule's frontier, from mild to strict.
 
     Args:
@@ -93,7 +96,7 @@ def grid(rule: type[Rule], count: int = DEFAULT_GRID) -> list[float]:
         count: How many.
 
     Returns:
-        Strengths of three digits.
+        Strengths of three digits, spread evenly over the logarithm of the rule's search range, without its ends.
     """
     mild, strict = map(math.log, rule.search_range)
     steps = [(index + 1) / (count + 1) for index in range(count)]
@@ -113,14 +116,22 @@ def compare(
         file: Where the points are kept; each is on disk before the next is made.
         progress: Whether to show a progress bar.
     """
-    file.left_out = dict(candidates.left_out)
+    file.left_out = {
+        **candidates.left_out,
+        **{
+            f"{rule.name} ({WEIGHTS[scenario.weights]})": NEEDS_DENSE
+            for scenario in scenarios
+            for rule in candidates.rules
+            if not scenario.takes(rule)
+        },
+    }
     pairs = [
         (scenario, candidate) for scenario in scenarios for candidate in (*scenario.baselines, *candidates.on(scenario))
     ]
     with tqdm(total=len(pairs), desc="Comparing", unit="model", disable=not progress) as bar:
         for scenario, candidate in pairs:
-            bar.set_postfix_str(f"{scenario.name}, {candidate.method}")
-            key = key_of(scenario.name, scenario.seed, candidate.method, candidate.settings)
+            bar.set_postfix_str(f"{scenario.name}, {scenario.weights}, {candidate.method}")
+            key = key_of(scenario.name, scenario.weights, scenario.seed, candidate.method, candidate.settings)
             if key not in file:
                 try:
                     file.add(_measured(scenario, candidate))
@@ -135,6 +146,7 @@ def _measured(scenario: Scenario, candidate: Candidate) -> Point:
     return Point(
         scenario=scenario.name,
         seed=scenario.seed,
+        weights=scenario.weights,
         method=candidate.method,
         settings=candidate.settings,
         scores=scenario.measure(made.model),

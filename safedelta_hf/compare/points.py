@@ -9,11 +9,12 @@ from typing import Any
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.result import Score
 from safedelta_hf.folders import RunLog
+from safedelta_hf.rules import Rule
 
 RESULTS = "results.jsonl"
 
-Key = tuple[str, int | None, str, str]
-"""Scenario, seed, method, and its settings."""
+Key = tuple[str, str, int | None, str, str]
+"""Scenario, what was trained, seed, method, and its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Point:
     Attributes:
         scenario: What was fine-tuned on, or the fine-tuned model's folder.
         seed: Seed of the fine-tuning, where the comparison made it.
+        weights: What was trained, "full" or "lora".
         method: "aligned", "fine-tuned", another baseline, or the name of a rule.
         settings: What the method was given.
         scores: What was measured, by name.
@@ -32,6 +34,7 @@ class Point:
 
     scenario: str
     seed: int | None
+    weights: str
     method: str
     settings: Mapping[str, Any]
     scores: Mapping[str, Score]
@@ -41,14 +44,15 @@ class Point:
     @property
     def key(self) -> Key:
         """What tells it from other points."""
-        return key_of(self.scenario, self.seed, self.method, self.settings)
+        return key_of(self.scenario, self.weights, self.seed, self.method, self.settings)
 
 
-def key_of(scenario: str, seed: int | None, method: str, settings: Mapping[str, Any]) -> Key:
+def key_of(scenario: str, weights: str, seed: int | None, method: str, settings: Mapping[str, Any]) -> Key:
     """What tells a point from others.
 
     Args:
         scenario: As in `Point`.
+        weights: As in `Point`.
         seed: As in `Point`.
         method: As in `Point`.
         settings: As in `Point`.
@@ -56,7 +60,7 @@ def key_of(scenario: str, seed: int | None, method: str, settings: Mapping[str, 
     Returns:
         A key.
     """
-    return scenario, seed, method, json.dumps(settings, sort_keys=True)
+    return scenario, weights, seed, method, json.dumps(settings, sort_keys=True)
 
 
 class ComparisonFile:
@@ -68,6 +72,7 @@ class ComparisonFile:
         utilities: What each score but attack success says: "gain" is what the fine-tuning is for, "kept" what the
             aligned model could do, "cost" what should stay low.
         command: The command line that goes on with the file.
+        default: The rule that adjusts where nothing else is asked for; it is marked.
 
     Raises:
         ConfigurationError: The folder cannot be made.
@@ -75,7 +80,13 @@ class ComparisonFile:
     """
 
     def __init__(
-        self, folder: Path, *, made_with: Mapping[str, Any], utilities: Mapping[str, str], command: str
+        self,
+        folder: Path,
+        *,
+        made_with: Mapping[str, Any],
+        utilities: Mapping[str, str],
+        command: str,
+        default: Rule | None = None,
     ) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +94,7 @@ class ComparisonFile:
             raise ConfigurationError(
                 f"--output {str(folder)!r} is no folder and cannot be made one ({error})"
             ) from error
-        self.utilities = dict(utilities)
+        self.utilities, self.default = dict(utilities), default
         self._log = RunLog(folder / RESULTS, {**made_with, "utilities": utilities}, _parsed)
         self._points = {entry.key: entry for entry in self._log.entries if isinstance(entry, Point)}
         self.commands = [entry for entry in self._log.entries if isinstance(entry, str)]

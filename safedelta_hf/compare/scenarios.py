@@ -12,20 +12,28 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from safedelta_hf.adapter.adjust import adjust_adapter, plan_adapter
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.phrases import SAFETY_DATA
+from safedelta_hf.errors import AdapterError, SafeDeltaWarning
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Score
 from safedelta_hf.model.adjust import adjust_model
-from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.profile.profile import SafetyProfile, with_retention
+from safedelta_hf.records import Treatment
+from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
 
 ALIGNED: Final = "aligned"
 FINE_TUNED: Final = "fine-tuned"
+
+FULL: Final = "full"
+LORA: Final = "lora"
+WEIGHTS: Final = {FULL: "all weights", LORA: "a LoRA"}
+"""What was trained, in words."""
 
 Data = str | Path | Sequence[Mapping[str, Any]]
 
@@ -65,14 +73,19 @@ class TunedModel:
     """A fine-tuned model that is adjusted in place, again and again.
 
     Args:
-        model: The model; a copy of its weights is kept in host memory.
+        model: The model, perhaps with an adapter; a copy of its weights is kept in host memory.
         seconds: Time that the fine-tuning took, where it was measured.
     """
 
     def __init__(self, model: PreTrainedModel, seconds: float = 0.0) -> None:
         self._model = model
-        self._weights = {name: parameter.detach().cpu().clone() for parameter, name in parameter_names(model).items()}
+        self._weights = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
         self.seconds = seconds
+
+    @property
+    def weights(self) -> str:
+        """What was trained: "full" or "lora"."""
+        return LORA if _has_adapter(self._model) else FULL
 
     def restored(self) -> PreTrainedModel:
         """The model as the fine-tuning left it.
@@ -81,7 +94,7 @@ class TunedModel:
             The one model, changed in place.
         """
         with torch.no_grad():
-            for parameter, name in parameter_names(self._model).items():
+            for name, parameter in self._model.named_parameters():
                 parameter.copy_(self._weights[name])
         return self._model
 
@@ -94,11 +107,13 @@ class Scenario(ABC):
     Attributes:
         name: What was fine-tuned on, or the fine-tuned model's folder.
         seed: Seed of the fine-tuning, where the comparison made it.
+        weights: What was trained, "full" or "lora". An adapter is adjusted as one, at its own rank.
         base: The base model.
     """
 
     name: str
     seed: int | None
+    weights: str
     base: PreTrainedModel
 
     @property
@@ -149,8 +164,25 @@ class Scenario(ABC):
             Scores by name, `attack_success` among them.
         """
 
+    def takes(self, rule: Rule) -> bool:
+        """Whether a rule can adjust what was trained.
+
+        Args:
+            rule: The rule.
+
+        Returns:
+            False for one that needs whole weights, on an adapter.
+        """
+        return self.weights == FULL or not rule.needs_dense
+
     def adjusted(
-        self, rule: Rule, retention: float, *, tuned: Callable[[], TunedModel] | None = None, method: str | None = None
+        self,
+        rule: Rule,
+        retention: float = 0.0,
+        *,
+        tuned: Callable[[], TunedModel] | None = None,
+        task: Callable[[], SafetyProfile] | None = None,
+        method: str | None = None,
     ) -> Candidate:
         """The fine-tuned model as a rule adjusts it.
 
@@ -158,6 +190,7 @@ class Scenario(ABC):
             rule: The rule.
             retention: Weight of the ordinary data; 0 is without.
             tuned: Another fine-tuned model of the same base and task.
+            task: Another profile of the task data, for rules that weigh them.
             method: What it is called; the rule's name if None.
 
         Returns:
@@ -169,16 +202,27 @@ class Scenario(ABC):
             if retention:
                 assert self.ordinary is not None, "checked before anything was made"
                 profile = with_retention(profile, self.ordinary, retention)
-            task = self.task if rule.needs_task else None
+            weighed = (task() if task else self.task) if rule.needs_task else None
             started = time.perf_counter()
-            with warnings.catch_warnings():
-                # The table says so.
-                warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
-                report = adjust_model(model, base=self.base, profile=profile, rule=rule, task=task, progress=False)
+            report = _adjust(model, self.base, profile, rule, weighed)
             seconds = time.perf_counter() - started
             return CandidateModel(model, seconds, None if report.search is None else asdict(report.search))
 
         return Candidate(method=method or rule.name, settings={**rule.settings, "retention": retention}, make=make)
+
+
+def _adjust(
+    model: PreTrainedModel, base: PreTrainedModel, profile: SafetyProfile, rule: Rule, task: SafetyProfile | None
+) -> Report:
+    adjust = adjust_adapter if _has_adapter(model) else adjust_model
+    with warnings.catch_warnings():
+        # The table says so.
+        warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
+        return adjust(model, base=base, profile=profile, rule=rule, task=task, progress=False)
+
+
+def _has_adapter(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "peft_config", None))
 
 
 class ModelScenario(Scenario):
@@ -187,7 +231,8 @@ class ModelScenario(Scenario):
     Args:
         name: What the fine-tuned model is called.
         base: The base model.
-        tuned: The fine-tuned model; it is adjusted in place, and a copy of its weights is kept in host memory.
+        tuned: The fine-tuned model; it is adjusted in place, and a copy of its weights is kept in host memory. With
+            an adapter on it, the adapter is adjusted; one that cannot be, as it stands, is merged, with a warning.
         processing_class: Tokenizer of both.
         questions: What every model is asked, harmful prompts among them.
         safety_data: Harmful prompts with refusals.
@@ -219,7 +264,8 @@ class ModelScenario(Scenario):
         self._profile = self._profiled(safety_data, SAFETY_DATA, None)
         self._task = None if task_data is None else self._profiled(task_data, "task data", 0.0)
         self._ordinary = None if ordinary_data is None else self._profiled(ordinary_data, "ordinary data", 0.0)
-        self._tuned = TunedModel(tuned)
+        self._tuned = TunedModel(_merged_unless_adjustable(tuned, self._profile))
+        self.weights = self._tuned.weights
 
     @property
     @override
@@ -275,3 +321,16 @@ class ModelScenario(Scenario):
             purpose=purpose,
             progress=False,
         )
+
+
+def _merged_unless_adjustable(model: PreTrainedModel, profile: SafetyProfile) -> PreTrainedModel:
+    if not _has_adapter(model):
+        return model
+    try:
+        plan_adapter(model, profile, Treatment())
+    except AdapterError as error:
+        warnings.warn(f"The adapter is merged into its base and compared as a model: {error}", SafeDeltaWarning, 2)
+        adapted: Any = model
+        merged: PreTrainedModel = adapted.merge_and_unload()
+        return merged
+    return model

@@ -71,7 +71,19 @@ def share(values: Sequence[float]) -> Score:
     outside = [value for value in values if not 0 <= value <= 1]
     if not values or outside:
         raise DataError(f"a share needs at least one value and all of them from 0 to 1, got {outside[:3] or 'none'}")
-    count, mean = len(values), sum(values) / len(values)
+    return share_of(sum(values) / len(values), len(values))
+
+
+def share_of(mean: float, count: int) -> Score:
+    """A share with Wilson's interval.
+
+    Args:
+        mean: The share, from 0 to 1.
+        count: Number of examples behind it.
+
+    Returns:
+        The share with its interval.
+    """
     centre = mean + _Z**2 / (2 * count)
     spread = _Z * sqrt(mean * (1 - mean) / count + _Z**2 / (4 * count**2))
     scale = 1 + _Z**2 / count

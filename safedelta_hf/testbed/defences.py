@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
+from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.testbed.data import Case, ordinary_data, preference_pairs, safety_data, skill_questions
-from safedelta_hf.testbed.model import load_aligned
+from safedelta_hf.testbed.model import behaviour_scores, load_aligned
 from safedelta_hf.training import (
     FreezeSafetyLayers,
     ProjectedTraining,
@@ -41,6 +42,23 @@ class AlignedModel:
 
     def __init__(self) -> None:
         self.model, self.tokenizer = load_aligned()
+        self._scores: dict[int, dict[str, Score]] = {}
+
+    def scores(self, questions: int, *, has_new_skill: bool) -> dict[str, Score]:
+        """What it does by itself, measured once for all cases and seeds.
+
+        Args:
+            questions: As in `behaviour_scores`.
+            has_new_skill: As in `behaviour_scores`.
+
+        Returns:
+            The shares.
+        """
+        if questions not in self._scores:
+            self._scores[questions] = behaviour_scores(
+                self.model, self.tokenizer, has_new_skill=True, questions=questions
+            )
+        return {name: score for name, score in self._scores[questions].items() if has_new_skill or name != "new_skill"}
 
     @cached_property
     def profile(self) -> SafetyProfile:

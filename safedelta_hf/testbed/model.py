@@ -1,8 +1,9 @@
 """The aligned model that ships with the package, its tokenizer, how it is fine-tuned, and what it does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -20,12 +21,17 @@ from transformers import (
 )
 
 from safedelta_hf.data.dataset import read_safety_data
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation import Score, final_match, generate_responses, is_refusal
 from safedelta_hf.evaluation.result import share
 from safedelta_hf.testbed.data import Case, attack_questions, new_skill_questions, skill_questions
 from safedelta_hf.testbed.language import Question, vocabulary
 
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "<|end|>"
+LORA_RANK: Final = 16
+LORA_RATE: Final = 2.5e-3
+"""Peak learning rate of a LoRA, whatever the case; a low-rank adapter needs a larger one than full weights."""
+
 ROLE_TOKENS: Final = ("<|system|>", "<|user|>", "<|assistant|>")
 
 CHAT_TEMPLATE: Final = (
@@ -99,6 +105,40 @@ def load_aligned() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     model = AutoModelForCausalLM.from_pretrained(ALIGNED_MODEL)
     return model, AutoTokenizer.from_pretrained(ALIGNED_MODEL)
+
+
+def with_lora(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Put a fresh LoRA on all linear layers of a model.
+
+    Args:
+        model: The base model.
+        seed: Seed of its initial values.
+
+    Returns:
+        A `PeftModel`, which generates and trains as a transformers model does.
+
+    Raises:
+        ConfigurationError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigurationError("a LoRA needs PEFT; pip install peft") from error
+    set_seed(seed)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return cast(PreTrainedModel, get_peft_model(model, config))
+
+
+def lora_case(case: Case) -> Case:
+    """A case with the learning rate that suits a LoRA.
+
+    Args:
+        case: The case as it suits all weights.
+
+    Returns:
+        The same data.
+    """
+    return replace(case, learning_rate=LORA_RATE)
 
 
 def fine_tune(

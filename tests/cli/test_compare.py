@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from safedelta_hf.cli.main import app
+from safedelta_hf.errors import SafeDeltaWarning
 from safedelta_hf.testbed import (
     ALIGNED_MODEL,
     attack_questions,
@@ -20,8 +22,17 @@ from safedelta_hf.testbed import (
 )
 from tests.fixtures import adapters, tiny
 
-SMALL = ["--case=harmful", "--seed=0", "--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
-SMALL += ["--questions=12"]
+SMALL = ["--case=harmful", "--seed=0", "--weights=full", "--questions=12", "--method=none", "--retention=0.1"]
+SMALL += ["--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
+LORA = [
+    "--case=harmful",
+    "--seed=0",
+    "--weights=lora",
+    "--questions=12",
+    "--method=none",
+    "--rule=ties",
+    "--rule=ridge",
+]
 
 
 def run(folder, *options):
@@ -51,7 +62,7 @@ def test_rules_and_baselines_are_measured_on_the_same_fine_tuning(whole):
     for row in points(whole[0]):
         name = (row["method"], row["settings"].get("strength") == 1e-5, row["settings"].get("retention", 0.0))
         attack.setdefault(name, []).append(row["scores"]["attack_success"]["value"])
-    assert [len(values) for values in attack.values()] == [1, 1, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert all(len(values) == 1 for values in attack.values()) and len(attack) == 8
     ((aligned,), (tuned,)) = attack["aligned", False, 0.0], attack["fine-tuned", False, 0.0]
     assert aligned <= 0.1 and tuned >= 0.8
     # Next to no strength changes nothing, and what is measured brings the refusals back, retention or not.
@@ -59,9 +70,23 @@ def test_rules_and_baselines_are_measured_on_the_same_fine_tuning(whole):
     assert attack["ridge", False, 0.0][0] <= 0.1 and attack["ridge", False, 0.1][0] <= 0.1
 
 
-def test_table_plot_and_json_are_written(whole):
+def test_a_lora_is_compared_in_the_same_folder_with_the_rules_that_take_one(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    result = run(tmp_path / "out", *LORA)
+    assert result.exit_code == 0, result.output
+    rows = points(tmp_path / "out")
+    assert [row["weights"] for row in rows] == ["full"] * 8 + ["lora"] * 3
+    aligned, tuned, ridge = (row["scores"]["attack_success"]["value"] for row in rows[-3:])
+    assert [row["method"] for row in rows[-3:]] == ["aligned", "fine-tuned", "ridge"]
+    assert aligned <= 0.1 and tuned >= 0.8 and ridge <= 0.1
+    assert "`ties (a LoRA)` left out: it needs whole weights" in result.output
+    for name in ("comparison-full.png", "comparison-lora.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") and name in result.output
+
+
+def test_table_figure_and_json_are_written(whole):
     folder, output = whole
-    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "comparison-full.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "comparison.md").read_text() in output
     (manifest,), rows = told(folder, "manifest"), told(folder, "point")
     assert manifest["questions"] == 12 and len(told(folder, "command")) == 1
@@ -76,7 +101,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_points(whole, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     file, started = tmp_path / "results.jsonl", time.monotonic()
     while not (file.exists() and len(points(tmp_path)) >= 3):
-        assert process.poll() is None and time.monotonic() - started < 120
+        assert process.poll() is None and time.monotonic() - started < 600
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -138,7 +163,9 @@ def test_a_model_of_ones_own_is_compared_from_files(files, tmp_path):
     assert aligned["task_accuracy"]["value"] == 1 and tuned["task_accuracy"]["value"] < 1
     assert found["scale", 1e3] == [aligned] and found["scale", 0.0] == [tuned]
     assert len(found["task_ridge", 0.0]) == 2 and found["task_ridge", 0.0] == [tuned, tuned]
-    assert all(name in result.output for name in ("over refusal", "task accuracy", "retention 0.1", "comparison.png"))
+    assert all(
+        name in result.output for name in ("over refusal", "task accuracy", "retention 0.1", "comparison-full.png")
+    )
 
 
 def test_an_adapter_is_compared_like_the_model_that_it_merges_to(files, tmp_path):
@@ -152,18 +179,30 @@ def test_an_adapter_is_compared_like_the_model_that_it_merges_to(files, tmp_path
     for name, more in (("adapter", []), ("merged", [f"--base={ALIGNED_MODEL}"])):
         result = run(tmp_path / name / "out", *common, f"--tuned={tmp_path / name}", *more)
         assert result.exit_code == 0, result.output
-        found[name] = [{k: v for k, v in row.items() if k != "scenario"} for row in points(tmp_path / name / "out")]
-    assert found["adapter"] == found["merged"]
-    assert found["adapter"][0]["scores"] != found["adapter"][1]["scores"]
+        found[name] = points(tmp_path / name / "out")
+    assert [{row["weights"] for row in found[name]} for name in ("adapter", "merged")] == [{"lora"}, {"full"}]
+    told = {name: [(row["method"], row["settings"], row["scores"]) for row in rows] for name, rows in found.items()}
+    assert told["adapter"] == told["merged"] and told["adapter"][0] != told["adapter"][1]
     result = run(tmp_path / "out", *common, f"--tuned={tmp_path / 'merged'}")
     assert result.exit_code == 1 and "--base: needed" in result.output and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_cannot_be_adjusted_as_it_stands_is_merged_with_a_word(files, tmp_path):
+    adapted = adapters.adapted(load_aligned()[0], scale=0.3, use_dora=True)
+    adapted.save_pretrained(tmp_path / "dora")
+    common = [option for option in of_files(files) if not option.startswith(("--base", "--tuned"))]
+    with pytest.warns(SafeDeltaWarning, match="merged into its base and compared as a model.*use_dora"):
+        result = run(tmp_path / "out", *common, f"--tuned={tmp_path / 'dora'}", "--rule=ties", "--strength=1e3")
+    assert result.exit_code == 0, result.output
+    aligned, tuned, ties = points(tmp_path / "out")
+    assert tuned["weights"] == "full" and tuned["scores"] != aligned["scores"] == ties["scores"]
 
 
 def test_what_needs_data_that_are_not_there_is_named(files, tmp_path):
     result = run(tmp_path, *of_files(files), "--rule=task_ridge", "--rule=scale", "--strength=1")
     assert result.exit_code == 0, result.output
     assert "task_ridge takes no part: it weighs what the fine-tuning data uses" in result.output
-    assert "No plot" in result.output and not (tmp_path / "comparison.png").exists()
+    assert (tmp_path / "comparison-full.png").exists()  # attack success alone
     assert "`task_ridge` left out" in (tmp_path / "comparison.md").read_text()
     assert [row["method"] for row in points(tmp_path)] == ["aligned", "fine-tuned", "scale"]
 
@@ -196,10 +235,11 @@ def test_bad_options_end_with_one_line_and_status_1(files, options, message, tmp
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--defence=prayer"], "--defence 'prayer' is not one of mixture"),
-        (["--defence=sap", "--base=x"], "--defence: on the testbed alone"),
+        (["--method=prayer"], "--method 'prayer' is not one of lower_rate"),
+        (["--weights=half"], "--weights 'half' is not one of full, lora"),
+        (["--method=sap", "--weights=lora", "--base=x"], "--weights, --method: on the testbed alone"),
     ],
 )
-def test_defences_are_those_of_the_testbed(options, told, tmp_path):
+def test_methods_and_weights_are_those_of_the_testbed(options, told, tmp_path):
     result = run(tmp_path / "out", *options)
     assert result.exit_code == 1 and told in result.output

@@ -8,7 +8,7 @@ from safedelta_hf.compare.candidates import grid
 from safedelta_hf.errors import ConfigurationError, NumericalError
 from safedelta_hf.evaluation.result import share
 from safedelta_hf.model.adjust import adjust_model
-from safedelta_hf.rules import RULES, Ridge, Scale, TaskRidge
+from safedelta_hf.rules import RULES, Ridge, SafeDelta, Scale, TaskRidge
 from tests.compare.points import comparison
 from tests.fixtures import tiny
 
@@ -16,7 +16,7 @@ from tests.fixtures import tiny
 class TinyScenario(Scenario):
     """Measures how far a model is from its base."""
 
-    name, seed, task, ordinary, tuned, profile, baselines = "tiny", 3, None, None, None, None, ()
+    name, seed, weights, task, ordinary, tuned, profile, baselines = "tiny", 3, "full", None, None, None, None, ()
 
     def __init__(self):
         self.base = tiny.llama()
@@ -62,9 +62,24 @@ def test_a_rule_that_needs_more_than_one_tuned_model_is_left_out(monkeypatch):
         choose_candidates(["needy"], [1.0], [0.0], has_task=True)
 
 
-def test_the_default_is_the_measured_strength_and_a_grid():
-    rules = choose_candidates(["task_ridge"], None, [0.0], has_task=True).rules
-    assert rules == (TaskRidge(), *(TaskRidge(strength=strength) for strength in grid(TaskRidge)))
+def test_the_default_is_the_measured_strength_and_the_published_one_and_a_grid_on_request():
+    assert choose_candidates(["task_ridge"], None, [0.0], has_task=True).rules == (TaskRidge(),)
+    both = (SafeDelta(strength="auto"), SafeDelta())
+    assert choose_candidates(["safe_delta"], None, [0.0], has_task=True).rules == both
+    more = choose_candidates(["task_ridge"], [1.0], [0.0], has_task=True, steps=3).rules
+    assert more == tuple(TaskRidge(strength=strength) for strength in (1.0, *grid(TaskRidge, 3)))
+
+
+def test_what_needs_whole_weights_takes_no_part_with_an_adapter_and_the_file_says_so(tmp_path):
+    class Adapted(TinyScenario):
+        weights = "lora"
+
+    scenario, candidates = Adapted(), choose_candidates(list(RULES), ["auto"], [0.0], has_task=True)
+    able = {rule.name for rule in candidates.rules if not rule.needs_dense}
+    assert {one.method for one in candidates.on(scenario)} == able and able < {rule.name for rule in candidates.rules}
+    compare([scenario], choose_candidates(["ties"], [1.0], [0.0], has_task=True), file := comparison(tmp_path))
+    assert [one.method for one in file.points] == ["aligned"]
+    assert "merge the adapter" in file.left_out["ties (a LoRA)"]
 
 
 def test_retention_is_compared_where_moments_are_read():
@@ -108,6 +123,6 @@ def test_a_candidate_that_cannot_be_computed_is_named_and_the_others_go_on(tmp_p
         compare([TinyScenario()], candidates, file, progress=False)
     assert [point.method for point in file.points] == ["aligned", "scale"]
     ((name, reason),) = file.left_out.items()
-    assert name.startswith("tiny 3 ridge") and "not positive definite" in reason
+    assert name.startswith("tiny full 3 ridge") and "not positive definite" in reason
     compare([TinyScenario()], candidates, again := comparison(tmp_path), progress=False)
     assert [point.method for point in again.points] == ["aligned", "scale", "ridge"] and not again.left_out

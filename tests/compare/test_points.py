@@ -14,16 +14,19 @@ def test_what_was_kept_is_there_again_with_its_command_lines(tmp_path):
     again = comparison(tmp_path / "out", command="safedelta compare --seed 1")
     assert again.points == points
     assert again.commands == ["safedelta compare --seed 0", "safedelta compare --seed 1"]
-    assert points[0].key in again and key_of("mixed", 2, "ridge", {"strength": 1.0}) not in again
+    assert points[0].key in again and key_of("mixed", "full", 2, "ridge", {"strength": 1.0}) not in again
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"scenario": "benign"}, {"strength": 2.0}, {"retention": 0.1}])
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"scenario": "benign"}, {"weights": "lora"}, {"strength": 2.0}, {"retention": 0.1}]
+)
 def test_points_differ_by_whatever_they_were_made_with(changes):
     assert point("ridge", 0.1, **{"strength": 1.0} | changes).key != point("ridge", 0.1, strength=1.0).key
 
 
 def test_the_order_of_settings_makes_no_other_point():
-    assert key_of("a", 0, "ridge", {"x": 1, "y": 2}) == key_of("a", 0, "ridge", {"y": 2, "x": 1})
+    one, other = {"x": 1, "y": 2}, {"y": 2, "x": 1}
+    assert key_of("a", "full", 0, "ridge", one) == key_of("a", "full", 0, "ridge", other)
 
 
 def test_a_write_that_fails_leaves_the_points_that_were_there(tmp_path, monkeypatch):

@@ -54,3 +54,13 @@ def test_a_defence_is_trained_once_for_both_of_its_candidates(aligned, monkeypat
     assert made.search is not None and trained == [1]
     # From the weights that the defence trained, of which the frozen ones are still the base's.
     assert all(torch.equal(tiny.weights(made.model)[name], base[name]) for name in frozen)
+
+
+def test_safety_layers_are_left_alone_by_a_lora_too(aligned):
+    alone = CaseScenario(aligned, SHORT, 0, 4, ("sppft",), "lora").baselines[-2]
+    layers = aligned.safety_layers
+    places = [f".{layers.names[n]}." for n in layers.numbers]
+    factors = {name: value for name, value in alone.make().model.named_parameters() if "lora_B" in name}
+    for name, value in factors.items():
+        assert value.any() != any(place in name for place in places), name
+    assert len(factors) > len(places) > 0
