@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 from transformers.utils import logging
 
-from safedelta_hf.cli.options import RULE_HELP, load_function, one_line_errors, one_of, parsed_strength
+from safedelta_hf.cli.options import RULE_HELP, SORT_TASK_HELP, load_function, one_line_errors, one_of, parsed_strength
 from safedelta_hf.compare import Candidates, ComparisonFile, Scenario, choose_candidates, compare, draw, markdown
 from safedelta_hf.compare.points import RESULTS
 from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
@@ -94,6 +94,7 @@ def comparison(
     rule: RuleNames = None,
     strength: Strengths = None,
     retention: Retention = None,
+    sort_task: Annotated[bool, typer.Option(help=SORT_TASK_HELP)] = True,
     case: Cases = None,
     seed: Seeds = None,
     questions: Annotated[int | None, _count(f"Of each kind; default {QUESTIONS}.", _ON_TESTBED)] = None,
@@ -131,10 +132,15 @@ def comparison(
         for name, reason in candidates.left_out.items():
             typer.echo(f"{name} takes no part: {reason}")
         if own:
-            scenarios, file = _of_files(own, output)
+            scenarios, file = _of_files(own, output, sort_task=sort_task)
         else:
             scenarios, file = _of_testbed(
-                case or list(CASES), seed or SEEDS, questions or QUESTIONS, _defences(defence or []), output
+                case or list(CASES),
+                seed or SEEDS,
+                questions or QUESTIONS,
+                _defences(defence or []),
+                output,
+                sort_task=sort_task,
             )
         _finish(scenarios, candidates, file, output)
 
@@ -162,19 +168,28 @@ def _defences(names: Sequence[str]) -> list[str]:
 
 
 def _of_testbed(
-    cases: Sequence[str], seeds: Sequence[int], questions: int, defences: Sequence[str], output: Path
+    cases: Sequence[str],
+    seeds: Sequence[int],
+    questions: int,
+    defences: Sequence[str],
+    output: Path,
+    *,
+    sort_task: bool,
 ) -> tuple[list[Scenario], ComparisonFile]:
     chosen = [one_of(CASES, name, "--case") for name in dict.fromkeys(cases)]
     aligned = AlignedModel()
-    made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
+    digest = model_digest(aligned.model, aligned.tokenizer)
+    made_with = {"aligned": digest, "questions": questions, "sort_task": sort_task}
     file = ComparisonFile(output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command())
     scenarios = [
-        CaseScenario(aligned, case, seed, questions, defences) for case in chosen for seed in dict.fromkeys(seeds)
+        CaseScenario(aligned, case, seed, questions, defences, sort_task=sort_task)
+        for case in chosen
+        for seed in dict.fromkeys(seeds)
     ]
     return list[Scenario](scenarios), file
 
 
-def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:
+def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> tuple[list[Scenario], ComparisonFile]:
     # Everything that is small is read before anything that is large.
     score = None if own["score"] is None else load_function(own["score"], "--score")
     questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task"], score=score)
@@ -191,7 +206,7 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
     )
     data = {name: own[name] for name in ("safety_data", "task_data", "ordinary_data")}
     name = Path(own["tuned"]).resolve().name
-    scenario = ModelScenario(name, base, tuned, tokenizer, questions, settings=settings, **data)
+    scenario = ModelScenario(name, base, tuned, tokenizer, questions, settings=settings, sort_task=sort_task, **data)
     return [scenario], ComparisonFile(output, made_with=scenario.made_with, utilities=OWN_UTILITIES, command=_command())
 
 

@@ -17,6 +17,10 @@ COMMANDS: Final = MappingProxyType(
             "Fine-tune the tiny model that comes with the package, with the callback, and show what it does to "
             "refusals.",
         ),
+        "audit": (
+            "safedelta_hf.cli.audit:audit",
+            "Find the rows of a fine-tuning data set that the base would refuse, and how surely.",
+        ),
         "profile": (
             "safedelta_hf.cli.profile:profile",
             "Collect the profile of a base model once, for every fine-tune of it.",

@@ -14,6 +14,7 @@ from typing_extensions import override
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare import Candidate, CandidateModel, Scenario, TunedModel
+from safedelta_hf.errors import NothingLeftError
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.rules import TaskRidge
@@ -41,16 +42,24 @@ class CaseScenario(Scenario):
         seed: Seed of the data and of the training.
         questions: Number of questions of each kind.
         defences: Further ways to fine-tune it, out of `DEFENCES`; each is measured alone, and adjusted afterwards.
+        sort_task: Whether examples that the aligned model would refuse are left out of the task.
     """
 
     seed: int
 
     def __init__(
-        self, aligned: AlignedModel, case: Case, seed: int, questions: int, defences: Sequence[str] = ()
+        self,
+        aligned: AlignedModel,
+        case: Case,
+        seed: int,
+        questions: int,
+        defences: Sequence[str] = (),
+        *,
+        sort_task: bool = True,
     ) -> None:
         self.name, self.seed, self.base = case.name, seed, aligned.model
         self._aligned, self._case, self._questions = aligned, case, questions
-        self._defences = tuple(defences)
+        self._defences, self._sort_task = tuple(defences), sort_task
 
     @property
     @override
@@ -64,16 +73,20 @@ class CaseScenario(Scenario):
 
     @cached_property
     @override
-    def task(self) -> SafetyProfile:
+    def task(self) -> SafetyProfile | None:
         examples = self._case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
-        return collect_profile(
-            self.base,
-            examples,
-            self._aligned.tokenizer,
-            config=ProfileConfig(holdout=0.0),
-            purpose="task data",
-            progress=False,
-        )
+        try:
+            return collect_profile(
+                self.base,
+                examples,
+                self._aligned.tokenizer,
+                config=ProfileConfig(holdout=0.0),
+                purpose="task data",
+                sorted_by=safety_data() if self._sort_task else None,
+                progress=False,
+            )
+        except NothingLeftError:
+            return None  # a warning tells
 
     @cached_property
     @override
