@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,8 +157,8 @@ def test_a_sorted_task_is_the_profile_of_what_is_left_whatever_tells_how_the_bas
     settings = {"config": NOTHING_ASIDE, "purpose": "task data", "progress": False}
     found = collect_profile(tiny.llama(), PROMPTED, sorted_by=sorted_by, **settings)
     expected = collect_profile(tiny.llama(), PROMPTED[4:], **settings)
-    assert found.header.sorting.left_out == 4 and found.header.data == expected.header.data
-    assert same_moments(found, expected)
+    assert found.header.sorting.left_out == 4
+    assert same_moments(replace(found, header=replace(found.header, sorting=None)), expected)
     found.save(tmp_path / "task")
     assert SafetyProfile.load(tmp_path / "task").header == found.header
 
