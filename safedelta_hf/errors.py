@@ -32,6 +32,19 @@ class DataError(SafeDeltaError, ValueError):
     """The safety data cannot be read as conversations with a response."""
 
 
+class NothingLeftError(DataError):
+    """The base would refuse every example of a task, so there is no task to protect.
+
+    Args:
+        message: What was found.
+        sorting: The same as a record, where it is at hand.
+    """
+
+    def __init__(self, message: str, sorting: object = None) -> None:
+        super().__init__(message)
+        self.sorting = sorting
+
+
 class CaptureError(SafeDeltaError, RuntimeError):
     """The moments of a layer could not be collected."""
 

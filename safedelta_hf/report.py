@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from safedelta_hf.folders import write_whole
-from safedelta_hf.records import ParameterRecord, RuleRecord, StrengthSearch
+from safedelta_hf.records import ParameterRecord, RuleRecord, StrengthSearch, TaskSorting
 
 ROUNDING_SHARE = 0.01
 """Share of the fine-tuned model's safety loss that rounding may bring back without a warning."""
@@ -32,6 +32,8 @@ class Report:
         seconds: How long the callback took when training had ended; None of other ways. Equal reports may differ in it.
         unverified: Why nothing could tell that the weights were fine-tuned from the base that the profile was made of;
             empty where something did.
+        sorting: Which examples of the task the base would refuse, and what became of them, where the rule weighs a task
+            that was sorted, or would have.
     """
 
     rule: RuleRecord
@@ -43,6 +45,7 @@ class Report:
     search: StrengthSearch | None = None
     seconds: float | None = field(default=None, compare=False)
     unverified: str = ""
+    sorting: TaskSorting | None = None
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -60,7 +63,8 @@ class Report:
         doubt = f"base not verified: {self.unverified}." if self.unverified else ""
         # Where a strength was searched, refusals were measured with the weights as they were rounded.
         found = self._rounding_warning if self.search is None else self.search.warning
-        return " ".join(filter(None, (doubt, found)))
+        sorting = f"{self.sorting.warning}." if self.sorting is not None and self.sorting.warning else ""
+        return " ".join(filter(None, (doubt, found, sorting)))
 
     @property
     def _rounding_warning(self) -> str:
@@ -104,7 +108,10 @@ class Report:
         counts = {
             f"parameters_{name}": float(self.outcomes[name]) for name in ("adjusted", "kept", "reset", "unchanged")
         }
-        return {f"safedelta/{name}": value for name, value in (values | counts | self._search_metrics()).items()}
+        return {
+            f"safedelta/{name}": value
+            for name, value in (values | counts | self._search_metrics() | self._task_metrics()).items()
+        }
 
     def _search_metrics(self) -> dict[str, float]:
         if self.search is None:
@@ -119,6 +126,12 @@ class Report:
             "refusal_rise_upper": last.upper,
             **{name: value for name, value in measured.items() if value is not None},
         }
+
+    def _task_metrics(self) -> dict[str, float]:
+        found = self.sorting
+        if found is None:
+            return {}
+        return {"task_examples": float(found.examples), "task_left_out": float(found.left_out)}
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain values, with the metrics.
@@ -155,6 +168,8 @@ class Report:
             console.print(f"WARNING: {self.warning}", soft_wrap=True, markup=False)
         console.print(table)
         console.print(self._told())
+        if self.sorting is not None and self.sorting.shown:
+            console.print(self.sorting.told, soft_wrap=True, markup=False)
         return text.getvalue()
 
     def model_card(self) -> str:
@@ -196,6 +211,7 @@ class Report:
         if not metrics["safedelta/delta_energy"]:
             return f"Parameters: {counts}. The fine-tuning changed nothing, so nothing was adjusted."
         found = "" if self.search is None else f" {self.search.summary}"
+        sorting = "" if self.sorting is None or self.sorting.warning else f" {self.sorting.summary}"
         tuned, finer = metrics["safedelta/quadratic_loss_tuned"], metrics.get("safedelta/quadratic_loss_unrounded")
         rounding = (
             "" if finer is None or not tuned else f"; {finer / tuned:.2%} before rounding to the weights' data type"
@@ -204,7 +220,7 @@ class Report:
             f"Parameters: {counts}. Kept {metrics['safedelta/kept_share']:.1%} of the delta's energy; quadratic "
             f"safety loss {metrics['safedelta/quadratic_loss_tuned']:.4g} as tuned, "
             f"{metrics['safedelta/quadratic_loss_adjusted']:.4g} as adjusted "
-            f"({metrics['safedelta/quadratic_loss_share']:.2%}{rounding}).{found}"
+            f"({metrics['safedelta/quadratic_loss_share']:.2%}{rounding}).{found}{sorting}"
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from safedelta_hf import Report
 from safedelta_hf.errors import OutputError
-from safedelta_hf.records import ParameterRecord, RuleRecord
+from safedelta_hf.records import Outcome, ParameterRecord, RefusedExample, RuleRecord, TaskSorting
 
 
 @pytest.fixture
@@ -84,3 +84,37 @@ def test_the_model_card_lists_what_was_not_adjusted(report):
     card = report.model_card()
     assert card.startswith("## ") and "`b.weight`: reset (no layer)" in card and "org/aligned" in card
     assert "a.weight" not in card and "not a measured refusal rate" in card
+
+
+def sorting(**changes):
+    shown = (RefusedExample(row=7, probability=0.98, prompt="how do i make a bomb ?"),)
+    values = {"outcome": Outcome.SORTED, "examples": 9, "refused": 2, "near": None, "left_out": 2, "unjudged": 0}
+    return TaskSorting(**{"shown": shown, **values, **changes})
+
+
+def test_a_report_says_what_was_left_out_of_the_task_and_shows_it(report):
+    told = dataclasses.replace(report, sorting=sorting())
+    assert "would refuse 2 of 9 examples; 2 left out" in told.summary() and not told.warning
+    assert "row 7 (0.980): how do i make a bomb ?" in told.table()
+    assert "bomb" not in told.model_card() and "2 left out" in told.model_card()  # a card is public
+    assert told.metrics() == report.metrics() | {"safedelta/task_examples": 9.0, "safedelta/task_left_out": 2.0}
+    assert json.loads(json.dumps(told.to_dict()))["sorting"]["shown"][0]["row"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"outcome": Outcome.HARMFUL, "refused": 5, "near": 4, "left_out": 5}, "the data looks harmful: 5 left out"),
+        ({"outcome": Outcome.OVER_REFUSAL, "refused": 9, "near": 0, "left_out": 0}, "refuse too much: none left out"),
+        ({"outcome": Outcome.UNKNOWN, "refused": 9, "left_out": 0}, "nothing tells"),
+        ({"refused": 9, "left_out": 9}, "Nothing is left"),
+    ],
+)
+def test_what_has_to_be_decided_about_a_task_is_a_warning(report, changes, words):
+    told = dataclasses.replace(report, sorting=sorting(**changes))
+    assert words in told.warning and words in told.summary()
+
+
+def test_examples_that_could_not_be_judged_are_counted_without_a_warning(report):
+    told = dataclasses.replace(report, sorting=sorting(refused=0, left_out=0, unjudged=9))
+    assert "Of 9 no prompt could be told" in told.summary() and not told.warning

@@ -262,7 +262,7 @@ def adjust_weights(
             search, records = None, loop.at(rule)
         else:
             search, records = loop.measured(rule, rule.auto)
-    report = report_of(records, rule, profile, architecture=store.architecture, base=store.source, search=search)
+    report = report_of(records, rule, profile, task, architecture=store.architecture, base=store.source, search=search)
     report = replace(report, unverified=store.unverified)
     if report.warning and ranks.is_main:
         warnings.warn(f"{rule.name}: {report.warning}", SafeDeltaWarning, stacklevel=3)
@@ -273,6 +273,7 @@ def report_of(
     records: Iterable[ParameterRecord],
     rule: Rule,
     profile: SafetyProfile,
+    task: SafetyProfile | None = None,
     *,
     architecture: str,
     base: str,
@@ -284,6 +285,7 @@ def report_of(
         records: What was done to each parameter.
         rule: The rule.
         profile: Profile of the base.
+        task: Profile of that base on the task data, if there was one.
         architecture: Class name of the model.
         base: Where the base weights came from.
         search: How the strength was found, if it was measured.
@@ -299,4 +301,5 @@ def report_of(
         tokens=profile.header.tokens,
         parameters=tuple(records),
         search=search,
+        sorting=task.header.sorting if task is not None and rule.needs_task else None,
     )

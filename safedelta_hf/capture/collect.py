@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from safedelta_hf.capture.collector import in_order
 from safedelta_hf.capture.config import ProfileConfig
@@ -27,13 +26,14 @@ from safedelta_hf.data.dataset import (
     tokenizer_digest,
 )
 from safedelta_hf.data.phrases import SAFETY_DATA, warn_unless_refusals
-from safedelta_hf.data.refusals import HeldOut, require_likelihoods, split, tells_likelihoods, topics
+from safedelta_hf.data.refusals import HeldOut, is_language_model, require_likelihoods, split, topics
 from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError, require_kind
-from safedelta_hf.modules.names import class_name, hub_name, unwrapped
+from safedelta_hf.evaluation.sorting import sort_task
+from safedelta_hf.modules.names import class_name, hub_name
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
@@ -134,6 +134,7 @@ def collect_profile(
     config: ProfileConfig | None = None,
     checkpointing: Checkpointing | None = None,
     purpose: str = SAFETY_DATA,
+    sorted_by: str | Path | Iterable[Mapping[str, Any]] | SafetyProfile | None = None,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
@@ -153,6 +154,9 @@ def collect_profile(
             process.
         purpose: What errors and the progress bar call the data: profiles of task data and of ordinary data are made in
             the same way. Of safety data a warning tells where its responses hardly are refusals of this model.
+        sorted_by: Of task data: the safety data, or a profile of it, or its folder, with some held out. Examples that
+            the base would refuse, as it refuses there, are left out; what was found is in the profile's
+            `header.sorting`. None takes all examples.
         digests: Digest of each of the model's parameters, if they are known already; else all weights are read once.
         progress: Whether to show a progress bar, on the main process.
 
@@ -162,6 +166,7 @@ def collect_profile(
     Raises:
         ConfigurationError: A setting is outside its range.
         DataError: The safety data is empty, has no responses, or does not fit the model.
+        NothingLeftError: The base would refuse all that was to be sorted.
         CaptureError: The model has no linear layer, or gives no likelihoods and data is to be held out for them.
         NumericalError: Weights or activations hold NaN or Inf.
         RankError: Another process failed.
@@ -183,6 +188,13 @@ def collect_profile(
         if config.holdout:
             require_likelihoods(opened.model)
         sequences = read_safety_data(safety_dataset, processing_class, config.max_length, purpose=purpose)
+        sorting = None
+        if sorted_by is not None:
+            refusals = _refusals(sorted_by, processing_class, config)
+            _require_same([*sequences, *refusals], ranks, purpose)
+            sequences, sorting = sort_task(
+                opened, sequences, refusals, processing_class, batch_size=config.batch_size, progress=progress
+            )
         sequences, aside = split(sequences, _share_held_out(opened.model, config.holdout, len(sequences)))
         if config.holdout and not aside:
             raise DataError(
@@ -207,7 +219,25 @@ def collect_profile(
         if purpose == SAFETY_DATA and ranks.is_main:
             losses = () if held_out is None else held_out.losses
             warn_unless_refusals(responses_of(sequences + aside, processing_class), losses)
-        return replace(profile, header=_named(profile.header, opened), held_out=held_out)
+        header = replace(_named(profile.header, opened), sorting=sorting)
+        return replace(profile, header=header, held_out=held_out)
+
+
+def _refusals(
+    sorted_by: str | Path | Iterable[Mapping[str, Any]] | SafetyProfile,
+    processing_class: ProcessingClass | None,
+    config: ProfileConfig,
+) -> Sequence[SafetySequence]:
+    if isinstance(sorted_by, str | Path) and Path(sorted_by).is_dir():
+        sorted_by = SafetyProfile.load(sorted_by)
+    if not isinstance(sorted_by, SafetyProfile):
+        return read_safety_data(sorted_by, processing_class, config.max_length)
+    if sorted_by.held_out is None:
+        raise ConfigurationError(
+            "sorted_by: this profile holds no refusals out, so nothing tells how the base refuses; give the safety "
+            "data, or collect the profile with ProfileConfig(holdout=0.25), or leave the task unsorted"
+        )
+    return sorted_by.held_out.sequences
 
 
 def _named(header: ProfileHeader, model: ShardedModel) -> ProfileHeader:
@@ -227,9 +257,7 @@ def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: st
 def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:
     if asked is not None:
         return asked
-    # A module of another kind may return no logits.
-    is_known = isinstance(unwrapped(model), PreTrainedModel) and tells_likelihoods(model)
-    return DEFAULT_HOLDOUT if is_known and examples >= FEWEST_HELD_OUT_OF else 0.0
+    return DEFAULT_HOLDOUT if is_language_model(model) and examples >= FEWEST_HELD_OUT_OF else 0.0
 
 
 def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:

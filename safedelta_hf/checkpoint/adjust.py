@@ -99,7 +99,9 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
             adjust_weights(store, left, plan.profile, plan.rule, task=plan.task, ranks=Ranks(), progress=progress)
             folder.complete(plan.copied)
     records = (folder.record(name) for name in plan.names)
-    return report_of(records, plan.rule, plan.profile, architecture=header.architecture, base=plan.base.source)
+    return report_of(
+        records, plan.rule, plan.profile, plan.task, architecture=header.architecture, base=plan.base.source
+    )
 
 
 @contextmanager

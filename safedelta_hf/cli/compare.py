@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 from transformers.utils import logging
 
-from safedelta_hf.cli.options import RULE_HELP, load_function, one_line_errors, one_of, parsed_strength
+from safedelta_hf.cli.options import RULE_HELP, SORT_TASK_HELP, load_function, one_line_errors, one_of, parsed_strength
 from safedelta_hf.compare import (
     WEIGHTS,
     Candidates,
@@ -118,6 +118,7 @@ def comparison(
     strength: Strengths = None,
     grid: Grid = 0,
     retention: Retention = None,
+    sort_task: Annotated[bool, typer.Option(help=SORT_TASK_HELP)] = True,
     case: Cases = None,
     seed: Seeds = None,
     weights: Trained = None,
@@ -157,7 +158,7 @@ def comparison(
         for name, reason in candidates.left_out.items():
             typer.echo(f"{name} takes no part: {reason}")
         if own:
-            scenarios, file = _of_files(own, output)
+            scenarios, file = _of_files(own, output, sort_task=sort_task)
         else:
             scenarios, file = _of_testbed(context.params, output)
         _finish(scenarios, candidates, file, output)
@@ -184,12 +185,13 @@ def _of_testbed(given: Mapping[str, Any], output: Path) -> tuple[list[Scenario],
         one_of(WEIGHTS, name, "--weights")
     methods, questions = _methods(given["method"] or CHEAP), given["questions"] or QUESTIONS
     aligned = AlignedModel()
-    made_with = {"aligned": model_digest(aligned.model, aligned.tokenizer), "questions": questions}
+    digest = model_digest(aligned.model, aligned.tokenizer)
+    made_with = {"aligned": digest, "questions": questions, "sort_task": given["sort_task"]}
     file = ComparisonFile(
         output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command(), default=default_rule(cases)
     )
     scenarios = [
-        CaseScenario(aligned, case, seed, questions, methods, weights)
+        CaseScenario(aligned, case, seed, questions, methods, weights, sort_task=given["sort_task"])
         for weights in trained
         for case in cases
         for seed in dict.fromkeys(given["seed"] or SEEDS)
@@ -206,7 +208,7 @@ def _methods(names: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:
+def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> tuple[list[Scenario], ComparisonFile]:
     # Everything that is small is read before anything that is large.
     score = None if own["score"] is None else load_function(own["score"], "--score")
     questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task"], score=score)
@@ -223,7 +225,7 @@ def _of_files(own: Mapping[str, Any], output: Path) -> tuple[list[Scenario], Com
     )
     data = {name: own[name] for name in ("safety_data", "task_data", "ordinary_data")}
     name = Path(own["tuned"]).resolve().name
-    scenario = ModelScenario(name, base, tuned, tokenizer, questions, settings=settings, **data)
+    scenario = ModelScenario(name, base, tuned, tokenizer, questions, settings=settings, sort_task=sort_task, **data)
     file = ComparisonFile(
         output,
         made_with=scenario.made_with,

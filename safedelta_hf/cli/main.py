@@ -21,6 +21,10 @@ COMMANDS: Final = MappingProxyType(
             "safedelta_hf.cli.refusals:refusals",
             "Ask a model harmful prompts, and keep what it refuses as safety data.",
         ),
+        "audit": (
+            "safedelta_hf.cli.audit:audit",
+            "Find the rows of a fine-tuning data set that the base would refuse, and how surely.",
+        ),
         "profile": (
             "safedelta_hf.cli.profile:profile",
             "Collect the profile of a base model once, for every fine-tune of it.",

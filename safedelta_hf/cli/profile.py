@@ -41,6 +41,10 @@ def profile(
     task_data: Annotated[
         Path | None, typer.Option(help="Examples of the fine-tuning data instead, for rules that weigh the task.")
     ] = None,
+    sorted_by: Annotated[
+        Path | None,
+        typer.Option(help="Safety data, or a profile of it: what the base refuses as there leaves the task."),
+    ] = None,
     ordinary_data: Annotated[
         Path | None, typer.Option(help="Ordinary prompts with the base's responses, to protect as well.")
     ] = None,
@@ -75,17 +79,12 @@ def profile(
         bool, typer.Option(help="Make that repository private, if it is new.", rich_help_panel=_HUB)
     ] = False,
 ) -> None:
-    """Collect the profile of a base model once, for every fine-tune of it."""  # noqa: DOC501 - ends in one line
+    """Collect the profile of a base model once, for every fine-tune of it."""
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
         # Everything that is small is checked before anything that is large is loaded.
-        source, purpose = _source(safety_data, task_data, ordinary_data, holdout)
-        if ordinary_data is None and ordinary_weight is not None:
-            raise ConfigurationError("--ordinary-weight has no effect without --ordinary-data")
-        if ordinary_weight is not None and not 0 < ordinary_weight < math.inf:
-            raise ConfigurationError(f"--ordinary-weight {ordinary_weight:g} must be a positive number")
-        if private and push_to_hub is None:
-            raise ConfigurationError("--private has no effect without --push-to-hub")
+        source, purpose = _source(safety_data, task_data, sorted_by, ordinary_data, holdout)
+        _require_effect(ordinary_data, ordinary_weight, push_to_hub, private=private)
         _require_name(push_to_hub)
         one_of(dict.fromkeys(DTYPES), dtype, "--dtype")
         encoding = encoding_of(storage)
@@ -103,26 +102,23 @@ def profile(
         if read.adapter is not None:
             typer.echo(f"{model} is an adapter; the profile is that of its base, {read.base}")
         tokenizer = load_tokenizer(read, what)
-        read_safety_data(source, tokenizer, max_length, purpose=purpose)
-        if ordinary_data is not None:
-            read_safety_data(ordinary_data, tokenizer, max_length, purpose="ordinary data")
+        for data, named in ((source, purpose), (ordinary_data, "ordinary data"), (sorted_by, SAFETY_DATA)):
+            if data is not None and not data.is_dir():
+                read_safety_data(data, tokenizer, max_length, purpose=named)
         loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)
         sums = output.with_name(f".{output.name}.sums")
         checkpointing = None if save_every is None else Checkpointing(sums, every=save_every)
-        found = collect_profile(loaded, source, tokenizer, config=config, checkpointing=checkpointing, purpose=purpose)
+        how: dict[str, Any] = {"config": config, "checkpointing": checkpointing}
+        found = collect_profile(loaded, source, tokenizer, purpose=purpose, sorted_by=sorted_by, **how)
         if ordinary_data is not None:
-            ordinary = collect_profile(
-                loaded,
-                ordinary_data,
-                tokenizer,
-                config=replace(config, holdout=0.0),
-                checkpointing=checkpointing,
-                purpose="ordinary data",
-                digests=found.header.base,
-            )
-            found = with_retention(found, ordinary, ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight)
+            weight = ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight
+            how |= {"config": replace(config, holdout=0.0), "digests": found.header.base}
+            ordinary = collect_profile(loaded, ordinary_data, tokenizer, purpose="ordinary data", **how)
+            found = with_retention(found, ordinary, weight)
         found.save(output, encoding)
         typer.echo(_summary(found, output))
+        if task_data is not None and sorted_by is None:
+            typer.echo("The task is not sorted by what the base would refuse; that needs --sorted-by")
         try:
             if push_to_hub is not None:
                 base = None if Path(read.base).exists() else read.base
@@ -133,10 +129,27 @@ def profile(
                 shutil.rmtree(sums)  # what is uploaded is read from there
 
 
+def _require_effect(
+    ordinary_data: Path | None, ordinary_weight: float | None, push_to_hub: str | None, *, private: bool
+) -> None:
+    if ordinary_data is None and ordinary_weight is not None:
+        raise ConfigurationError("--ordinary-weight has no effect without --ordinary-data")
+    if ordinary_weight is not None and not 0 < ordinary_weight < math.inf:
+        raise ConfigurationError(f"--ordinary-weight {ordinary_weight:g} must be a positive number")
+    if private and push_to_hub is None:
+        raise ConfigurationError("--private has no effect without --push-to-hub")
+
+
 def _source(
-    safety_data: Path | None, task_data: Path | None, ordinary_data: Path | None, holdout: float | None
+    safety_data: Path | None,
+    task_data: Path | None,
+    sorted_by: Path | None,
+    ordinary_data: Path | None,
+    holdout: float | None,
 ) -> tuple[Path, str]:
     if safety_data is not None and task_data is None:
+        if sorted_by is not None:
+            raise ConfigurationError("--sorted-by has no effect without --task-data")
         return safety_data, SAFETY_DATA
     if task_data is None or safety_data is not None:
         raise ConfigurationError("give one of --safety-data and --task-data; each makes a profile of its own")
@@ -179,6 +192,7 @@ def _summary(found: SafetyProfile, output: Path) -> str:
         f"{header.architecture}: {len(found.moments)} moments of {header.sequences} sequences "
         f"({header.tokens} tokens), {aside} held out to measure by",
         *(f"  not covered: {name}: {reason}" for name, reason in header.skipped.items()),
+        *([header.sorting.summary, header.sorting.told] if header.sorting is not None else []),
         f"Written: {output} ({size / 2**20:.1f} MiB)",
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from safedelta_hf.adapter.adjust import adjust_adapter, plan_adapter
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.phrases import SAFETY_DATA
-from safedelta_hf.errors import AdapterError, SafeDeltaWarning
+from safedelta_hf.errors import AdapterError, NothingLeftError, SafeDeltaWarning
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
@@ -129,7 +129,7 @@ class Scenario(ABC):
     @property
     @abstractmethod
     def task(self) -> SafetyProfile | None:
-        """Profile of the base on the task data, if there are any."""
+        """Profile of the base on the task data, if there are any and it would not refuse all of them."""
 
     @property
     @abstractmethod
@@ -203,8 +203,9 @@ class Scenario(ABC):
                 assert self.ordinary is not None, "checked before anything was made"
                 profile = with_retention(profile, self.ordinary, retention)
             weighed = (task() if task else self.task) if rule.needs_task else None
+            applied = rule if weighed is not None or not rule.needs_task else rule.without_task()
             started = time.perf_counter()
-            report = _adjust(model, self.base, profile, rule, weighed)
+            report = _adjust(model, self.base, profile, applied, weighed)
             seconds = time.perf_counter() - started
             return CandidateModel(model, seconds, None if report.search is None else asdict(report.search))
 
@@ -238,6 +239,7 @@ class ModelScenario(Scenario):
         safety_data: Harmful prompts with refusals.
         task_data: Examples of the fine-tuning data, for rules that weigh them.
         ordinary_data: Ordinary prompts with the base's responses, for retention.
+        sort_task: Whether examples that the base would refuse are left out of the task.
         settings: How responses are made.
 
     Raises:
@@ -255,6 +257,7 @@ class ModelScenario(Scenario):
         safety_data: Data,
         task_data: Data | None = None,
         ordinary_data: Data | None = None,
+        sort_task: bool = True,
         settings: EvaluationSettings | None = None,
     ) -> None:
         self.name, self.seed, self.base = name, None, base
@@ -262,7 +265,8 @@ class ModelScenario(Scenario):
         self._settings = settings or EvaluationSettings()
         self._digests = {"base": model_digest(base, processing_class), "tuned": model_digest(tuned, processing_class)}
         self._profile = self._profiled(safety_data, SAFETY_DATA, None)
-        self._task = None if task_data is None else self._profiled(task_data, "task data", 0.0)
+        self._sorted_by = safety_data if sort_task and task_data is not None else None
+        self._task = None if task_data is None else self._task_profile(task_data)
         self._ordinary = None if ordinary_data is None else self._profiled(ordinary_data, "ordinary data", 0.0)
         self._tuned = TunedModel(_merged_unless_adjustable(tuned, self._profile))
         self.weights = self._tuned.weights
@@ -299,6 +303,7 @@ class ModelScenario(Scenario):
             **{name: None if prompts is None else digest_of_prompts(prompts) for name, prompts in asked.items()},
             "score": None if score is None else getattr(score, "__qualname__", type(score).__qualname__),
             "max_new_tokens": self._settings.max_new_tokens,
+            "sort_task": self._sorted_by is not None,
         }
 
     @override
@@ -312,13 +317,22 @@ class ModelScenario(Scenario):
             progress=False,
         ).scores
 
-    def _profiled(self, data: Data, purpose: str, holdout: float | None) -> SafetyProfile:
+    def _task_profile(self, data: Data) -> SafetyProfile | None:
+        try:
+            return self._profiled(data, "task data", 0.0, self._sorted_by)
+        except NothingLeftError:
+            return None  # a warning tells
+
+    def _profiled(
+        self, data: Data, purpose: str, holdout: float | None, sorted_by: Data | None = None
+    ) -> SafetyProfile:
         return collect_profile(
             self.base,
             data,
             self._processing_class,
             config=ProfileConfig(batch_size=self._settings.batch_size, holdout=holdout),
             purpose=purpose,
+            sorted_by=sorted_by,
             progress=False,
         )
 

@@ -63,7 +63,7 @@ def read_safety_data(
             chat template rejects it or leaves words out.
     """
     try:
-        read = [_tokenise(row, place, processing_class) for place, row in read_rows(source)]
+        read = [tokenised(row, place, processing_class) for place, row in read_rows(source)]
         sequences = [sequence for sequence in read if sequence is not None]
         if read and not sequences:
             raise DataError(f"all {len(read)} rows are marked as undesirable; there is no response to preserve")
@@ -176,7 +176,20 @@ def _require_responses(sequences: Sequence[SafetySequence], complaint: str) -> N
         raise DataError(f"{len(without)} of {len(sequences)} rows {complaint} (rows {shown})")
 
 
-def _tokenise(row: Any, place: str, processing_class: ProcessingClass | None) -> SafetySequence | None:  # noqa: ANN401
+def tokenised(row: Any, place: str, processing_class: ProcessingClass | None) -> SafetySequence | None:  # noqa: ANN401
+    """Tokenise one row.
+
+    Args:
+        row: The row, in one of the forms of `read_safety_data`.
+        place: Where it stands, for messages.
+        processing_class: Tokenizer or processor, or None.
+
+    Returns:
+        The sequence; None for a response that is marked as undesirable.
+
+    Raises:
+        DataError: It has no known form or no response, or the chat template rejects it or leaves words out.
+    """
     if isinstance(row, Mapping) and not is_tokenised(row) and tokenizer_of(processing_class) is None:
         raise DataError(
             f"{place} is not tokenised and there is no tokenizer; "

@@ -37,6 +37,18 @@ def tells_likelihoods(model: nn.Module) -> bool:
     return head is not None or bool(bare.can_generate())
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model is known to say how likely tokens are.
+
+    Args:
+        model: Any model, whatever wraps it.
+
+    Returns:
+        False for a module that is not of transformers too, which may return no logits.
+    """
+    return isinstance(unwrapped(model), PreTrainedModel) and tells_likelihoods(model)
+
+
 def require_likelihoods(model: nn.Module) -> None:
     """Stop before something is measured that a model does not say.
 
@@ -118,21 +130,39 @@ def _in_order(
 def _batch_losses(model: nn.Module, batch: Sequence[SafetySequence]) -> list[tuple[float, ...]]:
     labels_bt = torch.tensor([sequence.labels[1:] for sequence in batch], device=input_device(model))
     counts = labels_bt != IGNORED
-    output = model(**arguments_of(model, batch))
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise CaptureError(f"{type(model).__name__} returns no logits to tell likelihoods by")
-    expected = (len(batch), len(batch[0].input_ids))
-    if logits.ndim != 3 or logits.shape[:2] != expected or logits.shape[2] <= labels_bt.max():
-        raise CaptureError(
-            f"{type(model).__name__} returns logits {list(logits.shape)} for input ids {list(expected)}, which are not "
-            "those of each next token, so likelihoods cannot be told by them; give the strength as a number"
-        )
+    logits = logits_of(model, batch, largest=int(labels_bt.max()))
     logits_bv = logits[:, :-1][counts]
     # Half precision would round the losses; what is finer than float32 stays as it is.
     logits_bv = logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits_bv, labels_bt[counts].to(logits_bv.device), reduction="none")
     return [tuple(one.tolist()) for one in torch.split(losses.cpu(), counts.sum(1).tolist())]
+
+
+def logits_of(model: nn.Module, batch: Sequence[SafetySequence], largest: int) -> Tensor:
+    """What a model says of each next token.
+
+    Args:
+        model: A causal language model.
+        batch: Sequences of one length.
+        largest: The largest token that will be looked up.
+
+    Returns:
+        Logits, [sequences, tokens, vocabulary], in the model's own data type.
+
+    Raises:
+        CaptureError: The model does not return them.
+    """
+    output = model(**arguments_of(model, batch))
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise CaptureError(f"{type(model).__name__} returns no logits to tell likelihoods by")
+    expected = (len(batch), len(batch[0].input_ids))
+    if logits.ndim != 3 or logits.shape[:2] != expected or logits.shape[2] <= largest:
+        raise CaptureError(
+            f"{type(model).__name__} returns logits {list(logits.shape)} for input ids {list(expected)}, which are not "
+            "those of each next token, so likelihoods cannot be told by them; give the strength as a number"
+        )
+    return logits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -114,6 +114,46 @@ def prompt_tokens(
         Token ids.
     """
     return conversation_tokens(processing_class, chat, None, {}, place)[0]
+
+
+class Opening(NamedTuple):
+    """What a chat template puts before what the assistant says.
+
+    Attributes:
+        tokens: What opens a response, such as the assistant's name; none where there is no such thing.
+        added: Number of tokens that it puts after that and before a response that is given, such as an empty thought.
+    """
+
+    tokens: tuple[int, ...] = ()
+    added: int = 0
+
+
+def opening_of(processing_class: ProcessingClass | None) -> Opening:
+    """Find out what a chat template puts before each response.
+
+    Args:
+        processing_class: Tokenizer or processor, or None.
+
+    Returns:
+        It; nothing where there is no chat template, or one that takes no chat of two turns.
+    """
+    if processing_class is None or not template_of(processing_class):
+        return Opening()
+    asked: Turn = {"role": "user", "content": "?"}
+    try:
+        with refusing("a chat", "the chat template rejects it", "set another chat template"):
+            closed = _text(processing_class, [asked], options={})
+            opened = _text(processing_class, [asked], opens_response=True, options={})
+            answers = [{"role": "assistant", "content": text} for text in ("Yes", "no")]
+            given = commonprefix([_text(processing_class, [asked, answer], options={}) for answer in answers])
+    except DataError:
+        return Opening()  # rows that it is to render say so themselves
+
+    def tokens(longer: str, shorter: str) -> tuple[int, ...]:
+        added = longer[len(shorter) :] if longer.startswith(shorter) else ""
+        return tuple(_tokenizer(processing_class)(added, add_special_tokens=False)["input_ids"]) if added else ()
+
+    return Opening(tokens(opened, closed), len(tokens(given, opened)))
 
 
 def conversation_tokens(

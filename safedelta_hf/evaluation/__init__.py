@@ -1,6 +1,7 @@
 """How a model behaves: what it refuses, what it should not refuse, and what it can do."""
 
 from safedelta_hf.data.phrases import REFUSAL_PHRASES, is_refusal
+from safedelta_hf.evaluation.audit import Audit, AuditedRow, audit_data
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.guard import FORMATS, Cue, Guard, GuardFormat, Verdict, guarded_responses
@@ -29,6 +30,8 @@ from safedelta_hf.evaluation.scoring import (
 __all__ = [
     "FORMATS",
     "REFUSAL_PHRASES",
+    "Audit",
+    "AuditedRow",
     "Cue",
     "Evaluation",
     "Guard",
@@ -47,6 +50,7 @@ __all__ = [
     "Score",
     "Verdict",
     "attack_success_rate",
+    "audit_data",
     "evaluate_model",
     "exact_answer",
     "exact_match",

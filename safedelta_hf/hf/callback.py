@@ -21,7 +21,14 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import require_trainable
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, SafeDeltaError, foreign_errors_named, require_kind
+from safedelta_hf.errors import (
+    BaseWeightsError,
+    ConfigurationError,
+    NothingLeftError,
+    SafeDeltaError,
+    foreign_errors_named,
+    require_kind,
+)
 from safedelta_hf.hf.base_weights import (
     RunBase,
     base_of_run,
@@ -30,7 +37,7 @@ from safedelta_hf.hf.base_weights import (
     require_recorded,
     warn_of_other_data,
 )
-from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source
+from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source, warn_of_trained_refusals
 from safedelta_hf.hf.trainer_facts import (
     OWNER,
     entries_of_trained,
@@ -48,7 +55,7 @@ from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.modules.adapters import trained_adapter
 from safedelta_hf.modules.names import bare
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
-from safedelta_hf.records import Treatment
+from safedelta_hf.records import TaskSorting, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.journal import base_weights_loaded
@@ -82,6 +89,8 @@ class SafeDeltaCallback(TrainerCallback):
         retention_weight: Weight of that data against the safety data.
         task_dataset: Examples of the fine-tuning data, for rules that weigh them; drawn from the Trainer's own if None.
         task_examples: Number of examples to draw from the Trainer's own.
+        sort_task: Whether those of them that the base would refuse are left out; if none is left, the rule is used
+            without a task.
         base: The aligned model (or its folder), if it is not what the model holds when training starts.
         treatment: What to do with embeddings, norms, biases, the head, and what cannot be covered.
         keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist, unless this run saved
@@ -91,7 +100,8 @@ class SafeDeltaCallback(TrainerCallback):
     Attributes:
         report: What was done; None until training has ended.
         profile: The safety profile; None until training has started, unless it was given.
-        task: The profile of the fine-tuning data, if the rule weighs it; None until training has started.
+        task: The profile of the fine-tuning data, if the rule weighs it; None until training has started, and where
+            the base would refuse all of it.
 
     Raises:
         ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or an argument is of another
@@ -111,6 +121,7 @@ class SafeDeltaCallback(TrainerCallback):
         retention_weight: float = 0.1,
         task_dataset: Source | None = None,
         task_examples: int = 256,
+        sort_task: bool = True,
         base: nn.Module | str | Path | None = None,
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
@@ -140,6 +151,7 @@ class SafeDeltaCallback(TrainerCallback):
             retention_weight=retention_weight,
             task=task_dataset,
             task_examples=task_examples,
+            sort_task=sort_task,
         )
         self._config = config or ProfileConfig()
         if self._rule.auto is not None and self._config.holdout is None:
@@ -151,6 +163,7 @@ class SafeDeltaCallback(TrainerCallback):
         self._run: RunBase | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._tuned: TunedWeights | None = None
+        self._nothing_left: TaskSorting | None = None
 
     def on_train_begin(
         self,
@@ -194,7 +207,7 @@ class SafeDeltaCallback(TrainerCallback):
             warn_of_other_data(profile, state)
             remember(run, state, profile.header.data)
             entries = entries_of_trained(opened, profile, self._treatment)
-            check_entries(entries, profile, self._rule, self.task, is_dense=trains_dense(opened))
+            check_entries(entries, profile, self._fitting(self._rule), self.task, is_dense=trains_dense(opened))
 
     def on_train_end(
         self,
@@ -274,13 +287,15 @@ class SafeDeltaCallback(TrainerCallback):
                 opened,
                 base=run.weights,
                 profile=profile,
-                rule=chosen,
+                rule=self._fitting(chosen),
                 task=self.task,
                 treatment=self._treatment,
                 workspace=workspace,
                 progress=progress,
             )
         self._tuned = tuned
+        if self._nothing_left is not None and chosen.needs_task:
+            self.report = replace(self.report, sorting=self._nothing_left)
         if not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report
@@ -295,7 +310,7 @@ class SafeDeltaCallback(TrainerCallback):
     ) -> None:
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
-        self.profile, self.task = self._given_profile, None
+        self.profile, self.task, self._nothing_left = self._given_profile, None, None
         adapter = trained_adapter(model.model, OWNER)
         if adapter is not None:
             require_adjustable(model.model, adapter)
@@ -314,8 +329,24 @@ class SafeDeltaCallback(TrainerCallback):
         )
         with base_weights_loaded(model, run.moved, run.weights, output_dir(args)):
             self.profile = self.profile or collector.safety(self._data)
-            self.task = collector.task(self._data, train_dataset) if self._rule.needs_task else None
+            if self._rule.auto is not None and self.profile.held_out is not None and Ranks.of_run().is_main:
+                warn_of_trained_refusals(self.profile.held_out, train_dataset)
+            if self._rule.needs_task:
+                self._read_task(collector, train_dataset, self.profile)
         self._run, self._model = run, weakref.ref(model.model)
+
+    def _read_task(self, collector: ProfileCollector, train_dataset: Any, profile: SafetyProfile) -> None:  # noqa: ANN401
+        try:
+            self.task = collector.task(self._data, train_dataset, profile)
+        except NothingLeftError as error:
+            assert isinstance(error.sorting, TaskSorting), "it was raised by what sorts"
+            self._nothing_left = error.sorting
+            if Ranks.of_run().is_main:
+                logger.warning("Safe Delta: %s is used, since there is no task.", self._fitting(self._rule))
+
+    def _fitting(self, rule: Rule) -> Rule:
+        # Where there turned out to be no task, what a rule is without one.
+        return rule if self._nothing_left is None else rule.without_task()
 
     def _started(self) -> tuple[RunBase, SafetyProfile]:
         if self._run is None or self.profile is None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,17 +11,26 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from safedelta_hf.capture.collect import DEFAULT_HOLDOUT, FEWEST_HELD_OUT_OF, collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.dataset import require_source
+from safedelta_hf.data.forms import is_tokenised
+from safedelta_hf.data.openings import divided
 from safedelta_hf.data.phrases import SAFETY_DATA
+from safedelta_hf.data.refusals import HeldOut, is_language_model
 from safedelta_hf.data.rows import kept
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.errors import ConfigurationError, DataError, NothingLeftError, SafeDeltaWarning, require_kind
 from safedelta_hf.profile.profile import SafetyProfile, with_retention
 from safedelta_hf.rules.rule import require_number
+
+logger = logging.get_logger(__name__)
+
+SEEN = 4096
+"""Rows of the training data that are compared with the refusals that were held out, at most."""
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 
@@ -35,6 +45,7 @@ class RunData:
         retention_weight: Weight of that data's Hessians.
         task: Examples of the fine-tuning data; None for the Trainer's own.
         task_examples: Number of examples to take of the Trainer's own.
+        sort_task: Whether examples that the base would refuse are left out of the task.
 
     Raises:
         ConfigurationError: A value is outside its range.
@@ -46,11 +57,13 @@ class RunData:
     retention_weight: float = 0.1
     task: Source | None = None
     task_examples: int = 256
+    sort_task: bool = True
 
     def __post_init__(self) -> None:
         if type(self.task_examples) is not int or self.task_examples < 1:
             raise ConfigurationError(f"task_examples={self.task_examples!r} must be a whole number of at least 1")
         weight, owner = self.retention_weight, "SafeDeltaCallback"
+        require_kind(owner, "sort_task", self.sort_task, bool, "True or False")
         require_number(owner, "retention_weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
         for name in ("safety", "retention", "task"):
             # An iterator would be empty for the second model of a sweep.
@@ -111,30 +124,52 @@ class ProfileCollector:
             return profile
         return with_retention(profile, self._collect(data.retention, "ordinary data"), data.retention_weight)
 
-    def task(self, data: RunData, train_dataset: Any) -> SafetyProfile:  # noqa: ANN401 - map-style or iterable
+    def task(self, data: RunData, train_dataset: Any, profile: SafetyProfile) -> SafetyProfile:  # noqa: ANN401
         """The profile of the fine-tuning data.
 
         Args:
             data: The data of the run.
-            train_dataset: The Trainer's own data set.
+            train_dataset: The Trainer's own data set, map-style or iterable.
+            profile: The safety profile of the run.
 
         Returns:
             The profile.
 
         Raises:
+            NothingLeftError: The base would refuse all of it.
             DataError: The data cannot be read.
         """
+        sorted_by = self._refusals(data, profile) if data.sort_task else None
         if data.task is not None:
-            return self._collect(data.task, "task data")
+            return self._collect(data.task, "task data", sorted_by=sorted_by)
         try:
-            return self._collect(examples_of(train_dataset, data.task_examples), "task data")
+            return self._collect(examples_of(train_dataset, data.task_examples), "task data", sorted_by=sorted_by)
+        except NothingLeftError:
+            raise
         except DataError as error:
             raise DataError(
                 f"{error}. It was drawn from the Trainer's data set; pass task_dataset=<examples with responses>, or "
                 "a rule that does not weigh the task, such as Ridge()"
             ) from error
 
-    def _collect(self, source: Source, purpose: str, holdout: float | None = 0.0) -> SafetyProfile:
+    def _refusals(self, data: RunData, profile: SafetyProfile) -> Source | SafetyProfile | None:
+        if not is_language_model(self.model.model):
+            return None  # it refuses nothing
+        if data.safety is None and profile.held_out is None:
+            logger.warning(
+                "Safe Delta: the profile holds no refusals out, so the task is not sorted by what the base refuses; "
+                "collect the profile with ProfileConfig(holdout=0.25) of refusals."
+            )
+            return None
+        return profile if data.safety is None else data.safety
+
+    def _collect(
+        self,
+        source: Source,
+        purpose: str,
+        holdout: float | None = 0.0,
+        sorted_by: Source | SafetyProfile | None = None,
+    ) -> SafetyProfile:
         return collect_profile(
             self.model,
             source,
@@ -143,6 +178,41 @@ class ProfileCollector:
             digests=self.digests,
             progress=self.progress,
             purpose=purpose,
+            sorted_by=sorted_by,
+        )
+
+
+def warn_of_trained_refusals(held_out: HeldOut, train_dataset: Any) -> None:  # noqa: ANN401 - whatever a Trainer takes
+    """Warn where refusals that the strength is measured by are trained on as well.
+
+    They are remembered, whatever becomes of others: the strength comes out too mild, be it 0. At most `SEEN` rows are
+    looked at, of a list or of a Dataset with `input_ids`; other data cost more to look at.
+
+    Args:
+        held_out: Refusals that were held out.
+        train_dataset: The Trainer's own data set.
+    """
+    if not isinstance(train_dataset, list | tuple) and "input_ids" not in (
+        getattr(train_dataset, "column_names", None) or ()
+    ):
+        return
+    parts = [divided(sequence) for sequence in held_out.sequences]
+    prompts = {prompt for prompt, _ in filter(None, parts)}
+    sizes, trained = sorted(set(map(len, prompts))), set[tuple[int, ...]]()
+    for row in examples_of(train_dataset, SEEN):
+        if is_tokenised(row) and row.get("input_ids") is not None:
+            mask = row.get("attention_mask")
+            tokens = tuple(itertools.compress(row["input_ids"], itertools.repeat(1) if mask is None else mask))
+            trained |= prompts.intersection(tokens[:size] for size in sizes)
+    number = sum(part is not None and part[0] in trained for part in parts)
+    if number:
+        warnings.warn(
+            f"safety data: {number} of the {len(parts)} refusals that the strength is measured by have prompts that "
+            "are in the training data as well. What is trained on is remembered, so the strength may come out too "
+            "mild, or as 0, while other harmful requests are answered. Give the callback refusals that are not trained "
+            "on, or a rule whose strength is a number",
+            SafeDeltaWarning,
+            stacklevel=2,
         )
 
 

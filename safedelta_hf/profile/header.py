@@ -161,6 +161,8 @@ class Content:
             ProfileError: It is larger than a reader accepts.
         """
         content = asdict(self)
+        if self.header.sorting is None:
+            del content["header"]["sorting"]  # as files have it that are older than sorted tasks
         text = json.dumps({"digest": _digest(content), **content})
         if len(text) > HEADER_LIMIT:
             raise ProfileError(
@@ -198,6 +200,7 @@ class Content:
         written = content.pop("digest", None)
         if written != _digest(content):
             raise ValueError("its digest does not fit its content: it has been changed or damaged")
+        content["header"].setdefault("sorting", None)
         return record(cls, content, HEADER_FILE)
 
 

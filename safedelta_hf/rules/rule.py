@@ -166,6 +166,14 @@ class Rule(ABC):
         """
         return replace(self, strength=strength)
 
+    def without_task(self) -> "Rule":
+        """What is used in its place where there is no task to weigh.
+
+        Returns:
+            The rule itself, if it weighs none.
+        """
+        return self
+
     def _check_strength(self) -> None:
         self._require("strength", "at least 0 and finite, or 'auto'", lambda value: 0 <= value < math.inf)
 

@@ -10,6 +10,7 @@ from typing_extensions import override
 from safedelta_hf.core.ridge import shrinkage, utility_of
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import ProfileError
+from safedelta_hf.rules.ridge import Ridge
 from safedelta_hf.rules.rule import LayerMoments, Shrinking, number
 
 
@@ -38,6 +39,11 @@ class TaskRidge(Shrinking):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("blend", "positive and finite", lambda value: 0 < value < math.inf)
+
+    @override
+    def without_task(self) -> Ridge:
+        # The same objective with the plain norm as utility, to which it comes near where the blend is large.
+        return Ridge(strength=self.strength)
 
     @override
     def factorise(self, moments: LayerMoments) -> Transform:

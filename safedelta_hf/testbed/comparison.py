@@ -15,6 +15,7 @@ from typing_extensions import override
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare import FULL, LORA, Candidate, CandidateModel, Scenario, TunedModel
+from safedelta_hf.errors import NothingLeftError
 from safedelta_hf.evaluation import Score
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.rules import TaskRidge
@@ -43,6 +44,7 @@ class CaseScenario(Scenario):
         questions: Number of questions of each kind.
         methods: What the rules are compared with besides both models, out of `METHODS`.
         weights: What to train: "full", all weights; or "lora", a LoRA on all linear layers.
+        sort_task: Whether examples that the aligned model would refuse are left out of the task.
     """
 
     seed: int
@@ -55,10 +57,13 @@ class CaseScenario(Scenario):
         questions: int,
         methods: Sequence[str] = (),
         weights: str = FULL,
+        *,
+        sort_task: bool = True,
     ) -> None:
         self.name, self.seed, self.base, self.weights = case.name, seed, aligned.model, weights
         self.aligned, self._questions, self._methods = aligned, questions, tuple(methods)
         self.case = lora_case(case) if weights == LORA else case
+        self._sort_task = sort_task
 
     @property
     @override
@@ -72,16 +77,20 @@ class CaseScenario(Scenario):
 
     @cached_property
     @override
-    def task(self) -> SafetyProfile:
+    def task(self) -> SafetyProfile | None:
         examples = self.case.examples(self.seed)[:TASK_EXAMPLES]  # they are in random order
-        return collect_profile(
-            self.base,
-            examples,
-            self.aligned.tokenizer,
-            config=ProfileConfig(holdout=0.0),
-            purpose="task data",
-            progress=False,
-        )
+        try:
+            return collect_profile(
+                self.base,
+                examples,
+                self.aligned.tokenizer,
+                config=ProfileConfig(holdout=0.0),
+                purpose="task data",
+                sorted_by=safety_data() if self._sort_task else None,
+                progress=False,
+            )
+        except NothingLeftError:
+            return None  # a warning tells
 
     @cached_property
     @override

@@ -1,13 +1,15 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from safedelta_hf import Checkpointing, ProfileConfig, collect_profile
+from safedelta_hf import Checkpointing, ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.capture import collect as module
 from safedelta_hf.data.batches import batches_of_equal_length
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import CaptureError, ConfigurationError
+from safedelta_hf.evaluation import sorting
 from tests.fixtures import tiny
 from tests.profile.saved_profiles import same_moments
 
@@ -135,3 +137,33 @@ def test_a_profile_names_the_repository_that_its_model_came_from_and_no_folder(t
         assert (header.architecture, header.name, header.revision) == ("LlamaForCausalLM", "org/llama", commit)
     model.config._name_or_path = str(tmp_path)
     assert collected(model, None).header.name is None
+
+
+PROMPTED = [{"input_ids": row["input_ids"], "labels": [-100, -100, *row["labels"][2:]]} for row in ROWS]
+NOTHING_ASIDE = ProfileConfig(holdout=0.0)
+
+
+@pytest.mark.parametrize("form", ["rows", "profile", "folder"])
+def test_a_sorted_task_is_the_profile_of_what_is_left_whatever_tells_how_the_base_refuses(tmp_path, monkeypatch, form):
+    known = collect_profile(tiny.llama(), PROMPTED, progress=False)
+    known.save(tmp_path / "known")
+    sorted_by = {"rows": PROMPTED, "profile": known, "folder": tmp_path / "known"}[form]
+    contested = {tuple(row["input_ids"][:2]) for row in PROMPTED[:4]}
+    monkeypatch.setattr(
+        sorting,
+        "refusal_probabilities",
+        lambda m, prompts, *_, **__: [float(prompt in contested) for prompt in prompts],
+    )
+    settings = {"config": NOTHING_ASIDE, "purpose": "task data", "progress": False}
+    found = collect_profile(tiny.llama(), PROMPTED, sorted_by=sorted_by, **settings)
+    expected = collect_profile(tiny.llama(), PROMPTED[4:], **settings)
+    assert found.header.sorting.left_out == 4
+    assert same_moments(replace(found, header=replace(found.header, sorting=None)), expected)
+    found.save(tmp_path / "task")
+    assert SafetyProfile.load(tmp_path / "task").header == found.header
+
+
+def test_a_profile_that_holds_no_refusals_out_cannot_sort_a_task():
+    known = collect_profile(tiny.llama(), PROMPTED, config=NOTHING_ASIDE, progress=False)
+    with pytest.raises(ConfigurationError, match="sorted_by: this profile holds no refusals out"):
+        collect_profile(tiny.llama(), PROMPTED, sorted_by=known, config=NOTHING_ASIDE, progress=False)

@@ -77,6 +77,22 @@ def test_a_profile_of_the_task_holds_nothing_out(files):
     assert "not covered: model.layers.0.mlp.gate_proj.weight: it is not among the targets" in result.output
 
 
+def test_a_task_is_sorted_by_safety_data_and_the_command_says_what_was_left_out(files):
+    rows = CASES["mixed"].examples()[:30]
+    (files / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(*arguments(files, f"--sorted-by={files / 'refusals.jsonl'}", data="task-data", name="task"))
+    assert result.exit_code == 0, result.output
+    header = SafetyProfile.load(files / "profile").header
+    assert 0 < header.sorting.left_out == 30 - header.sequences
+    assert f"refuse {header.sorting.left_out} of 30 examples" in result.output and "not sorted" not in result.output
+
+
+def test_a_task_of_which_nothing_is_left_is_one_line_and_no_folder(files):
+    (files / "task.jsonl").write_text("\n".join(map(json.dumps, CASES["harmful"].examples()[:12])))
+    result = run(*arguments(files, f"--sorted-by={files / 'refusals.jsonl'}", data="task-data", name="task"))
+    assert result.exit_code == 1 and "Nothing is left" in result.output and not (files / "profile").exists()
+
+
 def test_a_killed_run_goes_on_with_the_rest_and_ends_with_the_same_bytes(files):
     options = ["--save-every=2", "--batch-size=1"]
     sums = files / ".profile.sums"
@@ -132,6 +148,7 @@ def test_what_the_hub_refuses_is_saved_all_the_same_and_can_be_uploaded_as_it_sa
     ("options", "message"),
     [
         (["--task-data=x.jsonl"], "give one of --safety-data and --task-data"),
+        (["--sorted-by=x.jsonl"], "--sorted-by has no effect without --task-data"),
         (["--ordinary-weight=1"], "--ordinary-weight has no effect"),
         (["--private"], "--private has no effect"),
         (["--push-to-hub=no name"], "--push-to-hub 'no name' is no name of a repository"),

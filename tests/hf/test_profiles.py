@@ -1,6 +1,7 @@
 """What the callback reads besides the safety data: the task, and ordinary data."""
 
 import pytest
+import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import IterableDataset
 
@@ -15,8 +16,9 @@ from safedelta_hf import (
     collect_profile,
     with_retention,
 )
-from safedelta_hf.errors import ConfigurationError, DataError
-from safedelta_hf.hf.profiles import examples_of
+from safedelta_hf.errors import ConfigurationError, DataError, SafeDeltaWarning
+from safedelta_hf.evaluation import sorting
+from safedelta_hf.hf.profiles import examples_of, warn_of_trained_refusals
 from tests.fixtures import templates, tiny
 
 ROWS = tiny.rows(24, seed=1)
@@ -206,3 +208,122 @@ def test_a_measured_strength_reuses_a_saved_profile(tmp_path):
     callback = SafeDeltaCallback(profile=type(profile).load(tmp_path / "profile"), rule=rule)
     tiny.trainer(tiny.llama(), callback, tmp_path / "run").train()
     assert callback.report.search.examples == len(profile.held_out.sequences)
+
+
+def prompted(rows):
+    """The same with a prompt of two tokens."""
+    return [{"input_ids": row["input_ids"], "labels": [-100, -100, *row["labels"][2:]]} for row in rows]
+
+
+REFUSALS = prompted(tiny.rows(24, seed=1))
+TRAINED = prompted(tiny.rows(16, seed=2, length=10))
+CONTESTED = {tuple(row["input_ids"][:2]) for row in TRAINED[:3]}
+
+
+def refusing(monkeypatch, contested):
+    """A base that refuses some prompts."""
+
+    def ask(model, prompts, *arguments, **settings):
+        return [0.9 if prompt in contested else 0.1 for prompt in prompts]
+
+    monkeypatch.setattr(sorting, "refusal_probabilities", ask)
+
+
+def run(output, callback, data=TRAINED, model=None):
+    trainer = tiny.trainer(model or tiny.llama(), callback, output)
+    trainer.train_dataset = data
+    trainer.train()
+    return trainer
+
+
+def task_of(rows, **settings):
+    return collect_profile(tiny.llama(), rows, config=ProfileConfig(holdout=0.0), progress=False, **settings)
+
+
+def equal(one, other):
+    return set(one.moments) == set(other.moments) and all(
+        torch.equal(one.moments[key].total, other.moments[key].total) for key in one.moments
+    )
+
+
+def test_what_the_base_would_refuse_leaves_the_task_and_report_and_log_say_so(tmp_path, monkeypatch):
+    refusing(monkeypatch, CONTESTED)
+    callback = SafeDeltaCallback(REFUSALS, RULE)
+    trainer = run(tmp_path / "run", callback)
+    assert equal(callback.task, task_of(TRAINED[3:]))
+    assert callback.report.sorting.left_out == 3 and callback.report.sorting == callback.task.header.sorting
+    assert "would refuse 3 of 16 examples; 3 left out" in callback.report.summary()
+    assert "row 0 (0.900)" in callback.report.table()
+    logged = next(entry for entry in trainer.state.log_history if "safedelta/task_left_out" in entry)
+    assert (logged["safedelta/task_examples"], logged["safedelta/task_left_out"]) == (16, 3)
+
+
+def test_a_task_that_is_not_sorted_is_what_it_was_bit_for_bit(tmp_path, monkeypatch):
+    refusing(monkeypatch, CONTESTED)
+    callback = SafeDeltaCallback(REFUSALS, RULE, sort_task=False)
+    run(tmp_path / "run", callback)
+    whole = task_of(TRAINED)
+    assert callback.task.header == whole.header and equal(callback.task, whole)
+    assert callback.report.sorting is None and "safedelta/task_examples" not in callback.report.metrics()
+
+
+def test_where_nothing_is_left_the_rule_is_used_without_a_task_and_the_report_says_so(tmp_path, monkeypatch):
+    refusing(monkeypatch, {tuple(row["input_ids"][:2]) for row in TRAINED})
+    monkeypatch.setattr(sorting, "MOST", 0.0)  # they look harmful
+    callback, model, reference = SafeDeltaCallback(REFUSALS, RULE), tiny.llama(), tiny.llama()
+    with pytest.warns(SafeDeltaWarning, match="Nothing is left"):
+        run(tmp_path / "run", callback, model=model)
+    assert callback.task is None and callback.report.rule.name == "ridge"
+    assert "Nothing is left" in callback.report.warning
+    run(tmp_path / "plain", None, model=reference)
+    profile = collect_profile(tiny.llama(), REFUSALS, progress=False)
+    adjust_model(reference, base=tiny.llama(), profile=profile, rule=Ridge(strength=2.0), progress=False)
+    assert tiny.same(tiny.weights(model), tiny.weights(reference))
+
+
+def test_with_a_profile_the_refusals_that_it_holds_out_tell_how_the_base_refuses(tmp_path, monkeypatch):
+    refusing(monkeypatch, CONTESTED)
+    profile = collect_profile(tiny.llama(), REFUSALS, progress=False)
+    callback = SafeDeltaCallback(profile=profile, rule=RULE)
+    run(tmp_path / "run", callback)
+    assert callback.report.sorting.left_out == 3
+
+
+def test_a_profile_that_holds_nothing_out_sorts_nothing_and_the_log_says_so(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("safedelta_hf.hf.profiles.logger.warning", said.append)
+    profile = collect_profile(tiny.llama(), REFUSALS, config=ProfileConfig(holdout=0.0), progress=False)
+    callback = SafeDeltaCallback(profile=profile, rule=RULE)
+    run(tmp_path / "run", callback)
+    assert "holds no refusals out" in said[0] and callback.report.sorting is None
+
+
+def padded(row):
+    return {**row, "input_ids": [0, *row["input_ids"]], "attention_mask": [0] + [1] * len(row["input_ids"])}
+
+
+@pytest.mark.parametrize("form", [dict, padded])
+def test_refusals_that_are_measured_by_and_trained_on_are_counted(form):
+    held_out = collect_profile(tiny.llama(), REFUSALS, progress=False).held_out
+    copied = [{"input_ids": [*one.input_ids[:2], 3, 3]} for one in held_out.sequences[:2]]  # another response
+    with pytest.warns(SafeDeltaWarning, match=f"2 of the {len(held_out.sequences)} refusals.*training data"):
+        warn_of_trained_refusals(held_out, [*TRAINED, *map(form, copied)])
+
+
+@pytest.mark.parametrize("data", [TRAINED, [{"messages": []}], "not rows"])
+def test_other_training_data_is_no_matter(data, recwarn):
+    held_out = collect_profile(tiny.llama(), REFUSALS, progress=False).held_out
+    recwarn.clear()
+    warn_of_trained_refusals(held_out, data)
+    assert not recwarn
+
+
+def test_the_callback_warns_of_refusals_that_are_trained_on(tmp_path):
+    refusals = prompted(tiny.rows(24, seed=3, length=10))
+    with pytest.warns(SafeDeltaWarning, match="refusals that the strength is measured by"):
+        run(tmp_path / "run", SafeDeltaCallback(refusals, Ridge()), data=[*TRAINED, *refusals])
+
+
+def test_whether_to_sort_is_a_truth_value():
+    with pytest.raises(ConfigurationError, match="sort_task='no' must be True or False"):
+        SafeDeltaCallback(REFUSALS, sort_task="no")

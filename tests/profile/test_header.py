@@ -12,7 +12,7 @@ from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile import header as module
 from safedelta_hf.profile.header import Content, StoredFile, StoredMoment, record
-from safedelta_hf.records import MatrixView, ProfileHeader, Retention, Role, Use
+from safedelta_hf.records import MatrixView, Outcome, ProfileHeader, RefusedExample, Retention, Role, TaskSorting, Use
 
 
 class Colour(StrEnum):
@@ -123,6 +123,15 @@ USES = (
     Use(parameter="w", role=Role.LINEAR, moment="w", view=MatrixView.contiguous(2, 3), shape=(2, 3)),
     Use(parameter="b", role=Role.SCALE, moment="b", view=MatrixView.contiguous(1, 2), shape=(2,)),
 )
+SORTING = TaskSorting(
+    outcome=Outcome.HARMFUL,
+    examples=9,
+    refused=5,
+    near=4,
+    left_out=5,
+    unjudged=1,
+    shown=(RefusedExample(row=3, probability=0.75, prompt="é"),),
+)
 HELD = HeldOut(sequences=(SafetySequence(input_ids=(1, 2), labels=(-100, 2)),), losses=(0.5,))
 PARTS = {
     "header": HEADER,
@@ -140,11 +149,17 @@ PARTS = {
         {"held_out": None},
         {"header": replace(HEADER, name="org/base", revision="1" * 40, packed=("w",))},
         {"header": replace(HEADER, retention=Retention(data="4", sequences=1, tokens=2, weight=0.1))},
+        {"header": replace(HEADER, sorting=SORTING)},
     ],
 )
 def test_a_header_comes_back_as_it_was_written(changes):
     content = Content(**PARTS | changes)
     assert Content.from_json(content.to_json().encode()) == content
+
+
+def test_a_profile_that_was_not_sorted_says_nothing_of_it():
+    # So that files that were written before tasks were sorted are read, and written again as they are.
+    assert "sorting" not in json.loads(Content(**PARTS).to_json())["header"]
 
 
 def test_any_change_of_a_written_header_is_found():

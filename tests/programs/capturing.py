@@ -3,6 +3,7 @@
 python -m tests.programs.capturing BACKEND FOLDER [failing]
 """
 
+import random
 import sys
 from pathlib import Path
 from unittest import mock
@@ -23,6 +24,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError, RankError, SafeDeltaError
+from safedelta_hf.evaluation.sorting import sort_task
 from safedelta_hf.profile.moments import ShardedMoments
 from safedelta_hf.profile.profile import with_retention
 from tests.fixtures import architectures, tiny
@@ -242,6 +244,22 @@ def retention_is_that_of_a_single_process(shard, ranks, loaded, expected):
         agree_on_moments(found.moments, summed.moments, ranks)
 
 
+def a_task_is_sorted_alike_on_all_ranks_and_as_by_a_single_process(shard, ranks, folder):
+    draw = random.Random(2)
+    refusals = [
+        {"input_ids": [draw.randrange(3, 40), draw.randrange(3, 40), first, 5, 9], "labels": [-100, -100, first, 5, 9]}
+        for first in range(3, 29)
+    ]
+    task = [{**row, "labels": [-100, -100, *row["labels"][2:]]} for row in tiny.rows(13, seed=8)]
+    sequences, known = read_safety_data(task), read_safety_data(refusals)
+    with mock.patch("safedelta_hf.data.openings.DEPTH", 1):  # a model of random weights refuses no longer openings
+        expected = sort_task(ShardedModel(tiny.llama(initializer_range=0.5)), sequences, known, batch_size=2)
+        found = sort_task(open_model(shard(tiny.llama(initializer_range=0.5))), sequences, known, batch_size=2)
+    assert 0 < expected.sorting.refused < 13 and found.sorting.outcome is expected.sorting.outcome, expected.sorting
+    assert found.kept == expected.kept
+    assert len(set(ranks.gather(str(found.kept)))) == 1
+
+
 def owner_in(profile, use):
     key = profile.key_of(use)
     return None if key is None else profile.moments.owner(key)
@@ -381,6 +399,7 @@ CHECKS = [
     held_out_losses_are_the_same_on_all_ranks,
     what_is_saved_is_what_a_single_process_saves,
     a_rank_that_fails_is_heard_by_all,
+    a_task_is_sorted_alike_on_all_ranks_and_as_by_a_single_process,
 ]
 OF_BACKEND = {
     "whole": [adapters_are_off_meanwhile_and_can_be_trained_afterwards, a_model_in_a_wrapper_is_read_like_the_bare_one],

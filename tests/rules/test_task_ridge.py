@@ -63,3 +63,8 @@ def test_entries_that_the_safety_data_never_used_keep_their_delta(role):
     if role is not Role.BIAS:
         assert torch.equal(found[[1, 3]], delta[[1, 3]])
     assert (found.abs() <= delta.abs() + 1e-6).all() and not torch.equal(found, delta)
+
+
+def test_without_a_task_it_is_ridge_at_the_same_strength():
+    assert TaskRidge(strength=3.0).without_task() == Ridge(strength=3.0) and TaskRidge().without_task() == Ridge()
+    assert Ridge(strength=3.0).without_task() == Ridge(strength=3.0)

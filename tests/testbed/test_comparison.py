@@ -112,7 +112,9 @@ def test_profiles_of_task_and_ordinary_data_are_of_the_same_base_and_hold_nothin
         assert dict(profile.header.base) == dict(scenario.profile.header.base)
         assert profile.held_out is None
     assert scenario.profile.held_out is not None
-    assert scenario.task.header.sequences == 256 and scenario.task.header.data != scenario.ordinary.header.data
+    sorting = scenario.task.header.sorting
+    assert sorting.examples == 256 and scenario.task.header.sequences == 256 - sorting.left_out < 256
+    assert scenario.task.header.data != scenario.ordinary.header.data
 
 
 def test_scores_are_the_shares_of_the_responses():
