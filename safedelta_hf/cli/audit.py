@@ -34,11 +34,7 @@ def audit(
     dtype: Annotated[str, typer.Option(help="Data type of the weights: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Device, or device map of transformers: cpu, cuda:0, auto, ...")] = "auto",
 ) -> None:
-    """Find the rows of a fine-tuning data set that the base would refuse, and how surely.
-
-    Raises:
-        Exit: With status 3 if there are more than `--fail-above` allows.
-    """
+    """Find the rows of a fine-tuning data set that the base would refuse, and how surely."""  # noqa: DOC501 - a status
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
         require_absent(output)
