@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from safedelta_hf.cli.options import RULE_HELP, SORT_TASK_HELP, load_function, one_line_errors, one_of, parsed_strength
 from safedelta_hf.compare import (
+    LORA,
     WEIGHTS,
     Candidates,
     ComparisonFile,
@@ -183,6 +185,8 @@ def _of_testbed(given: Mapping[str, Any], output: Path) -> tuple[list[Scenario],
     trained = dict.fromkeys(given["weights"] or WEIGHTS)
     for name in trained:
         one_of(WEIGHTS, name, "--weights")
+    if LORA in trained and find_spec("peft") is None:  # told now, and not after the half of the work
+        raise ConfigurationError("--weights lora needs PEFT; pip install peft, or choose --weights full")
     methods, questions = _methods(given["method"] or CHEAP), given["questions"] or QUESTIONS
     aligned = AlignedModel()
     digest = model_digest(aligned.model, aligned.tokenizer)

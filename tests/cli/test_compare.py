@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from safedelta_hf.cli import compare
 from safedelta_hf.cli.main import app
 from safedelta_hf.errors import SafeDeltaWarning
 from safedelta_hf.testbed import (
@@ -243,3 +244,9 @@ def test_bad_options_end_with_one_line_and_status_1(files, options, message, tmp
 def test_methods_and_weights_are_those_of_the_testbed(options, told, tmp_path):
     result = run(tmp_path / "out", *options)
     assert result.exit_code == 1 and told in result.output
+
+
+def test_a_lora_without_peft_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
+    result = run(tmp_path / "out", "--case=harmful")
+    assert result.exit_code == 1 and "--weights lora needs PEFT" in result.output and not (tmp_path / "out").exists()
