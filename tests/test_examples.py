@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,6 +86,27 @@ def test_the_benchmark_runs():
     result = subprocess.run([sys.executable, str(script), *small], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "capture:" in result.stdout and "peak memory:" in result.stdout
+
+
+def test_the_speed_benchmark_prints_a_line_for_each_comparison(tmp_path):
+    script = EXAMPLES / "benchmarks" / "speed.py"
+    rows = runpy.run_path(str(script))["ROWS"]
+    lines = run(tmp_path, script, "--quick", "--repeats=1").splitlines()
+    assert len(lines) > 2 + len(rows) and all(line.count("|") == 6 for line in lines)
+
+
+def test_the_yardstick_of_the_speed_benchmark_is_the_published_code():
+    published = runpy.run_path(str(EXAMPLES / "benchmarks" / "speed.py"))["published"]
+    for file in (Path(__file__).parent / "golden").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            settings = {key: float(value) for key, value in opened.metadata().items() if key != "note"}
+            base, tuned, inputs, adjusted = (opened.get_tensor(k) for k in ("base", "tuned", "inputs", "adjusted"))
+        hessian = 2 / settings["sequences"] * inputs.T @ inputs
+        found = published(hessian, base, tuned, settings["strength"], int(settings["block"]))
+        cut = (found == tuned).sum(1) != (adjusted == tuned).sum(1)  # rows in which the cut column is kept by chance
+        assert cut.float().mean() < 0.5
+        apart = (found - adjusted)[~cut].norm() / (adjusted - base)[~cut].norm()
+        assert apart <= 1e-3, file.stem
 
 
 def test_the_storage_benchmark_prints_both_tables(tmp_path):

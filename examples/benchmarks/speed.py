@@ -1,0 +1,447 @@
+"""What the package's work costs beside the arithmetic that it cannot do without, as ratios.
+
+    python examples/benchmarks/speed.py [--rows layer reading ...] [--repeats 5] [--quick]
+
+Each line compares two things that are done in turn in one process, at one thread, first one and then the other first:
+the median, over the repeats, of the ratio of their CPU times, the least and the largest ratio, and the goal. `--quick`
+takes sizes at which the ratios mean nothing, to see that everything runs.
+
+A line is a `Comparison`; a row is a function that makes some, and stands in `ROWS` by its name.
+"""
+
+import argparse
+import gc
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from safedelta_hf import ProfileConfig, Ridge, SafeDelta, SafetyProfile, collect_profile
+from safedelta_hf.adjust.loop import adjust_weights
+from safedelta_hf.adjust.plan import plan_parameters
+from safedelta_hf.adjust.store import WeightStore, Written
+from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.deltas.dense import Delta, DenseDelta
+from safedelta_hf.deltas.low_rank import FactoredDelta
+from safedelta_hf.profile.moments import Moments
+from safedelta_hf.records import ProfileHeader, Role, Treatment, Use
+from safedelta_hf.rules import Rule
+
+VOCABULARY = 512
+GROUP = 4
+"""Columns that the published sweep treats at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two things to do, of which the first is divided by the second.
+
+    Attributes:
+        name: What the line says.
+        ours: What the package does.
+        beside: What it is compared with.
+        goal: The ratio to reach, at most.
+    """
+
+    name: str
+    ours: Callable[[], object]
+    beside: Callable[[], object]
+    goal: float
+
+
+Row = Callable[[bool], Iterator[Comparison]]
+"""Makes comparisons, small ones if it is told so."""
+
+ROWS: dict[str, Row] = {}
+
+
+def row(make: Row) -> Row:
+    """Put a row among the others, under the name of its function."""
+    ROWS[make.__name__] = make
+    return make
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """CPU time of this process."""
+    gc.collect()
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def ratios(comparison: Comparison, repeats: int) -> list[float]:
+    """One ratio for each repeat, after a first time that does not count."""
+    comparison.ours(), comparison.beside()
+    found = []
+    for number in range(repeats):
+        if number % 2:
+            beside = seconds(comparison.beside)
+            ours = seconds(comparison.ours)
+        else:
+            ours = seconds(comparison.ours)
+            beside = seconds(comparison.beside)
+        found.append(ours / beside)
+    return found
+
+
+# One layer
+
+
+class OneStore(WeightStore):
+    """Deltas by name; what becomes of them is dropped."""
+
+    architecture, source = "Plain", "memory"
+
+    def __init__(self, deltas: dict[str, Callable[[], Delta]]) -> None:
+        self._deltas = deltas
+
+    def __enter__(self) -> "OneStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def is_tuned(self, name: str) -> bool:
+        """All are."""
+        return True
+
+    def is_dense(self, name: str) -> bool:
+        """All may be."""
+        return True
+
+    def delta(self, name: str) -> Delta:
+        """The delta of a parameter."""
+        return self._deltas[name]()
+
+    def write(self, name: str, delta: Delta) -> Written:
+        """Make the weight, and drop it."""
+        if isinstance(delta, DenseDelta):
+            delta.weight()
+        return Written(delta.rounded() if delta.dtype != torch.float32 else delta)
+
+    def restore(self) -> None:
+        """Nothing was written over."""
+
+
+class Layer:
+    """A linear layer of random weights and correlated inputs."""
+
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(2 * size, size, generator=generator)
+        inputs *= torch.linspace(0.1, 3.0, size)
+        self.moment = InputMoment(total=inputs.T @ inputs, sequences=64, tokens=2 * size)
+        self.base = (0.02 * torch.randn(size, size, generator=generator)).to(dtype)
+        self.tuned = (self.base.float() + 0.002 * torch.randn(size, size, generator=generator)).to(dtype)
+        self.pair = 0.01 * torch.randn(size, 16, generator=generator), torch.randn(16, size, generator=generator)
+
+    @property
+    def hessian(self) -> Tensor:
+        """Of the safety loss."""
+        return self.moment.hessian(torch.device("cpu"))
+
+    def adjusted(self, rule: Rule, *, low_rank: bool = False) -> None:
+        """What the package does to it, from delta to weight and record."""
+        made = partial(FactoredDelta, *self.pair, 1.0) if low_rank else partial(DenseDelta, self.tuned, self.base)
+        adjust_made({"layer": made}, {"layer": self.moment}, {"layer": tuple(self.base.shape)}, rule)
+
+
+def adjust_made(
+    deltas: dict[str, Callable[[], Delta]],
+    moments: dict[str, InputMoment],
+    shapes: dict[str, tuple[int, ...]],
+    rule: Rule,
+) -> None:
+    """Adjust linear layers that have moments of their own."""
+    uses = [
+        Use(parameter=name, role=Role.LINEAR, moment=name, view=Role.LINEAR.view(shape), shape=shape)
+        for name, shape in shapes.items()
+    ]
+    told: dict[str, Any] = dict.fromkeys(shapes, "")
+    header = ProfileHeader(
+        architecture="Plain", base=told, dtypes=told, tokenizer=None, data="", sequences=64, tokens=64, skipped={}
+    )
+    profile = SafetyProfile(header=header, uses=tuple(uses), moments=Moments(moments))
+    plan = plan_parameters(shapes, profile, Treatment())
+    adjust_weights(OneStore(deltas), plan, profile, rule, progress=False)
+
+
+def cholesky_and_solve(hessian: Tensor, delta: Tensor) -> Tensor:
+    """Ridge at strength 1 with nothing around it."""
+    system = hessian.clone()
+    system.diagonal().add_(1.0)
+    factor, _ = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_solve(delta.T, factor).T
+
+
+def published(hessian: Tensor, base: Tensor, tuned: Tensor, strength: float = 0.1, block: int = 2048) -> Tensor:
+    """Safe Delta (arXiv 2505.12038) as its authors' code does it: sorted entries, swept columns."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += 0.01 * diagonal.mean()
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    weight, result = base.clone(), base.clone()
+    for start in range(0, len(hessian), block):
+        stop = min(start + block, len(hessian))
+        factor = upper[start:stop, start:stop]
+        ratio = factor.diagonal().square().reciprocal()
+        wanted = tuned[:, start:stop]
+        current = weight[:, start:stop].clone()
+        costs = (wanted - current).square() * ratio
+        order = ratio.expand_as(costs).flatten().argsort()
+        limit = float(ratio.mean()) * strength / 2 * len(base) / 4096
+        chosen = costs.flatten()[order].cumsum(0) <= limit
+        chosen[len(order) - math.ceil(0.15 * len(order)) :] = False
+        kept = torch.zeros(costs.numel(), dtype=torch.bool).index_fill_(0, order[chosen], True).view_as(costs)
+        errors = torch.zeros_like(current)
+        for first in range(0, stop - start, GROUP):
+            group = slice(first, first + GROUP)
+            for column in range(first, min(first + GROUP, stop - start)):
+                moved = torch.where(kept[:, column], wanted[:, column], current[:, column])
+                errors[:, column] = (current[:, column] - moved) / factor[column, column]
+            current[:, first + GROUP :] -= errors[:, group] @ factor[group, first + GROUP :]
+        result[:, start:stop] = torch.where(kept, wanted, current)
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return result
+
+
+@row
+def layer(quick: bool) -> Iterator[Comparison]:
+    """A dense layer beside a bare Cholesky and solve."""
+    for size in (64,) if quick else (2048, 4096):
+        one = Layer(size)
+        bare = partial(cholesky_and_solve, one.hessian, one.tuned - one.base)
+        yield Comparison(
+            name=f"Ridge, dense layer of {size} / Cholesky and solve",
+            ours=partial(one.adjusted, Ridge(strength=1.0)),
+            beside=bare,
+            goal=1.3,
+        )
+
+
+@row
+def published_layer(quick: bool) -> Iterator[Comparison]:
+    """A layer beside the published code."""
+    size = 64 if quick else 4096
+    one = Layer(size)
+    sweep = partial(published, one.hessian, one.base, one.tuned)
+    for name, work, goal in (
+        ("SafeDelta(0.1), dense", partial(one.adjusted, SafeDelta(strength=0.1)), 1 / 8),
+        ("Ridge, dense", partial(one.adjusted, Ridge(strength=1.0)), 1 / 8),
+        ("SafeDelta(0.1), rank 16", partial(one.adjusted, SafeDelta(strength=0.1), low_rank=True), 1 / 13),
+    ):
+        yield Comparison(name=f"{name} layer of {size} / published code", ours=work, beside=sweep, goal=goal)
+
+
+# Reading
+
+
+def llama(width: int, layers: int) -> PreTrainedModel:
+    """A Llama of random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def mixtral(experts: int, width: int, layers: int) -> PreTrainedModel:
+    """A Mixtral of random weights."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def sequences(count: int, length: int) -> list[dict[str, list[int]]]:
+    """Random tokens."""
+    rows = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": one, "labels": one} for one in rows]
+
+
+def read(model: PreTrainedModel, data: list[dict[str, list[int]]], batch: int) -> SafetyProfile:
+    """What the package does."""
+    digests = {name: "" for name, _ in model.named_parameters()}
+    config = ProfileConfig(holdout=0.0, batch_size=batch)
+    return collect_profile(model, data, config=config, digests=digests, progress=False)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, data: list[dict[str, list[int]]], batch: int) -> None:
+    """The passes alone."""
+    for start in range(0, len(data), batch):
+        model(input_ids=torch.tensor([one["input_ids"] for one in data[start : start + batch]]))
+
+
+def hooked(model: PreTrainedModel, data: list[dict[str, list[int]]], batch: int) -> None:
+    """Plain hooks on linear layers that sum the products of their inputs."""
+    totals: dict[nn.Module, Tensor] = {}
+
+    def add(module: nn.Module, given: tuple[Tensor, ...], _: object) -> None:
+        inputs = given[0].flatten(0, -2).float()
+        if module not in totals:
+            totals[module] = torch.zeros(inputs.shape[1], inputs.shape[1])
+        totals[module].addmm_(inputs.T, inputs)
+
+    handles = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        forward(model, data, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@row
+def reading(quick: bool) -> Iterator[Comparison]:
+    """Reading safety data beside the forward passes alone, and beside hooks that share nothing."""
+    cases = (
+        ("512 wide", partial(llama, 32 if quick else 512, 2 if quick else 8), 1.5),
+        ("2048 wide", partial(llama, 64 if quick else 2048, 1 if quick else 2), 1.1),
+        ("64 experts", partial(mixtral, 4 if quick else 64, 32 if quick else 128, 2), 2.0),
+    )
+    data, batch = sequences(4 if quick else 16, 16 if quick else 128), 8
+    for name, made, goal in cases:
+        model = made()
+        ours = partial(read, model, data, batch)
+        yield Comparison(
+            name=f"reading, {name} / forward", ours=ours, beside=partial(forward, model, data, batch), goal=goal
+        )
+        if "experts" not in name:
+            yield Comparison(
+                name=f"reading, {name} / plain hooks", ours=ours, beside=partial(hooked, model, data, batch), goal=1.0
+            )
+
+
+# What is read of a profile
+
+
+@row
+def checking(quick: bool) -> Iterator[Comparison]:
+    """Reading a moment from its file, checked, beside factoring it."""
+    size = 64 if quick else 4096
+    moment = Layer(size).moment
+    with tempfile.TemporaryDirectory() as folder:
+        header = ProfileHeader(
+            architecture="Plain",
+            base={"layer": "0" * 64},
+            dtypes={"layer": "float32"},
+            tokenizer=None,
+            data="0" * 64,
+            sequences=moment.sequences,
+            tokens=moment.tokens,
+            skipped={},
+        )
+        shape = (size, size)
+        use = Use(parameter="layer", role=Role.LINEAR, moment="layer", view=Role.LINEAR.view(shape), shape=shape)
+        profile = SafetyProfile(header=header, uses=(use,), moments=Moments({"layer": moment}))
+        profile.save(Path(folder) / "profile")
+        system = moment.total + torch.eye(size)
+        loaded = SafetyProfile.load(Path(folder) / "profile")
+        for name, opened in (
+            ("first", lambda: SafetyProfile.load(Path(folder) / "profile")),
+            ("again", lambda: loaded),
+        ):
+            yield Comparison(
+                name=f"reading a moment of {size}, {name} / its Cholesky",
+                ours=lambda opened=opened: opened().moments["layer"],
+                beside=partial(torch.linalg.cholesky_ex, system),
+                goal=0.5,
+            )
+
+
+# What grows with layers, experts and sequences; each beside half of it
+
+
+def random_layers(count: int, size: int) -> Callable[[], None]:
+    """Adjust many small layers."""
+    moment = Layer(size).moment
+    base = torch.zeros(size, size)
+    tuned = torch.full_like(base, 0.01)
+    names = [f"layer{number}" for number in range(count)]
+    return partial(
+        adjust_made,
+        {name: partial(DenseDelta, tuned, base) for name in names},
+        dict.fromkeys(names, moment),
+        dict.fromkeys(names, (size, size)),
+        SafeDelta(strength=1.0),
+    )
+
+
+@row
+def sweeps(quick: bool) -> Iterator[Comparison]:
+    """Twice as much beside once: 2 is linear."""
+    layers, experts, count = (2, 4, 4) if quick else (400, 64, 32)
+    yield Comparison(
+        name=f"adjusting {2 * layers} layers / {layers}",
+        ours=random_layers(2 * layers, 16),
+        beside=random_layers(layers, 16),
+        goal=2.0,
+    )
+    short = sequences(4, 16)
+    yield Comparison(
+        name=f"reading with {2 * experts} experts / {experts}",
+        ours=partial(read, mixtral(2 * experts, 16, 1), sequences(32, 64), 8),
+        beside=partial(read, mixtral(experts, 16, 1), sequences(32, 64), 8),
+        goal=2.0,
+    )
+    small = llama(16, 2)
+    yield Comparison(
+        name=f"reading {2 * count} sequences / {count}",
+        ours=partial(read, small, sequences(2 * count, 16), 1),
+        beside=partial(read, small, sequences(count, 16), 1),
+        goal=2.0,
+    )
+    yield Comparison(
+        name=f"reading with {8 if quick else 32} layers / {4 if quick else 16}",
+        ours=partial(read, llama(16, 8 if quick else 32), short, 1),
+        beside=partial(read, llama(16, 4 if quick else 16), short, 1),
+        goal=2.0,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="Sizes that only show that it runs.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print("| what / beside what | median | least | largest | goal |\n|---|---|---|---|---|", flush=True)
+    for name in options.rows:
+        for comparison in ROWS[name](options.quick):
+            found = ratios(comparison, options.repeats)
+            figures = (statistics.median(found), min(found), max(found), comparison.goal)
+            print(f"| {comparison.name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
