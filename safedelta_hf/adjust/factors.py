@@ -105,20 +105,17 @@ class FactorCache:
         """
         return self._hessians[self._key(use)]
 
-    def rounding(self, use: Use) -> Tensor | None:
+    def rounding(self, use: Use) -> Tensor:
         """What the errors of rounding are fed on with, for a use that is held.
 
         Args:
-            use: The use.
+            use: The use, of a role whose inputs mix.
 
         Returns:
-            `R` [in, in], upper triangular, of the damped Hessian `R R^T`; None where inputs do not mix, so that
-            nothing can make up for an error.
+            `R` [in, in], upper triangular, of the damped Hessian `R R^T`.
         """
         key = self._key(use)
         hessian = self._hessians[key]
-        if hessian.ndim == 1:
-            return None
         if key not in self._rounding:
             owner = self._owner(key)
             own = factorise(hessian, ROUNDING_DAMPING).factor if self._ranks.rank == owner else None
@@ -163,8 +160,9 @@ class FactorCache:
         """
         first, before = self._positions.get(key), self._ahead
         self._ahead = [] if first is None else self._next_of_others(first)
-        for old in set(before) - set(self._ahead) - set(self._hessians):
-            self._forget(old)
+        for old in before:
+            if old not in self._ahead and old not in self._hessians:
+                self._forget(old)
         for each in (key, *self._ahead):
             if each in self._factors:
                 continue

@@ -2,10 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from safedelta_hf.adjust.factors import FactorCache
@@ -62,16 +63,18 @@ class Adjustment:
         tuned = [entry for entry in entries if store.is_tuned(entry.parameter)]
         self._merging = check_entries(tuned, profile, rule, task, is_dense=store.is_dense)
         self._tuned = {entry.parameter: entry for entry in tuned}
-        self._tuned_losses: dict[str, float] = {}
         if plan.entries and not tuned:
             store.require_base()
 
-    def at(self, rule: Rule, factors: FactorCache | None = None) -> tuple[ParameterRecord, ...]:
+    def at(
+        self, rule: Rule, factors: FactorCache | None = None, *, figures: bool = True
+    ) -> tuple[ParameterRecord, ...]:
         """Adjust every parameter.
 
         Args:
             rule: Which part of each delta to keep, at a strength that is a number.
             factors: What the same rule made of the moments before, at whatever strength.
+            figures: Whether to measure energies and losses, which cost about as much as the adjustment.
 
         Returns:
             What was done to each parameter.
@@ -85,7 +88,7 @@ class Adjustment:
         for entry in tqdm(self._plan.entries, desc=description, unit="weight", disable=not self._progress):
             if entry.parameter in self._tuned:
                 try:
-                    record = self._adjust(entry, rule, factors)
+                    record = self._adjust(entry, rule, factors, figures=figures)
                 except SafeDeltaError as error:
                     raise error.at(entry.parameter) from error
             else:
@@ -109,24 +112,20 @@ class Adjustment:
             require_number(rule)
         assert running is not None and held_out is not None, "checked before any weight was touched"
         factors = self._factors(memory=REUSED_BYTES) if rule.factors_serve_any_strength else None
-        records: dict[float, tuple[ParameterRecord, ...]] = {}
 
-        def apply(strength: float) -> None:
+        def apply(strength: float, *, figures: bool) -> tuple[ParameterRecord, ...]:
             self._store.restore()
-            records.clear()
-            records[strength] = self.at(rule.at(strength), factors)
+            return self.at(rule.at(strength), factors, figures=figures)
 
         self._put_base()
         base, noise = held_out.read_again(running, quantile=auto.quantile)
 
         def measure(strength: float) -> Drift:
-            apply(strength)
+            apply(strength, figures=False)
             return base.drift(running, quantile=auto.quantile)
 
         search = replace(search_strength(rule, auto, measure, len(held_out.sequences)), noise=noise)
-        if search.strength not in records:
-            apply(search.strength)
-        return search, records[search.strength]
+        return search, apply(search.strength, figures=True)
 
     def _put_base(self) -> None:
         for name in self._tuned:
@@ -136,31 +135,29 @@ class Adjustment:
         uses = (use for entry in self._tuned.values() for use in entry.uses)
         return FactorCache(self._profile, self._task, uses=uses, ranks=self._ranks, memory=memory)
 
-    def _adjust(self, entry: PlanEntry, rule: Rule, factors: FactorCache) -> ParameterRecord:
+    def _adjust(self, entry: PlanEntry, rule: Rule, factors: FactorCache, *, figures: bool) -> ParameterRecord:
         delta = self._store.delta(entry.parameter)
-        if entry.action is Action.KEEP:
-            return self._write(entry, delta, "kept")
         if entry.action is not Action.ADJUST:
-            return self._write(entry, delta.zero(), "reset")
-        if entry.parameter not in self._tuned_losses:  # the same at every strength
-            self._tuned_losses[entry.parameter] = _loss(entry, delta, factors)
+            kept, outcome = (delta, "kept") if entry.action is Action.KEEP else (delta.zero(), "reset")
+            written, notes = self._store.write(entry.parameter, kept)
+            return _record(entry, written if figures else None, outcome=outcome, notes=notes)
+        losses = {"tuned_loss": _loss(entry, delta, factors)} if figures else {}
         if self._merging is None:
             adjusted, notes = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:
             adjusted, notes = self._merging.merged(rule, entry, delta)
-        losses: dict[str, float] = {"tuned_loss": self._tuned_losses[entry.parameter]}
+        loss = None
         if is_coarse(delta.dtype):
-            losses["unrounded_loss"] = _loss(entry, adjusted, factors)
-            adjusted, losses["adjusted_loss"], note = _rounded(entry, adjusted, factors)
+            if figures:
+                losses["unrounded_loss"] = _loss(entry, adjusted, factors)
+            adjusted, loss, note = _rounded(entry, adjusted, factors)
             notes += (note,)
         written, remarks = self._store.write(entry.parameter, adjusted)
-        if written is not adjusted or "adjusted_loss" not in losses:
-            losses["adjusted_loss"] = _loss(entry, written, factors)
-        return _record(entry, written, outcome="adjusted", notes=notes + remarks, **losses)
-
-    def _write(self, entry: PlanEntry, delta: Delta, outcome: str) -> ParameterRecord:
-        written, notes = self._store.write(entry.parameter, delta)
-        return _record(entry, written, outcome=outcome, notes=notes)
+        if figures:
+            if loss is None or written is not adjusted:
+                loss = _loss(entry, written, factors)
+            losses["adjusted_loss"] = loss
+        return _record(entry, written if figures else None, outcome="adjusted", notes=notes + remarks, **losses)
 
 
 def _transformed(
@@ -186,15 +183,17 @@ def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delt
     Returns:
         What the weights can hold of it, its quadratic loss, and which way it was.
     """
-    nearest, fed = delta.rounded(), delta
-    for use in entry.uses:
-        factors.hold(_together(entry, use), delta.device)
-        factor = factors.rounding(use)
-        if factor is not None:
-            fed = fed.rounded_along(use, factor)
+
+    def feeding() -> Iterator[tuple[Use, Tensor]]:
+        for use in mixing:
+            factors.hold(_together(entry, use), delta.device)
+            yield use, factors.rounding(use)
+
+    mixing = [use for use in entry.uses if not use.role.is_diagonal]  # of others nothing can make up for an error
+    nearest = delta.rounded()
     name, loss = str(delta.dtype).removeprefix("torch."), _loss(entry, nearest, factors)
-    if fed is not delta:
-        fed = fed.rounded()
+    if mixing:
+        fed = delta.rounded_along(feeding()).rounded()
         lower = _loss(entry, fed, factors)
         if lower < loss:
             return fed, lower, f"rounded to {name}, errors fed on"

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from safedelta_hf.core.finite import is_finite
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.further_models import FurtherModel, open_further_model, seen_from_base
 from safedelta_hf.errors import NumericalError, SafeDeltaError
@@ -57,7 +58,7 @@ class Merging:
                 weight = other(entry.parameter, zero)
             except SafeDeltaError as error:
                 raise error.at(entry.parameter) from error
-            if not torch.isfinite(weight).all():
+            if not is_finite(weight):
                 raise NumericalError(f"{entry.parameter}: holds NaN or Inf in {name}; give another model")
 
     def merged(self, rule: Rule, entry: PlanEntry, delta: Delta) -> tuple[DenseDelta, tuple[str, ...]]:

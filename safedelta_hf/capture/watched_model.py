@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.observer import Observer
+from safedelta_hf.core.finite import is_finite
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
 from safedelta_hf.modules.evaluating import evaluating
@@ -197,7 +198,7 @@ def _require_finite(model: ShardedModel) -> None:
 
 
 def _is_finite(model: ShardedModel, name: str) -> bool:
-    return is_quantised(model.live(name)) or bool(torch.isfinite(model.read(name)).all())
+    return is_quantised(model.live(name)) or is_finite(model.read(name))
 
 
 def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | None:

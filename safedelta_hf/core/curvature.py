@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safedelta_hf.core.transform import Dense, Transform
+from safedelta_hf.core.finite import is_finite
+from safedelta_hf.core.transform import Dense, SymmetricForm, Transform
 from safedelta_hf.errors import FactorisationError, NumericalError
 
 
@@ -69,7 +70,7 @@ def cholesky(matrix: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], bool]:
         NumericalError: The matrix holds NaN or Inf.
         FactorisationError: It is not positive definite, also in float64.
     """
-    if not torch.isfinite(matrix).all():
+    if not is_finite(matrix):
         raise NumericalError("the Hessian of the safety loss holds NaN or Inf; check the model's activations")
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info.item():
@@ -112,4 +113,4 @@ def quadratic_loss(inner: Callable[[Transform], float], hessian: Tensor) -> floa
     Returns:
         The loss, at least zero for a positive semi-definite `H`.
     """
-    return 0.5 * inner(Dense(matrix=hessian))
+    return 0.5 * inner(Dense(matrix=hessian) if hessian.ndim == 1 else SymmetricForm(matrix=hessian))

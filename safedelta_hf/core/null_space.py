@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.finite import is_finite
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import NumericalError
 
@@ -43,7 +44,7 @@ def null_space(hessian: Tensor, energy: float) -> Dense | Removal:
     Raises:
         NumericalError: The Hessian holds NaN or Inf.
     """
-    if not torch.isfinite(hessian).all():
+    if not is_finite(hessian):
         raise NumericalError("the Hessian of the safety loss holds NaN or Inf; check the model's activations")
     exact = hessian.double()
     if exact.ndim == 1:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.finite import is_finite
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import FactorisationError, NumericalError
 
@@ -78,7 +79,7 @@ def shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense
     """
     if strength == 0:
         return Dense(matrix=torch.ones(len(hessian), device=hessian.device))
-    if not all(torch.isfinite(moment).all() for moment in (hessian, utility) if moment is not None):
+    if not all(is_finite(moment) for moment in (hessian, utility) if moment is not None):
         raise NumericalError("the moments of this layer hold NaN or Inf; check the model's activations")
     price = min(strength, torch.finfo(hessian.dtype).max)  # Inf times what safety never used would be NaN
     if hessian.ndim == 1:

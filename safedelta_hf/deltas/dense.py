@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.finite import is_finite
 from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import NumericalError
@@ -80,15 +81,14 @@ class Delta(Protocol):
         """
         ...
 
-    def rounded_along(self, use: Use, factor: Tensor) -> "Delta":
-        """The same, with the errors made up for in inputs that one use sees beside (`core.rounding`).
+    def rounded_along(self, factors: Iterable[tuple[Use, Tensor]]) -> "Delta":
+        """The same, with the errors made up for in inputs that some uses see beside (`core.rounding`).
 
         Args:
-            use: Which rows.
-            factor: `R` [in, in], upper triangular, of the use's damped Hessian `R R^T`.
+            factors: Uses in their order, each with `R` [in, in], upper triangular, of its damped Hessian `R R^T`.
 
         Returns:
-            A delta of the same weights, of which `rounded` changes nothing that the use sees.
+            A delta of the same weights, of which `rounded` changes nothing that these uses see.
         """
         ...
 
@@ -109,7 +109,7 @@ class DenseDelta(Delta):
         self._base = base.detach().to(tuned)
         # Shared with every delta that is made of this one.
         self._delta = (self._tuned.to(torch.float32) - self._base.to(torch.float32)).contiguous()
-        if not torch.isfinite(self._delta).all():
+        if not is_finite(self._delta):
             raise NumericalError("tuned minus base is beyond float32; the training has diverged")
         self._adjusted = self._delta
         self._weight: Tensor | None = None
@@ -163,7 +163,7 @@ class DenseDelta(Delta):
         if use.view.covers(self._adjusted.numel()):
             return self.keeping(self.matrix(use).transformed(transform))
         # Of a parameter with many uses, such as experts, one copy takes the changes of all.
-        result = self.keeping(self._adjusted.clone()) if self._is_unadjusted else self
+        result = self.keeping(self._adjusted.clone()) if self.is_unadjusted else self
         result.matrix(use).replace(transform)
         return result
 
@@ -206,9 +206,10 @@ class DenseDelta(Delta):
         return self if self._weight is not None else self.held_as(self.weight())
 
     @override
-    def rounded_along(self, use: Use, factor: Tensor) -> "DenseDelta":
+    def rounded_along(self, factors: Iterable[tuple[Use, Tensor]]) -> "DenseDelta":
         wanted = self.wanted()
-        round_rows_(wanted, use.view, self.dtype, factor)
+        for use, factor in factors:
+            round_rows_(wanted, use.view, self.dtype, factor)
         return self.keeping(wanted.sub_(self.base))
 
     def held_as(self, weight: Tensor) -> "DenseDelta":
@@ -246,7 +247,8 @@ class DenseDelta(Delta):
         return torch.where(kept, self._tuned, (self.base + self._adjusted).to(self.dtype))
 
     @property
-    def _is_unadjusted(self) -> bool:
+    def is_unadjusted(self) -> bool:
+        """Whether nothing was done to it yet, so that what is kept shares its memory."""
         return self._adjusted is self._delta
 
 
@@ -360,5 +362,5 @@ def require_finite(name: str, tensor: Tensor) -> None:
     Raises:
         NumericalError: It holds NaN or Inf.
     """
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise NumericalError(f"{name}: the fine-tuned weight holds NaN or Inf; the training has diverged")

@@ -1,6 +1,6 @@
 """The delta of a low-rank adapter: a transform changes one factor, and the product is never formed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,14 +123,15 @@ class FactoredDelta(Delta):
         return FactoredDelta(*self._tuned, self._scaling, (left, right))
 
     @override
-    def rounded_along(self, use: Use, factor: Tensor) -> "FactoredDelta":
+    def rounded_along(self, factors: Iterable[tuple[Use, Tensor]]) -> "FactoredDelta":
         # Of `s L R` the inputs stand in one factor; an error in one of its rows reaches the outputs through the other.
         left, right = self._adjusted
-        if self._is_transposed(use.view):
-            kept = (round_columns(left.T, self._tuned[0].dtype, factor).T.float(), right)
-        else:
-            kept = (left, round_columns(right, self._tuned[1].dtype, factor).float())
-        return FactoredDelta(*self._tuned, self._scaling, kept)
+        for use, factor in factors:
+            if self._is_transposed(use.view):
+                left = round_columns(left.T, self._tuned[0].dtype, factor).T.float()
+            else:
+                right = round_columns(right, self._tuned[1].dtype, factor).float()
+        return FactoredDelta(*self._tuned, self._scaling, (left, right))
 
     def _is_transposed(self, view: MatrixView) -> bool:
         first, second = len(self._tuned[0]), self._tuned[1].shape[1]
@@ -193,9 +194,12 @@ class StackedDelta(Delta):
         return StackedDelta([one.rounded() for one in self.products], self._size)
 
     @override
-    def rounded_along(self, use: Use, factor: Tensor) -> "StackedDelta":
-        number = self._number(use)
-        return self._with(number, self.products[number].rounded_along(use, factor))
+    def rounded_along(self, factors: Iterable[tuple[Use, Tensor]]) -> "StackedDelta":
+        products = list(self.products)
+        for use, factor in factors:
+            number = self._number(use)
+            products[number] = products[number].rounded_along([(use, factor)])
+        return StackedDelta(products, self._size)
 
     def _with(self, number: int, product: FactoredDelta) -> "StackedDelta":
         return StackedDelta((*self.products[:number], product, *self.products[number + 1 :]), self._size)

@@ -1,7 +1,7 @@
 """The delta of a parameter of which this process holds some slices along the first dimension."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -64,9 +64,10 @@ class ShardedDelta(Delta):
         if own is None:
             whole = DenseMatrix(self._assembled(), use.view).transformed(transform)
             return self._with(self._own.keeping(whole[self._shard.start : self._shard.stop].clone()))
-        values = self._own.values.clone(memory_format=torch.contiguous_format)
-        ShardedMatrix(values, use.view, *own, self._sum).replace(transform)
-        return self._with(self._own.keeping(values))
+        # Of a parameter with many uses, such as experts, one copy takes the changes of all.
+        slices = self._own.keeping(self._own.values.clone()) if self._own.is_unadjusted else self._own
+        ShardedMatrix(slices.values, use.view, *own, self._sum).replace(transform)
+        return self._with(slices)
 
     @override
     def zero(self) -> "ShardedDelta":
@@ -77,15 +78,16 @@ class ShardedDelta(Delta):
         return self._with(self._own.rounded())
 
     @override
-    def rounded_along(self, use: Use, factor: Tensor) -> "ShardedDelta":
-        own = own_view(use, self._shape, self._shard)
+    def rounded_along(self, factors: Iterable[tuple[Use, Tensor]]) -> "ShardedDelta":
         wanted = self._own.wanted()
-        if own is None:
-            whole = self._assembled(wanted)
-            round_rows_(whole, use.view, self.dtype, factor)
-            wanted = whole[self._shard.start : self._shard.stop]
-        else:
-            round_rows_(wanted, own[0], self.dtype, factor)
+        for use, factor in factors:
+            own = own_view(use, self._shape, self._shard)
+            if own is None:
+                whole = self._assembled(wanted)
+                round_rows_(whole, use.view, self.dtype, factor)
+                wanted = whole[self._shard.start : self._shard.stop].contiguous()
+            else:
+                round_rows_(wanted, own[0], self.dtype, factor)
         return self._with(self._own.keeping((wanted - self._own.base).contiguous()))
 
     def weight(self) -> Tensor:

@@ -46,7 +46,8 @@ _Line = tuple[str, tuple[StoredFile, str]]
 
 SHARD_BYTES: Final = 8 * 2**20
 """Small moments share a file of up to this size; a larger one has its own. A file is read whole to check its digest."""
-_STRIP: Final = 512
+_TILE: Final = 256
+"""Rows and columns of a moment that are checked at a time, so that what is made meanwhile stays in the cache."""
 _NAMES: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _UNDERFLOW: Final = 1e-12
 _ROUNDING: Final = 0.02
@@ -94,7 +95,6 @@ def _read_moment(path: Path, entry: StoredMoment, beside: Iterable[StoredMoment]
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     total = entry.encoding.decode(stored)
-    require_moment(total, entry.key)
     return InputMoment(total=total, sequences=entry.sequences, tokens=entry.tokens)
 
 
@@ -115,13 +115,15 @@ def require_moment(total: Tensor, key: str) -> None:
         return
     # The squares of tiny inputs are zero in float32, while their products with others are not.
     root = (diagonal + _UNDERFLOW * diagonal.mean()).sqrt()
-    for start in range(0, len(total), _STRIP):
-        rows = total[start : start + _STRIP]
-        allowed = root[start : start + _STRIP, None] * root
-        # NaN is not less than anything.
-        bounded = (rows.abs() <= allowed * (1 + _ROUNDING)).all()
-        if not bounded or not ((rows - total[:, start : start + _STRIP].T).abs() <= allowed * _ROUNDING).all():
-            raise ValueError(f"moment {key!r} is no symmetric positive semi-definite matrix")
+    tiles = [slice(start, start + _TILE) for start in range(0, len(total), _TILE)]
+    for number, rows in enumerate(tiles):
+        for columns in tiles[number:]:
+            above, below = total[rows, columns], total[columns, rows].T
+            allowed = root[rows, None] * root[columns]
+            # NaN is not less than anything.
+            bounded = torch.maximum(above.abs(), below.abs()) <= allowed * (1 + _ROUNDING)
+            if not bounded.all() or not ((above - below).abs() <= allowed * _ROUNDING).all():
+                raise ValueError(f"moment {key!r} is no symmetric positive semi-definite matrix")
 
 
 def _digest_of_file(path: Path) -> str:
@@ -280,7 +282,7 @@ def read_header(path: Path) -> Content:
 
 
 class MomentFiles(Moments):
-    """Moments in files, read one at a time; a file is checked by its digest when it is first read.
+    """Moments in files, read one at a time; a file's digest and a moment's values are checked when they are first read.
 
     Args:
         content: What the header says.
@@ -295,6 +297,7 @@ class MomentFiles(Moments):
             self._together.setdefault(entry.file, []).append(entry)
         self._locate = locate
         self._intact: dict[str, tuple[int, ...]] = {}
+        self._possible: set[str] = set()  # moments whose values were checked; those of a digest stay the same
 
     @override
     def __getitem__(self, key: str) -> InputMoment:
@@ -302,7 +305,11 @@ class MomentFiles(Moments):
         try:
             path = self._locate(entry.file)
             self._require_intact(entry.file, path)
-            return _read_moment(path, entry, self._together[entry.file])
+            moment = _read_moment(path, entry, self._together[entry.file])
+            if key not in self._possible:
+                require_moment(moment.total, key)
+                self._possible.add(key)
+            return moment
         except ProfileError:
             raise
         except (OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """The loop over parameters: what it does with each, all of it or nothing; and strengths that it measures."""
 
+import copy
 import dataclasses
 from functools import partial
 
@@ -20,6 +21,7 @@ from safedelta_hf import (
     collect_profile,
     refactor_adapter,
 )
+from safedelta_hf.adjust import loop
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
@@ -117,6 +119,28 @@ def test_a_search_that_fails_half_way_changes_nothing(profile, monkeypatch, erro
     with pytest.raises(type(error)):
         adjust(tuned, profile, RULES[0])
     assert tiny.same(before, tiny.weights(tuned))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [Ridge(strength=AUTO), SafeDelta(strength=AUTO)], ids=lambda rule: rule.name)
+def test_a_search_measures_the_figures_of_the_strength_that_it_applies_alone(profile, rule, dtype, monkeypatch):
+    def counted(model, rule):
+        losses, energies = [], []
+        with monkeypatch.context() as patch:
+            genuine, energy = loop.quadratic_loss, DenseDelta.lost_energy.fget
+            patch.setattr(loop, "quadratic_loss", lambda *given: losses.append(1) or genuine(*given))
+            patch.setattr(DenseDelta, "lost_energy", property(lambda self: energies.append(1) or energy(self)))
+            return adjust_model(model, base=base, profile=own, rule=rule, progress=False), len(losses), len(energies)
+
+    base = refusing.base().to(dtype)
+    own = collect_profile(base, refusing.REFUSALS, config=ProfileConfig(holdout=0.25), progress=False)
+    tuned = refusing.fine_tuned().to(dtype)
+    once = counted(copy.deepcopy(tuned), rule.at(1.0))[1:]
+    report, losses, energies = counted(tuned, rule)
+    trials, uses = len(report.search.trials), len(own.uses)
+    to_round = 2 * sum(not use.role.is_diagonal for use in own.uses) + sum(use.role.is_diagonal for use in own.uses)
+    assert trials > 2 and once == (2 * uses if dtype == torch.float32 else 2 * uses + to_round, energies)
+    assert losses == once[0] + (0 if dtype == torch.float32 else trials * to_round)
 
 
 def test_what_holds_for_every_strength_is_prepared_once(profile, monkeypatch):

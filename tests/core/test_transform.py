@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from safedelta_hf.core.transform import Dense, KeepColumns
+from safedelta_hf.core import transform as transform_module
+from safedelta_hf.core.transform import Dense, KeepColumns, SymmetricForm
 
 KEPT = torch.tensor([True, False, True, False, False])
 
@@ -38,12 +39,34 @@ def test_a_dense_transform_multiplies_by_its_matrix_or_diagonal(matrix):
     )
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_of_a_symmetric_matrix_gives_its_quadratic_form(block, dtype, monkeypatch):
+    monkeypatch.setattr(transform_module, "FORM_BLOCK", block)
+    rows, root = drawn(4, 5), drawn(5, 6)
+    matrix = root @ root.T
+    exact = (rows.double() @ matrix.double() * rows).sum()
+    rows = rows.to(dtype)
+    assert float((rows * SymmetricForm(matrix=matrix)(rows)).sum()) == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_half_of_a_symmetric_matrix_never_looks_below_its_diagonal_blocks(monkeypatch):
+    monkeypatch.setattr(transform_module, "FORM_BLOCK", 2)
+    rows, matrix = drawn(4, 5), drawn(5, 5)
+    half = (
+        torch.block_diag(torch.ones(2, 2), torch.ones(2, 2), torch.ones(1, 1)).bool() | torch.ones(5, 5).triu().bool()
+    )
+    spoilt = torch.where(half, matrix, float("nan"))
+    assert torch.equal(SymmetricForm(matrix=spoilt)(rows), SymmetricForm(matrix=matrix)(rows))
+
+
 TRANSFORMS = [
     KeepColumns(kept=KEPT, response=drawn(2, 3)),
     KeepColumns(kept=KEPT, response=None),
     KeepColumns(kept=torch.zeros(5, dtype=torch.bool), response=None),
     Dense(matrix=drawn(5, 5)),
     Dense(matrix=drawn(5)),
+    SymmetricForm(matrix=drawn(5, 5)),
 ]
 
 

@@ -162,7 +162,7 @@ def test_the_errors_of_rounding_stay_in_the_matrix_that_a_use_reads(number, dtyp
     use = Use(parameter="w", role=Role.LINEAR, moment="w", view=view, shape=(3, 4, 5))
     factor = torch.linalg.cholesky(torch.eye(5) + torch.ones(5, 5)).T.contiguous()
     half = DenseDelta(tuned, base).keeping((tuned.float() - base.float()) / 3)
-    fed, nearest = half.rounded_along(use, factor).rounded().weight(), half.rounded().weight()
+    fed, nearest = half.rounded_along([(use, factor)]).rounded().weight(), half.rounded().weight()
     others = [one for one in range(3) if one != number]
     assert torch.equal(fed[others], nearest[others]) and not torch.equal(fed[number], nearest[number])
     assert torch.equal(fed[number], round_columns(half.wanted()[number], dtype, factor))

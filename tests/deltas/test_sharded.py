@@ -163,12 +163,12 @@ def test_slices_are_rounded_as_the_whole_is(role, cuts, dtype):
 
     def work(shard, ranks):
         delta = own(tuned, base, shard, ranks).transformed(use, change)
-        return delta.rounded().weight(), delta.rounded_along(use, factor).rounded().weight()
+        return delta.rounded().weight(), delta.rounded_along([(use, factor)]).rounded().weight()
 
     nearest, fed = (torch.cat(weights) for weights in zip(*on_shards(cuts, work), strict=True))
     whole = DenseDelta(tuned, base).transformed(use, change)
     assert torch.equal(nearest, whole.rounded().weight()) and nearest.dtype == dtype
-    assert torch.equal(fed, whole.rounded_along(use, factor).rounded().weight())
+    assert torch.equal(fed, whole.rounded_along([(use, factor)]).rounded().weight())
     assert not torch.equal(fed, nearest)
 
 

@@ -441,3 +441,30 @@ def test_a_file_that_is_damaged_after_it_was_read_is_found_when_it_is_read_again
     flipped(first(tmp_path / "copy"), 8 * 700)
     with pytest.raises(ProfileError, match="damaged or swapped"):
         profile.moments[key]
+
+
+def test_the_values_of_a_moment_are_checked_when_it_is_first_read_and_those_of_its_digest_stay_the_same(
+    originals, monkeypatch
+):
+    checked = []
+    genuine = files.require_moment
+    monkeypatch.setattr(files, "require_moment", lambda total, key: checked.append(key) or genuine(total, key))
+    profile = SafetyProfile.load(originals / "triangular")
+    for _ in range(3):
+        for key in profile.moments:
+            profile.moments[key]
+    assert checked == list(profile.moments)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 600])
+def test_one_entry_that_no_sum_of_products_has_is_found_wherever_it_stands(size):
+    generator = torch.Generator().manual_seed(size)
+    inputs = torch.randn(2 * size, size, generator=generator)
+    moment = inputs.T @ inputs
+    files.require_moment(moment, "intact")
+    for row, column in {(0, size - 1), (size - 1, 0), (size // 2, size // 3), (size - 1, size - 1)}:
+        for value in (float("nan"), float("inf"), -1e9, 1e9 if row != column else -1.0):
+            spoilt = moment.clone()
+            spoilt[row, column] = value
+            with pytest.raises(ValueError, match="spoilt"):
+                files.require_moment(spoilt, "spoilt")
