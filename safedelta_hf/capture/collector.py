@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safedelta_hf.capture.views import ParameterView, storage_key, weak_storage
-from safedelta_hf.core.moment import add_outer_
+from safedelta_hf.core.finite import is_finite
+from safedelta_hf.core.moment import add_outer_, fill_lower_
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.profile.moments import MomentStorage
 from safedelta_hf.records import MatrixView, Role, Use, moment_key
@@ -243,6 +244,7 @@ class MomentCollector:
         self._totals: dict[str, Tensor] = {}
         self._tokens: Counter[str] = Counter()
         self._uses: dict[str, Use] = {}
+        self._product_keys: dict[tuple[str, Role | None, MatrixView], str] = {}
         self._batch, self._length = 1, 0
         self.shared = SharedInputs() if share else None
 
@@ -270,8 +272,7 @@ class MomentCollector:
             return
         if not len(inputs):
             return
-        view = weight.matrix
-        key = self._key(weight.parameter, role or self._role(weight.parameter, view), view)
+        key = self._product_key(weight.parameter, role, weight.matrix)
         if weight.factor not in (1.0, -1.0):
             inputs = inputs * weight.factor
         self._add_inputs(key, inputs, may_follow=role is None)
@@ -370,7 +371,7 @@ class MomentCollector:
             NumericalError: The inputs of a weight held NaN or Inf.
         """
         for key, total in self._totals.items():
-            if not torch.isfinite(total).all():
+            if not is_finite(total):
                 raise NumericalError(
                     f"{key}: NaN or Inf in the inputs of this layer while the safety data was read; "
                     "check the base model, or load it in float32 or bfloat16"
@@ -396,13 +397,18 @@ class MomentCollector:
             The moment of each use that has one of its own, by key; the collector keeps none.
         """
         totals, self._totals = self._totals, {}
+        for total in totals.values():
+            if total.ndim == 2:
+                fill_lower_(total)
         return totals
 
     def _all_zero(self, leaders: Mapping[str, str]) -> Iterator[str]:
-        empty = {key for key, total in self._totals.items() if not total.any()}
-        for key, use in self._uses.items():
-            is_part = not use.view.covers(math.prod(use.shape))
-            if is_part and leaders.get(key, key) in empty:
+        parts = {
+            key: leaders.get(key, key) for key, use in self._uses.items() if not use.view.covers(math.prod(use.shape))
+        }
+        empty = {key for key in set(parts.values()) & self._totals.keys() if not self._totals[key].any()}
+        for key, leader in parts.items():
+            if leader in empty:
                 yield key
 
     def _role(self, name: str, view: MatrixView | None = None) -> Role:
@@ -411,6 +417,12 @@ class MomentCollector:
         if len(shape) == 2 and view == Role.CONV1D.view(shape) != Role.LINEAR.view(shape):
             return Role.CONV1D
         return Role.HEAD if name == self._head else Role.LINEAR
+
+    def _product_key(self, name: str, role: Role | None, view: MatrixView) -> str:
+        met = (name, role, view)
+        if met not in self._product_keys:
+            self._product_keys[met] = self._key(name, role or self._role(name, view), view)
+        return self._product_keys[met]
 
     def _key(self, name: str, role: Role, view: MatrixView | None = None) -> str:
         shape = tuple(self._parameters[name].shape)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - it registers an operation
 from torch import Tensor, nn
 
 from safedelta_hf.capture.reader import Arguments, Handler, OperationReader
@@ -260,8 +261,15 @@ def _batched(see: OperationReader, left: Tensor, right: Tensor) -> bool:
 
 
 def _grouped_mm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
-    inputs, ends = given["self"], given.get("offs")
-    weight = see.view(given["mat2"])
+    return _grouped(see, given["self"], given["mat2"], given["offs"])
+
+
+def _grouped_mm_fallback(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
+    return _grouped(see, given["input"], given["weight"], given["offs"])
+
+
+def _grouped(see: OperationReader, inputs: Tensor, matrices: Tensor, ends: Tensor | None) -> bool:
+    weight = see.view(matrices)
     if weight is None or ends is None or not see.is_data(inputs) or inputs.ndim != 2 or len(weight.shape) != 3:
         return False
     starts = [0, *ends.tolist()]
@@ -325,6 +333,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.mv.default: _mv,
     aten.linear.default: _linear,
     aten._grouped_mm.default: _grouped_mm,
+    torch.ops.transformers.grouped_mm_fallback.default: _grouped_mm_fallback,
     aten.convolution.default: _convolution,
     aten.embedding.default: _embedding,
     aten.index_select.default: _index_select,

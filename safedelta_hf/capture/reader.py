@@ -82,7 +82,7 @@ class OperationReader:
             Its canonical name, or None.
         """
         name = self.tracker.name_of(tensor)
-        if name is None:
+        if name is None and self._parameters:
             reference, known = self._parameters.get(id(tensor), (None, None))
             if known is not None and reference is not None and reference() is tensor:
                 self.track(tensor, known)  # it was fetched into other memory than before, as it was asked for

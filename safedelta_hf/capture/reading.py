@@ -17,6 +17,7 @@ from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import Batch, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence, digest_of
 from safedelta_hf.distributed.model import ShardedModel
+from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import CaptureError, ConfigurationError
 from safedelta_hf.modules.evaluating import evaluating, without_adapters
 from safedelta_hf.modules.names import class_name
@@ -149,6 +150,7 @@ def _summed_over_ranks(
     ranks, owners = watched.model.ranks, dict[str, int]()
     own_moments: dict[str, InputMoment] = {}
     loads = [0] * ranks.size
+    device = input_device(watched.module)  # of the same type on all ranks
     for key in observed.uses:
         own = sums.pop(key, None)
         if key not in wanted:
@@ -156,7 +158,7 @@ def _summed_over_ranks(
         owner = loads.index(min(loads))
         loads[owner] += math.prod(observed.shapes[key])
         owners[key] = owner
-        total = _sum_on_owner(watched, own, observed.shapes[key], owner, storage)
+        total = _sum_on_owner(ranks, device, own, observed.shapes[key], owner, storage)
         if total is not None:
             own_moments[key] = InputMoment(total=total, sequences=sequences, tokens=observed.tokens[key])
     shapes = {key: observed.shapes[key] for key in owners}
@@ -164,9 +166,13 @@ def _summed_over_ranks(
 
 
 def _sum_on_owner(
-    watched: WatchedModel, own: Tensor | None, shape: tuple[int, ...], owner: int, storage: MomentStorage
+    ranks: Ranks,
+    device: torch.device,
+    own: Tensor | None,
+    shape: tuple[int, ...],
+    owner: int,
+    storage: MomentStorage,
 ) -> Tensor | None:
-    ranks, device = watched.model.ranks, input_device(watched.module)  # of the same type on all ranks
     is_owner = owner == ranks.rank
     if own is None and is_owner:
         own = storage.allocate(shape, device)

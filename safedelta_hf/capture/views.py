@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ class _Layout:
         tensor = None if self.tensor is None else self.tensor()
         return tensor is not None and storage_key(tensor) == self.storage.cdata
 
-    @property
+    @cached_property
     def memory_stop(self) -> int:
         # One past the last place in memory.
         steps = ((n - 1) * step for n, step in zip(self.view.shape, self.memory_strides, strict=True))
@@ -184,12 +185,16 @@ class _Layout:
     def entry(self, memory: int) -> int:
         # Index in the flattened parameter of what stands at a place in memory.
         rest, entry = memory - self.memory_start, self.view.start
-        dimensions = zip(self.memory_strides, self.view.shape, self.view.strides, strict=True)
-        for step, size, stride in sorted(dimensions, reverse=True):
-            if size > 1 and step:
-                position, rest = divmod(rest, step)
-                entry += position * stride
+        for step, stride in self._steps:
+            position, rest = divmod(rest, step)
+            entry += position * stride
         return entry
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, int]]:
+        # Of the dimensions in which there is a way to go, in memory and in the parameter, the longest first.
+        dimensions = zip(self.memory_strides, self.view.shape, self.view.strides, strict=True)
+        return [(step, stride) for step, size, stride in sorted(dimensions, reverse=True) if size > 1 and step]
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -313,8 +318,10 @@ class TensorTracker:
         return view, orders
 
     def _layout(self, tensor: Tensor) -> "_Layout | None":
+        layouts = self._layouts.get(storage_key(tensor))
+        if layouts is None:
+            return None
         start = int(tensor.storage_offset())
-        layouts = self._layouts.get(storage_key(tensor), ())
         return next((layout for layout in layouts if layout.holds(start)), None)
 
     def derive(self, result: Tensor, source: ParameterView, slope: float | Tensor = 1.0) -> None:
@@ -387,7 +394,9 @@ class DependentTensors:
             tensors: Results of operations on data.
         """
         for tensor in tensors:
-            self._storages.setdefault(storage_key(tensor), weak_storage(tensor))
+            key = storage_key(tensor)
+            if key not in self._storages:
+                self._storages[key] = weak_storage(tensor)
 
     def discard(self, tensor: Tensor) -> None:
         """Count a tensor as data no longer.
@@ -396,6 +405,17 @@ class DependentTensors:
             tensor: Any tensor.
         """
         self._storages.pop(storage_key(tensor), None)
+
+    def has_any(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether any of some tensors is among these.
+
+        Args:
+            tensors: The tensors.
+
+        Returns:
+            Whether one is.
+        """
+        return any(storage_key(tensor) in self._storages for tensor in tensors)
 
     def __contains__(self, tensor: object) -> bool:
         return isinstance(tensor, Tensor) and storage_key(tensor) in self._storages

@@ -1,5 +1,6 @@
 """Second moments of layer inputs: additive, so that batches, files and ranks merge alike."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +49,37 @@ class InputMoment:
         )
 
 
+PANEL = 256
+"""Rows of a moment that are summed at once. Of each panel, what lies left of its square on the diagonal is left out."""
+
+
 def add_outer_(total: Float[Tensor, "i i"], inputs: Num[Tensor, "t i"]) -> None:
     """Add `X^T X` to a moment in place, in float32 whatever the dtype of the model and of an autocast around it.
+
+    As it is symmetric, little more than the upper half is summed; `fill_lower_` makes it whole in the end.
 
     Args:
         total: [in, in] float32, changed in place; it may live on another device than the inputs.
         inputs: [tokens, in] of any floating dtype.
     """
     inputs = inputs.to(torch.float32)
-    with torch.autocast(inputs.device.type, enabled=False):
-        if total.device == inputs.device:
-            total.addmm_(inputs.T, inputs)
-        else:
-            total.add_((inputs.T @ inputs).to(total.device))
+    kind = inputs.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        for start in range(0, len(total), PANEL):
+            panel, right = total[start : start + PANEL, start:], inputs[:, start:]
+            left = right[:, :PANEL].T
+            if total.device == inputs.device:
+                panel.addmm_(left, right)
+            else:
+                panel.add_((left @ right).to(total.device))
+
+
+def fill_lower_(total: Float[Tensor, "i i"]) -> None:
+    """Make a moment symmetric in place, of which `add_outer_` has summed the upper half.
+
+    Args:
+        total: [in, in] float32.
+    """
+    for start in range(0, len(total), PANEL):
+        stop = start + PANEL
+        total[stop:, start:stop] = total[start:stop, stop:].T

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from safedelta_hf import ProfileConfig, collect_profile
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.profile.moments import MomentStorage
@@ -121,10 +122,36 @@ def test_what_a_packed_layer_and_a_computed_weight_tell_ends_the_pause():
     assert totals["b:bias"].item() == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_read_at_once_where_that_shows_each_with_its_tokens(name, dtype):
+    model = architectures.tiny_model(name).to(dtype)
+    model.set_experts_implementation("grouped_mm")
+    with every_product_visible(model):
+        kept = set(model.get_experts_implementation().values())
+    assert (kept == {"eager"}) == (name == "gpt_oss" or dtype == torch.float64)
+
+
+def test_experts_that_are_read_at_once_have_the_moments_of_one_after_another():
+    found = []
+    for way in ("grouped_mm", "eager"):
+        model = architectures.tiny_model("mixtral")
+        model.set_experts_implementation(way)
+        ids = torch.randint(0, model.config.vocab_size, (6, 9), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        found.append(collect_profile(model, rows, config=ProfileConfig(holdout=0.0), progress=False))
+    one, other = found
+    assert one.uses == other.uses and one.header.skipped == other.header.skipped
+    assert any("experts" in use.parameter for use in one.uses)
+    for key in one.moments:
+        assert one.moments[key].tokens == other.moments[key].tokens
+        torch.testing.assert_close(one.moments[key].total, other.moments[key].total, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_settings_of_torch_and_of_the_model_are_put_back_whatever_happens(enabled):
     model, before = architectures.tiny_model("mixtral"), torch.backends.mha.get_fastpath_enabled()
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation("batched_mm")
     chosen = model.get_experts_implementation()
     torch.backends.mha.set_fastpath_enabled(enabled)
     try:

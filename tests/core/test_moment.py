@@ -1,13 +1,15 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedelta_hf.core.moment import InputMoment, add_outer_
+from safedelta_hf.core.moment import PANEL, InputMoment, add_outer_, fill_lower_
 
 
 def moment(inputs, sequences=1):
     total = torch.zeros(inputs.shape[1], inputs.shape[1])
     add_outer_(total, inputs)
+    fill_lower_(total)
     return InputMoment(total=total, sequences=sequences, tokens=len(inputs))
 
 
@@ -17,6 +19,19 @@ def test_moments_of_parts_add_up_to_the_moment_of_the_whole(first, second):
     merged = moment(inputs[:first], 2).merge(moment(inputs[first:], 3))
     torch.testing.assert_close(merged.total, moment(inputs).total, rtol=1e-4, atol=1e-4)
     assert (merged.sequences, merged.tokens) == (5, first + second)
+
+
+@pytest.mark.parametrize("size", [1, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 7])
+def test_a_moment_is_summed_by_its_upper_half_and_whole_in_the_end(size):
+    inputs = torch.randn(2, 9, size)
+    total = torch.zeros(size, size)
+    for part in inputs:
+        add_outer_(total, part)
+    assert not total[PANEL:, :PANEL].any()
+    fill_lower_(total)
+    exact = inputs.flatten(0, 1).double()
+    torch.testing.assert_close(total.double(), exact.T @ exact, rtol=1e-5, atol=1e-4)
+    assert torch.equal(total.triu(PANEL), total.tril(-PANEL).T)
 
 
 def test_hessian_is_two_over_n_times_the_moment():
