@@ -60,15 +60,20 @@ def _experts_implementation(model: nn.Module) -> Any:  # noqa: ANN401 - transfor
 
 
 def _is_grouped(model: nn.Module, chosen: Mapping[str, str | None]) -> bool:
-    # Biases are looked up for each token there, in float64 it is not implemented, and experts of other ranks are
-    # stood in for by others.
+    # Biases are looked up for each token there, and experts of other ranks are stood in for by others.
     experts = [module for module in unwrapped(model).modules() if hasattr(module, "_is_expert_parallel")]
-    types = {parameter.dtype for module in experts for parameter in module.parameters(recurse=False)}
-    return (
-        set(chosen.values()) <= {"grouped_mm", None}
-        and types <= {torch.float32, torch.bfloat16}
-        and not any(module.has_bias or module._is_expert_parallel for module in experts)
+    return set(chosen.values()) <= {"grouped_mm", None} and all(
+        not module.has_bias
+        and not module._is_expert_parallel
+        and all(map(_can_be_grouped, module.parameters(recurse=False)))
+        for module in experts
     )
+
+
+def _can_be_grouped(weights: Tensor) -> bool:
+    # torch has it for these types alone, and for rows and columns of whole 16 bytes.
+    is_aligned = all(size * weights.element_size() % 16 == 0 for size in weights.shape[1:])
+    return weights.dtype in (torch.float32, torch.bfloat16) and is_aligned
 
 
 class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]

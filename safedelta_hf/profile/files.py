@@ -78,13 +78,22 @@ def _write_shard(path: Path, totals: Mapping[str, Tensor], storage: Encoding) ->
         save_file(stored, part_file)
 
 
-def _read_moment(path: Path, entry: StoredMoment, beside: Iterable[StoredMoment]) -> InputMoment:
-    # Raises ValueError where the file, of which `beside` are all moments, is not as the header says.
-    expected = {f"{other.key}/{part}" for other in beside for part in other.encoding.layouts(other.shape)}
+def _require_tensors_of(moments: Iterable[StoredMoment], path: Path) -> None:
+    # Raises ValueError where the file holds others than the header says.
+    expected = {f"{entry.key}/{part}" for entry in moments for part in entry.encoding.layouts(entry.shape)}
     try:
         with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != expected:
-                raise ValueError(f"it holds other tensors, such as {sorted(set(file.keys()) ^ expected)[0][:100]!r}")
+            found = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if found != expected:
+        raise ValueError(f"it holds other tensors, such as {sorted(found ^ expected)[0][:100]!r}")
+
+
+def _read_moment(path: Path, entry: StoredMoment) -> InputMoment:
+    # Raises ValueError where the tensors are not as the header says.
+    try:
+        with safe_open(path, framework="pt") as file:
             stored = {}
             for part, layout in entry.encoding.layouts(entry.shape).items():
                 name = f"{entry.key}/{part}"
@@ -305,7 +314,7 @@ class MomentFiles(Moments):
         try:
             path = self._locate(entry.file)
             self._require_intact(entry.file, path)
-            moment = _read_moment(path, entry, self._together[entry.file])
+            moment = _read_moment(path, entry)
             if key not in self._possible:
                 require_moment(moment.total, key)
                 self._possible.add(key)
@@ -335,6 +344,7 @@ class MomentFiles(Moments):
             raise ValueError(f"it has {status.st_size} bytes, the header says {self._files[name].bytes}")
         if _digest_of_file(path) != self._files[name].digest:
             raise ValueError("its digest is not that of the header: it was damaged or swapped")
+        _require_tensors_of(self._together[name], path)
         self._intact[name] = seen
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from safedelta_hf import ProfileConfig, collect_profile
 from safedelta_hf.capture.collector import MomentCollector
@@ -130,6 +131,16 @@ def test_experts_are_read_at_once_where_that_shows_each_with_its_tokens(name, dt
     with every_product_visible(model):
         kept = set(model.get_experts_implementation().values())
     assert (kept == {"eager"}) == (name == "gpt_oss" or dtype == torch.float64)
+
+
+def test_experts_of_a_width_that_torch_cannot_group_are_read_one_after_another():
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = MixtralForCausalLM(config).eval()
+    for dtype, way in ((torch.float32, "grouped_mm"), (torch.bfloat16, "eager")):  # 48 bytes, and 24
+        with every_product_visible(model.to(dtype)):
+            assert set(model.get_experts_implementation().values()) == {way}
 
 
 def test_experts_that_are_read_at_once_have_the_moments_of_one_after_another():
