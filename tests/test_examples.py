@@ -129,6 +129,37 @@ def test_the_yardstick_of_the_speed_benchmark_is_the_published_code():
         assert apart <= 1e-3, file.stem
 
 
+def test_the_speed_benchmark_prints_a_line_for_each_comparison(tmp_path):
+    script = EXAMPLES / "benchmarks" / "speed.py"
+    rows = runpy.run_path(str(script))["ROWS"]
+    lines = run(tmp_path, script, "--quick", "--repeats=1").splitlines()
+    assert len(lines) > 2 + len(rows) and all(line.count("|") == 6 for line in lines)
+
+
+def test_the_benchmark_for_an_accelerator_runs_in_all_its_parts(tmp_path):
+    small = ["--device=cpu", "--hidden=64", "--layers=1", "--sequences=4", "--length=16"]
+    lines = run(tmp_path, EXAMPLES / "benchmarks" / "gpu.py", *small).splitlines()
+    found = {line["part"]: line for line in map(json.loads, filter(lambda line: line.startswith("{"), lines))}
+    assert list(found) == ["large", "processes", "precisions", "compiled", "packed", "callback"]
+    assert not any("failed" in line for line in found.values()), found
+    assert found["compiled"]["same_keys"] and found["compiled"]["apart"] < 1e-2
+    assert found["precisions"]["highest"]["loss_share"] < 1 and found["large"]["lora_seconds"] >= 0
+
+
+def test_the_yardstick_of_the_speed_benchmark_is_the_published_code():
+    published = runpy.run_path(str(EXAMPLES / "benchmarks" / "speed.py"))["published"]
+    for file in (Path(__file__).parent / "golden").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            settings = {key: float(value) for key, value in opened.metadata().items() if key != "note"}
+            base, tuned, inputs, adjusted = (opened.get_tensor(k) for k in ("base", "tuned", "inputs", "adjusted"))
+        hessian = 2 / settings["sequences"] * inputs.T @ inputs
+        found = published(hessian, base, tuned, settings["strength"], int(settings["block"]))
+        cut = (found == tuned).sum(1) != (adjusted == tuned).sum(1)  # rows in which the cut column is kept by chance
+        assert cut.float().mean() < 0.5
+        apart = (found - adjusted)[~cut].norm() / (adjusted - base)[~cut].norm()
+        assert apart <= 1e-3, file.stem
+
+
 def test_the_storage_benchmark_prints_both_tables(tmp_path):
     small = ["--case=harmful", "--questions=4", "--size=64", "--storage", "float32", "bfloat16", "--ranks"]
     shown = run(tmp_path, EXAMPLES / "benchmarks" / "profile_storage.py", *small)

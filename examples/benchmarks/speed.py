@@ -10,6 +10,7 @@ A line is a `Comparison`; a row is a function that makes some, and stands in `RO
 """
 
 import argparse
+import copy
 import gc
 import math
 import statistics
@@ -27,13 +28,23 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from safedelta_hf import ProfileConfig, Ridge, SafeDelta, SafetyProfile, collect_profile
+from safedelta_hf import (
+    AutoStrength,
+    ProfileConfig,
+    Report,
+    Ridge,
+    SafeDelta,
+    SafetyProfile,
+    adjust_model,
+    collect_profile,
+)
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.low_rank import FactoredDelta
+from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import ProfileHeader, Role, Treatment, Use
 from safedelta_hf.rules import Rule
@@ -81,8 +92,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def ratios(comparison: Comparison, repeats: int) -> list[float]:
-    """One ratio for each repeat, after a first time that does not count."""
-    comparison.ours(), comparison.beside()
+    """One ratio for each repeat, after a first time that does not count, but of a single repeat."""
+    if repeats > 1:
+        comparison.ours(), comparison.beside()
     found = []
     for number in range(repeats):
         if number % 2:
@@ -376,6 +388,59 @@ def checking(quick: bool) -> Iterator[Comparison]:
             )
 
 
+# A search
+
+
+class Search:
+    """A random model, moved by a random delta, whose strength is measured."""
+
+    def __init__(self, width: int, layers: int, length: int) -> None:
+        self.base = llama(width, layers)
+        config = ProfileConfig(holdout=0.25, batch_size=8)
+        self.profile = collect_profile(self.base, sequences(32, length), config=config, progress=False)
+        self.tuned = copy.deepcopy(self.base)
+        with torch.no_grad():
+            for parameter in self.tuned.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        self.trials = 0
+
+    def searched(self, rule: Rule) -> None:
+        """What the package does."""
+        search = self._adjusted(rule).search
+        assert search is not None
+        self.trials = len(search.trials)
+
+    def least(self, rule: Rule) -> None:
+        """The readings of a search, each twice over, and one adjustment."""
+        held_out = self.profile.held_out
+        assert held_out is not None
+        for _ in range(2 * (self.trials + 2)):  # the base is read twice
+            held_out.drift(open_model(self.base), quantile=0.95)
+        self._adjusted(rule)
+
+    def _adjusted(self, rule: Rule) -> Report:
+        return adjust_model(self.tuned_copy, base=self.base, profile=self.profile, rule=rule, progress=False)
+
+    @property
+    def tuned_copy(self) -> PreTrainedModel:
+        """A model that may be changed."""
+        return copy.deepcopy(self.tuned)
+
+
+@row
+def search(quick: bool) -> Iterator[Comparison]:
+    """A search beside twice its forward passes and one adjustment."""
+    one = Search(32, 1, 8) if quick else Search(256, 4, 64)
+    auto = AutoStrength(tolerance=0.01, precision=1e6 if quick else 1.3)
+    for rule in (Ridge, SafeDelta):
+        yield Comparison(
+            name=f"a search, {rule.name} / twice its readings and one adjustment",
+            ours=partial(one.searched, rule(strength=auto)),
+            beside=partial(one.least, rule(strength=1.0)),
+            goal=1.0,
+        )
+
+
 # What grows with layers, experts and sequences; each beside half of it
 
 
@@ -397,7 +462,7 @@ def random_layers(count: int, size: int) -> Callable[[], None]:
 @row
 def sweeps(quick: bool) -> Iterator[Comparison]:
     """Twice as much beside once: 2 is linear."""
-    layers, experts, count = (2, 4, 4) if quick else (400, 64, 32)
+    layers, experts, count = (2, 2, 2) if quick else (400, 64, 32)
     yield Comparison(
         name=f"adjusting {2 * layers} layers / {layers}",
         ours=random_layers(2 * layers, 16),
@@ -405,10 +470,11 @@ def sweeps(quick: bool) -> Iterator[Comparison]:
         goal=2.0,
     )
     short = sequences(4, 16)
+    tokens = sequences(8, 8) if quick else sequences(32, 64)
     yield Comparison(
         name=f"reading with {2 * experts} experts / {experts}",
-        ours=partial(read, mixtral(2 * experts, 16, 1), sequences(32, 64), 8),
-        beside=partial(read, mixtral(experts, 16, 1), sequences(32, 64), 8),
+        ours=partial(read, mixtral(2 * experts, 16, 1), tokens, 8),
+        beside=partial(read, mixtral(experts, 16, 1), tokens, 8),
         goal=2.0,
     )
     small = llama(16, 2)
@@ -419,9 +485,9 @@ def sweeps(quick: bool) -> Iterator[Comparison]:
         goal=2.0,
     )
     yield Comparison(
-        name=f"reading with {8 if quick else 32} layers / {4 if quick else 16}",
-        ours=partial(read, llama(16, 8 if quick else 32), short, 1),
-        beside=partial(read, llama(16, 4 if quick else 16), short, 1),
+        name=f"reading with {2 if quick else 32} layers / {1 if quick else 16}",
+        ours=partial(read, llama(16, 2 if quick else 32), short, 1),
+        beside=partial(read, llama(16, 1 if quick else 16), short, 1),
         goal=2.0,
     )
 

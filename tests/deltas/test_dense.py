@@ -193,3 +193,18 @@ def test_a_delta_beyond_float32_is_a_named_error(dtype):
 def test_nothing_is_no_figure():
     zero = DenseDelta(torch.ones(2, 2), torch.ones(2, 2))
     assert zero.tuned_energy == zero.lost_energy == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_errors_of_rounding_are_fed_on_in_all_parts_as_in_each_alone(dtype):
+    base, tuned = torch.randn(3, 4, 5).to(dtype), torch.randn(3, 4, 5).to(dtype)
+    views = [MatrixView.contiguous(4, 5, start=20 * number) for number in (0, 2)]
+    uses = [Use(parameter="w", role=Role.LINEAR, moment="w", view=view, shape=(3, 4, 5)) for view in views]
+    factor = torch.linalg.cholesky(torch.eye(5) + torch.ones(5, 5)).T.contiguous()
+    half = DenseDelta(tuned, base).keeping((tuned.float() - base.float()) / 3)
+    before = half.values.clone()
+    together = half.rounded_along([(use, factor * (1 + n)) for n, use in enumerate(uses)]).rounded().weight()
+    for number, (n, use) in zip((0, 2), enumerate(uses), strict=True):
+        alone = half.rounded_along([(use, factor * (1 + n))]).rounded().weight()
+        assert torch.equal(together[number], alone[number])
+    assert torch.equal(together[1], half.rounded().weight()[1]) and torch.equal(half.values, before)
