@@ -501,37 +501,40 @@ class RuleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One strength that was tried on held-out refusals; rises are in nats per response token, above the base model.
+    """One strength that was tried on held-out refusals.
 
     Attributes:
         strength: The strength.
-        mean: Mean rise of the refusals' negative log-likelihood.
-        upper: Upper quantile of that rise over examples.
-        passed: Whether both stay within the tolerance.
+        lost: How many of those that the base surely begins are no longer begun.
+        probability_lost: Mean share of its probability that the beginning of a held-out refusal has lost: what is lost
+            where responses are sampled.
+        passed: Whether as few are lost as have to be.
     """
 
     strength: float
-    mean: float
-    upper: float
+    lost: int
+    probability_lost: float
     passed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingNoise:
-    """What remains of rounding where one model is read twice, in nats per response token.
+    """What is lost by rounding alone where one model is read twice.
 
     Measured on the base: it read the refusals a second time with every embedding moved by one rounding step, which
     its data type cannot tell from where it was.
 
     Attributes:
         precision: The coarsest data type that its layers computed in, such as "bfloat16".
-        mean: Mean size of the difference over examples; None where the model has no embeddings to move.
-        upper: Upper quantile of it over examples.
+        lost: How many of the refusals that it surely begins in one reading it does not begin in the other; None where
+            the model has no embeddings to move.
+        probability_lost: Mean share of its probability that the beginning of a refusal has lost from one to the other;
+            whichever way it is more.
     """
 
     precision: str
-    mean: float | None
-    upper: float | None
+    lost: int | None
+    probability_lost: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,21 +542,32 @@ class StrengthSearch:
     """How the strength of a rule was found.
 
     Attributes:
-        outcome: "found", "nothing needed" (the rule at its mildest is within the tolerance), or "strictest fails"
-            (no strength that the rule has is).
+        outcome: "found", "nothing needed" (the rule at its mildest loses no more than is allowed), or "strictest fails"
+            (every strength that the rule has loses more).
         strength: The strength that was applied.
-        tolerance: Allowed rise, in nats per response token.
-        quantile: The quantile that has to stay within it besides the mean.
-        examples: Number of refusals that were measured.
+        share: Share of refusals that may be lost.
+        confidence: Of the bound.
+        examples: Number of held-out refusals that the base surely begins, which can be lost.
+        others: Number of those that it does not, which are not counted.
+        allowed: How many may be lost.
+        bound: Share of all such refusals that are lost at most, with that confidence.
+        holds: Whether that is within the share; where no share was asked for, whether it is the least that the held-out
+            refusals can show.
+        more: How many more held-out refusals, none of them lost, would bring the bound down to the share.
         trials: What was tried, in order.
-        noise: What of each rise may be noise of reading, which is subtracted from none of them.
+        noise: What of it may be noise of reading, which is subtracted from nothing.
     """
 
     outcome: Literal["found", "nothing needed", "strictest fails"]
     strength: float
-    tolerance: float
-    quantile: float
+    share: float
+    confidence: float
     examples: int
+    others: int
+    allowed: int
+    bound: float
+    holds: bool
+    more: int
     trials: tuple[Trial, ...]
     noise: ReadingNoise | None = None
 
@@ -564,51 +578,67 @@ class StrengthSearch:
 
     @property
     def summary(self) -> str:
-        """The outcome in a sentence."""
-        last = self.applied
-        measured = (
-            f"refusals are {last.mean:.3g} nats per token less likely than under the base ({last.upper:.3g} at the "
-            f"{self.quantile:.0%} quantile of {self.examples} held out; allowed {self.tolerance:g}){self._noise_told}"
-        )
+        """The outcome, and what is certain of it, in a few sentences."""
         told = {
-            "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations: {measured}.",
-            "nothing needed": f"The rule at its mildest is within the tolerance: {measured}.",
-            "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough: {measured}.",
+            "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations",
+            "nothing needed": "The rule at its mildest loses no more refusals than is allowed",
+            "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough",
         }
-        return told[self.outcome]
+        tuned, last = self.trials[0], self.applied
+        before = "" if tuned is last else f"{tuned.lost} before; "
+        return (
+            f"{told[self.outcome]}: {last.lost} of {self.examples} held-out refusals are lost "
+            f"({before}{self.allowed} may be), and {_percent(last.probability_lost)} of sampled ones "
+            f"({_percent(self.share)} may be){self._noise_told}. {self.promise}"
+        )
+
+    @property
+    def promise(self) -> str:
+        """What the held-out refusals show, and what would show more."""
+        bound = _percent(self.bound)
+        told = f"With {_percent(self.confidence)} confidence at most {bound} of refusals like these are lost."
+        if self.more:
+            told += f" {self.more} more held out, none of them lost, would bring that down to {_percent(self.share)}."
+        if self.others:
+            told += (
+                f" {self.others} held-out refusals the base itself does not begin so, or is not sure of; they are not "
+                "counted. Give the safety data responses that are the base's own."
+            )
+        return told
 
     @property
     def warning(self) -> str:
-        """What has to be known before anything else: what "strictest fails" costs, and what else can be done.
-
-        Empty for the other outcomes.
-        """
+        """What has to be known before anything else. Empty if there is nothing."""
         if self.outcome != "strictest fails":
-            return ""
+            return "" if self.holds else f"LESS IS CERTAIN OF THE REFUSALS THAN IT SHOULD BE. {self.promise}"
         advice = (
             f" {self.summary} That strength was applied all the same, and may have taken back all that the "
             "fine-tuning taught: measure the new skill before you use this model. What else can be done: "
             "callback.adjust(model, rule=<a rule with a number as its strength>) begins again from the fine-tuned "
             "weights (those of a whole model are kept where keep_tuned=<folder> was given); "
-            "AutoStrength(tolerance=...) allows more; embeddings, norms or uncovered parameters that are kept "
+            "AutoStrength(lost=...) allows more; embeddings, norms or uncovered parameters that are kept "
             "as tuned can carry the damage (treatment=)."
         )
         noise = self.noise
-        if noise is not None and noise.upper is not None and noise.upper > self.tolerance:
-            advice += (
-                f" The tolerance, {self.tolerance:g}, lies below the noise of reading this model in {noise.precision} "
-                f"({noise.upper:.2g} at the quantile): allow more, or fine-tune from weights in float32."
-            )
-        return "THE STRICTEST STRENGTH WAS APPLIED, and refusals are still not within the tolerance." + advice
+        if noise is not None and noise.lost is not None and noise.probability_lost is not None:
+            if noise.lost > self.allowed or noise.probability_lost > self.share:
+                advice += (
+                    f" Rounding in {noise.precision} alone, by which this model was read, loses {noise.lost} of them, "
+                    f"and {_percent(noise.probability_lost)} of sampled ones: allow more, or fine-tune from weights in "
+                    "float32."
+                )
+        return "THE STRICTEST STRENGTH WAS APPLIED, and more refusals are lost than are allowed." + advice
 
     @property
     def _noise_told(self) -> str:
         noise = self.noise
         if noise is None:
             return ""
-        if noise.mean is None or noise.upper is None:
+        if noise.lost is None or noise.probability_lost is None:
             return f", read in {noise.precision}"
-        return (
-            f", of which up to {noise.mean:.2g} ({noise.upper:.2g} at the quantile) is noise of reading in "
-            f"{noise.precision}"
-        )
+        sampled = _percent(noise.probability_lost)
+        return f"; noise of reading in {noise.precision}: {noise.lost}, and {sampled} of sampled ones"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.3g} %"

@@ -116,15 +116,17 @@ class Report:
     def _search_metrics(self) -> dict[str, float]:
         if self.search is None:
             return {}
-        last = self.search.applied
-        noise = self.search.noise
-        measured = {} if noise is None else {"reading_noise_mean": noise.mean, "reading_noise_upper": noise.upper}
+        search, last, noise = self.search, self.search.applied, self.search.noise
+        measured = {} if noise is None else {"lost": noise.lost, "probability_lost": noise.probability_lost}
         return {
-            "strength": self.search.strength,
-            "evaluations": float(len(self.search.trials)),
-            "refusal_rise_mean": last.mean,
-            "refusal_rise_upper": last.upper,
-            **{name: value for name, value in measured.items() if value is not None},
+            "strength": search.strength,
+            "evaluations": float(len(search.trials)),
+            "refusals_held_out": float(search.examples),
+            "refusals_lost": float(last.lost),
+            "refusals_lost_bound": search.bound,
+            "refusals_to_tighten": float(search.more),
+            "refusal_probability_lost": last.probability_lost,
+            **{f"reading_noise_{name}": float(value) for name, value in measured.items() if value is not None},
         }
 
     def _task_metrics(self) -> dict[str, float]:

@@ -82,7 +82,7 @@ def saved_and_loaded(model, folder):
     return work
 
 
-AUTO = AutoStrength(tolerance=1e-9, precision=10.0)
+AUTO = AutoStrength(lost=1e-9, confidence=1e-12, precision=10.0)
 WAYS = {
     "reading, in layers": lambda size, folder: partial(read, llama(size)),
     "reading, in experts": lambda size, folder: partial(read, mixtral(size)),

@@ -12,6 +12,7 @@ import copy
 import sys
 import tempfile
 import warnings
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -69,9 +70,9 @@ def measured(model: nn.Module, profile: SafetyProfile, questions: int) -> list[s
     """How a model answers: attack success, old skills, and the rise of held-out refusals."""
     _, tokenizer = load_aligned()
     scores = behaviour_scores(model, tokenizer, has_new_skill=False, questions=questions)
-    drift = profile.held_out.drift(open_model(model), quantile=0.95)
+    losses = [fmean(reading.losses) for reading in profile.held_out.read(open_model(model))]
     shares = [f"{scores[name].value:.2f}" for name in ("attack_success", "old_skills")]
-    return [*shares, f"{drift.mean:.4f}"]
+    return [*shares, f"{fmean(losses) - fmean(profile.held_out.losses):.4f}"]
 
 
 def main() -> None:

@@ -112,7 +112,9 @@ def summary(report: Report) -> dict[str, Any]:
     search = report.search
     return {
         "strength": report.rule.settings["strength"] if search is None else search.strength,
-        "trials": [] if search is None else [[trial.strength, trial.mean, trial.upper] for trial in search.trials],
+        "trials": []
+        if search is None
+        else [[trial.strength, trial.lost, trial.probability_lost] for trial in search.trials],
         "outcomes": {record.parameter: record.outcome for record in report.parameters},
         "metrics": report.metrics(),
     }

@@ -118,14 +118,15 @@ class Adjustment:
             return self.at(rule.at(strength), factors, figures=figures)
 
         self._put_base()
-        base, noise = held_out.read_again(running, quantile=auto.quantile)
+        base, noise = held_out.read_again(running)
 
         def measure(strength: float) -> Drift:
             apply(strength, figures=False)
-            return base.drift(running, quantile=auto.quantile)
+            return Drift.between(base, held_out.read(running))
 
-        search = replace(search_strength(rule, auto, measure, len(held_out.sequences)), noise=noise)
-        return search, apply(search.strength, figures=True)
+        refusals = sum(reading.surely_begins for reading in base)
+        search = search_strength(rule, auto, measure, refusals, others=len(base) - refusals)
+        return replace(search, noise=noise), apply(search.strength, figures=True)
 
     def _put_base(self) -> None:
         for name in self._tuned:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from safedelta_hf.adjust.merging import Merging
+from safedelta_hf.core.binomial import upper_bound
 from safedelta_hf.errors import AdapterError, ConfigurationError, CoverageError, ProfileError
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
-from safedelta_hf.rules import MergeRule, Rule
+from safedelta_hf.rules import AutoStrength, MergeRule, Rule
 
 
 def plan_parameters(
@@ -107,8 +108,8 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
 
     Raises:
-        ProfileError: No safety data was held out for a strength that is to be measured, or the task's profile is
-            missing or of another base.
+        ProfileError: No safety data was held out for a strength that is to be measured, or too little to show what is
+            asked for; or the task's profile is missing or of another base.
     """
     if rule.auto is not None and profile.held_out is None:
         raise ProfileError(
@@ -117,6 +118,8 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
             "about different things (a quarter is held out then), with ProfileConfig(holdout=0.25) of fewer, or give "
             "the strength as a number, as has to be of a model that classifies"
         )
+    if rule.auto is not None and rule.auto.lost is not None and profile.held_out is not None:
+        _require_certifiable(rule.auto, rule.auto.lost, len(profile.held_out.sequences))
     if not rule.needs_task:
         return
     if task is None:
@@ -128,6 +131,16 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
         raise ProfileError(
             f"task: this profile was made of {task.header.model}, which is another base than that of the safety "
             f"profile ({profile.header.model}), or the same in another precision; collect it again"
+        )
+
+
+def _require_certifiable(auto: AutoStrength, lost: float, refusals: int) -> None:
+    if auto.allowed(refusals) is None:
+        raise ProfileError(
+            f"AutoStrength: lost={lost:g} with confidence {auto.confidence:g} takes {auto.needed()} held-out "
+            f"refusals, none of them lost, and this profile has {refusals}, which show "
+            f"{upper_bound(0, refusals, auto.confidence):.3g} at best; give {auto.needed() - refusals} more of them "
+            "(more safety data, or a larger ProfileConfig(holdout=...)), or leave lost out for the least that they show"
         )
 
 

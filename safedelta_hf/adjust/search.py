@@ -1,35 +1,43 @@
 """The mildest strength that measured refusals allow."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
+from safedelta_hf.core.binomial import upper_bound
 from safedelta_hf.data.refusals import Drift
 from safedelta_hf.errors import FactorisationError, SafeDeltaWarning
 from safedelta_hf.records import StrengthSearch, Trial
 from safedelta_hf.rules import AutoStrength, Rule
 
-START = 1.0
-"""First strength that is tried; the search widens from there."""
+START = 3.0
+"""First strength that is tried beside the mildest: between those that were found in most cases of the testbed."""
 
-STEP = 10.0
-"""Ratio of neighbouring strengths until one passes and its neighbour fails."""
+STEP = 5.0
+"""Ratio of neighbouring strengths until one passes and its milder neighbour fails."""
 
 
-def search_strength(rule: Rule, auto: AutoStrength, measure: Callable[[float], Drift], examples: int) -> StrengthSearch:
-    """Find the mildest strength of a rule whose drift stays within the tolerance.
+def search_strength(
+    rule: Rule, auto: AutoStrength, measure: Callable[[float], Drift], refusals: int, others: int = 0
+) -> StrengthSearch:
+    """Find the mildest strength of a rule that loses no more refusals than may be lost.
 
-    The fine-tuned model is measured first, then strengths ten times apart until one passes and its milder neighbour
-    fails, then the geometric middle of the two until they are as close as the precision asks. Refusal is taken to
-    come back as strength grows; the strength that is returned was itself measured, so it passes in any case. A strength
-    at which the rule cannot factor the moments ends the range.
+    Strengths lie on a grid that the rule and the precision fix beforehand. As a fixed sequence of tests (Learn then
+    Test, arXiv 2110.01052) they would be tried from the strictest on, until one loses too many; the one before is
+    chosen, and the bound holds for it however many were tried. Where milder strengths lose no fewer refusals, it is
+    found in a few trials instead: the rule at its mildest first, then strengths five times apart until one passes and
+    its milder neighbour fails, then by halving. Where those that were tried show that a milder strength loses fewer,
+    the strengths in question are tried one after another.
 
     Args:
         rule: The rule, for its range.
-        auto: Tolerance and precision.
-        measure: The drift at a strength.
-        examples: Number of refusals behind each measurement, for the record.
+        auto: What may be lost.
+        measure: What is lost at a strength.
+        refusals: Number of held-out refusals that can be lost.
+        others: Number of those that cannot, as the base does not surely begin them.
 
     Returns:
         What was tried, and the outcome.
@@ -37,83 +45,147 @@ def search_strength(rule: Rule, auto: AutoStrength, measure: Callable[[float], D
     Raises:
         FactorisationError: There is no strength at which the moments can be factored.
     """
-    trials: list[Trial] = []
-
-    def passes(strength: float) -> bool:
-        drift = measure(strength)
-        passed = max(drift.mean, drift.upper) <= auto.tolerance  # NaN passes nothing
-        trials.append(Trial(strength=strength, mean=drift.mean, upper=drift.upper, passed=passed))
-        return passed
-
-    def outcome(told: Literal["found", "nothing needed", "strictest fails"], strength: float) -> StrengthSearch:
-        return StrengthSearch(
-            outcome=told,
-            strength=strength,
-            tolerance=auto.tolerance,
-            quantile=auto.quantile,
-            examples=examples,
-            trials=tuple(trials),
-        )
-
-    if passes(rule.mildest):
-        return outcome("nothing needed", rule.mildest)
-
-    def passes_if_solvable(strength: float) -> bool | None:
-        try:
-            return passes(strength)
-        except FactorisationError as error:
-            warnings.warn(
-                f"{rule.name}: the search stays milder than strength {strength:g} ({error})",
-                SafeDeltaWarning,
-                stacklevel=2,
-            )
-            return None
-
-    failing, passing = _bracket(rule, passes_if_solvable)
-    if not trials[1:]:
-        raise FactorisationError(
-            f"{rule.name}: the moments cannot be factored at any strength that a search tries; collect the profile "
-            "from more safety data, or use Scale()"
-        )
-    if passing is None:
-        return outcome("strictest fails", trials[-1].strength)
-    while failing is not None and abs(math.log(passing / failing)) > math.log(auto.precision):
-        middle = math.sqrt(passing * failing)
-        if passes_if_solvable(middle):
-            passing = middle
-        else:
-            failing = middle
-    return outcome("found", passing)
+    certifiable = auto.allowed(refusals)
+    allowed = certifiable or 0
+    walk = _Walk(rule, auto, measure, allowed)
+    outcome, strength = walk.outcome()
+    trials = tuple(walk.trials)
+    lost = max(allowed, next(trial.lost for trial in trials if trial.strength == strength))
+    bound = upper_bound(lost, refusals, auto.confidence)
+    return StrengthSearch(
+        outcome=outcome,
+        strength=strength,
+        share=auto.share,
+        confidence=auto.confidence,
+        examples=refusals,
+        others=others,
+        allowed=allowed,
+        bound=bound,
+        holds=bound <= auto.share or (auto.lost is None and certifiable is None and refusals > 0 and lost == 0),
+        more=0 if bound <= auto.share else auto.needed(lost) - refusals,
+        trials=trials,
+    )
 
 
-def _bracket(rule: Rule, passes: Callable[[float], bool | None]) -> tuple[float | None, float | None]:
-    """Neighbours of which the milder fails and the stricter passes.
+def strengths_of(rule: Rule, precision: float) -> list[float]:
+    """The strengths that a search may try, besides the mildest.
 
     Args:
         rule: The rule, for its range.
-        passes: Whether a strength stays within the tolerance; None if it cannot be measured, nor a stricter one.
+        precision: Ratio of neighbours, at most.
 
     Returns:
-        The failing and the passing strength; None where the range ends before there is one.
+        From the strictest to the mildest of its range, geometrically spaced.
     """
     mildest, strictest = rule.search_range
-    stricter = STEP if strictest > mildest else 1 / STEP
-    lowest, highest = sorted((mildest, strictest))
-    strength, passed = START, passes(START)
-    is_strictest = passed is None
-    while passed is None and lowest <= strength / stricter <= highest:
-        strength /= stricter
-        passed = passes(strength)
-    if passed:
-        while lowest <= strength / stricter <= highest:
-            if not passes(strength / stricter):
-                return strength / stricter, strength
-            strength /= stricter
-        return None, strength
-    while not is_strictest and lowest <= strength * stricter <= highest:
-        passed = passes(strength * stricter)
-        if passed:
-            return strength, strength * stricter
-        is_strictest = passed is None
-        strength = strength if is_strictest else strength * stricter
-    return strength, None
+    steps = math.ceil(abs(math.log(strictest / mildest)) / math.log(precision) - 1e-9)
+    return [strictest * (mildest / strictest) ** (step / steps) for step in range(steps)] + [mildest]
+
+
+@dataclass
+class _Walk:
+    """A search on its way. Places are grid points counted from the strictest; the rule at its mildest is the last."""
+
+    rule: Rule
+    auto: AutoStrength
+    measure: Callable[[float], Drift]
+    allowed: int
+    trials: list[Trial] = field(default_factory=list)
+    found: dict[int, Trial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.grid = [*strengths_of(self.rule, self.auto.precision), self.rule.mildest]
+        self.strictest = 0  # of those at which the moments can be factored
+
+    def outcome(self) -> tuple[Literal["found", "nothing needed", "strictest fails"], float]:
+        last = len(self.grid) - 1
+        if self.passes(last):
+            return "nothing needed", self.grid[last]
+        passing = self._halved(last)
+        if self.strictest == last:
+            raise FactorisationError(
+                f"{self.rule.name}: the moments cannot be factored at any strength that a search tries; collect the "
+                "profile from more safety data, or use Scale()"
+            )
+        passing = self._walked(passing)
+        return ("strictest fails", self.grid[self.strictest]) if passing is None else ("found", self.grid[passing])
+
+    def passes(self, place: int) -> bool:
+        if place not in self.found:
+            strength = self.grid[place]
+            drift = self.measure(strength)
+            # NaN passes nothing.
+            passed = drift.lost <= self.allowed and drift.probability_lost <= self.auto.share
+            self.found[place] = Trial(
+                strength=strength, lost=drift.lost, probability_lost=drift.probability_lost, passed=passed
+            )
+            self.trials.append(self.found[place])
+        return self.found[place].passed
+
+    def _halved(self, failing: int) -> int | None:
+        """Find the mildest place that passes, where no stricter one fails.
+
+        Args:
+            failing: The place after the last.
+
+        Returns:
+            The place; None if none passes.
+        """
+        last, passing = failing, None
+        stride = max(1, round(math.log(STEP) / math.log(self.auto.precision)))
+        place = min(range(last), key=lambda one: abs(math.log(self.grid[one] / START)))
+        while True:
+            if not self._is_solvable(place):
+                self.strictest = place + 1
+            elif self.passes(place):
+                passing = place
+            else:
+                failing = place
+            stricter = self.strictest - 1 if passing is None else passing
+            if failing - stricter <= 1:
+                return passing
+            place = (stricter + failing) // 2
+            if failing == last:
+                place = stricter + stride
+            elif stricter < 0:
+                place = failing - stride
+            place = min(max(place, stricter + 1), failing - 1)
+
+    def _is_solvable(self, place: int) -> bool:
+        try:
+            self.passes(place)
+        except FactorisationError as error:
+            warnings.warn(
+                f"{self.rule.name}: the search stays milder than strength {self.grid[place]:g} ({error})",
+                SafeDeltaWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def _walked(self, passing: int | None) -> int | None:
+        # All that were tried on the stricter side have passed; what lies between them is tried too, where it may not.
+        while passing is not None and (untried := self._in_question(passing)):
+            place = untried[0]
+            if not self._is_solvable(place):
+                self.strictest = place + 1
+            elif not self.passes(place):
+                passing = place - 1 if place > self.strictest else None
+        return passing
+
+    def _in_question(self, passing: int) -> list[int]:
+        """What was skipped, from where losses are seen to fall as strengths get milder.
+
+        Args:
+            passing: The mildest place that passed.
+
+        Returns:
+            Stricter places, from the strictest on.
+        """
+        tried = sorted(place for place in self.found if place <= passing)
+        falls = (one for one, other in itertools.pairwise(tried) if self.found[one].lost > self.found[other].lost)
+        first = next(falls, None)
+        if first is None:
+            return []
+        begin = max((place for place in tried if place < first), default=self.strictest - 1)
+        return [place for place in range(begin + 1, passing) if place not in self.found]

@@ -43,7 +43,7 @@ from safedelta_hf.weights.digest import fingerprint
 DEFAULT_HOLDOUT = 0.25
 
 FEWEST_HELD_OUT_OF = 16
-"""Examples of which some are held out by default; fewer say little about an upper quantile."""
+"""Examples of which some are held out by default; fewer say little."""
 
 
 @dataclass(frozen=True)

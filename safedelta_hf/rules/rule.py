@@ -6,41 +6,75 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.binomial import examples_needed, most_allowed
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import ConfigurationError
+
+SHARE_LOST: Final = 0.05
+"""Share of refusals that may be lost, where nobody says another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoStrength:
     """The mildest strength at which the model, as measured, still refuses.
 
-    Refusals that were held out of the profile's moments are read by the adjusted model. Their negative log-likelihood
-    may rise above that under the base model by no more than the tolerance, on the mean over examples and on an upper
-    quantile.
+    Refusals that were held out of the profile's moments are read by the adjusted model. One is lost where the base
+    surely begins it, under greedy decoding, and the adjusted model no longer does. As few may be lost as show, with the
+    confidence, that no larger share of all such refusals is: an exact binomial bound. Nor may the
+    beginnings of refusals lose a larger share of their probability, on the mean.
 
     Args:
-        tolerance: Allowed rise in nats per response token, positive.
-        quantile: Which quantile over examples has to stay within it besides the mean, in (0, 1).
-        precision: Ratio of two neighbouring strengths at which the search stops, above 1.
+        lost: Share of refusals that may be lost, in (0, 1). None for 5 %, or, if the held-out refusals are too few to
+            show that, for the least that they can show.
+        confidence: How often such a statement holds, at least, in (0, 1).
+        precision: Ratio of two neighbouring strengths that the search tells apart, above 1.
 
     Raises:
         ConfigurationError: A value is outside its range.
     """
 
-    tolerance: float = 0.01
-    quantile: float = 0.95
-    precision: float = 1.3
+    lost: float | None = None
+    confidence: float = 0.95
+    precision: float = 1.5
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        require_number(owner, "tolerance", self.tolerance, "positive and finite", lambda v: 0 < v < math.inf)
-        require_number(owner, "quantile", self.quantile, "between 0 and 1", lambda v: 0 < v < 1)
+        if self.lost is not None:
+            require_number(owner, "lost", self.lost, "between 0 and 1, or None", lambda v: 0 < v < 1)
+        require_number(owner, "confidence", self.confidence, "between 0 and 1", lambda v: 0 < v < 1)
         require_number(owner, "precision", self.precision, "above 1 and finite", lambda v: 1 < v < math.inf)
+
+    @property
+    def share(self) -> float:
+        """The share of refusals that may be lost, if there are enough to show it."""
+        return SHARE_LOST if self.lost is None else self.lost
+
+    def allowed(self, refusals: int) -> int | None:
+        """How many of the held-out refusals may be lost.
+
+        Args:
+            refusals: Number of them.
+
+        Returns:
+            The number; None if not even none shows that no larger share is lost.
+        """
+        return most_allowed(refusals, self.share, self.confidence)
+
+    def needed(self, lost: int = 0) -> int:
+        """How many held-out refusals show that no larger share is lost.
+
+        Args:
+            lost: How many of them are.
+
+        Returns:
+            The number.
+        """
+        return examples_needed(lost, self.share, self.confidence)
 
 
 Strength = float | Literal["auto"] | AutoStrength

@@ -26,6 +26,7 @@ from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.checkpoint.plan import plan_checkpoint
+from safedelta_hf.data.refusals import Drift
 from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import (
@@ -39,7 +40,7 @@ from safedelta_hf.errors import (
 from safedelta_hf.records import Role, Treatment
 from tests.fixtures import by_hand, oracles, refusing, tiny
 
-AUTO = AutoStrength(tolerance=0.2, precision=2.0)
+AUTO = AutoStrength(lost=0.5, precision=2.0)  # five to seven are held out, and none of them may be lost
 RULES = [Ridge(strength=AUTO), TaskRidge(strength=AUTO), Scale(strength=AUTO), SafeDelta(strength=AUTO)]
 
 
@@ -53,6 +54,11 @@ def task():
     return collect_profile(refusing.base(), refusing.TASK, config=ProfileConfig(holdout=0.0), progress=False)
 
 
+def drift(profile, model):
+    base = profile.held_out.read(open_model(refusing.base()))
+    return Drift.between(base, profile.held_out.read(open_model(model)))
+
+
 def adjust(model, profile, rule, task=None):
     return adjust_model(model, base=refusing.base(), profile=profile, task=task, rule=rule, progress=False)
 
@@ -60,14 +66,12 @@ def adjust(model, profile, rule, task=None):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_the_found_strength_is_measured_and_is_what_a_number_would_do(profile, task, rule):
     tuned, again = refusing.fine_tuned(), refusing.fine_tuned()
-    before = profile.held_out.drift(open_model(tuned), quantile=0.95)
-    assert before.mean > AUTO.tolerance
+    assert drift(profile, tuned).lost > 0
     search = adjust(tuned, profile, rule, task).search
-    assert search.outcome == "found" and search.examples == len(profile.held_out.sequences)
-    drift = profile.held_out.drift(open_model(tuned), quantile=AUTO.quantile)
-    trial = next(trial for trial in search.trials if trial.strength == search.strength)
-    assert (trial.mean, trial.upper) == pytest.approx((drift.mean, drift.upper), abs=1e-6)
-    assert max(drift.mean, drift.upper) <= AUTO.tolerance
+    assert search.outcome == "found" and search.examples + search.others == len(profile.held_out.sequences)
+    found, trial = drift(profile, tuned), search.applied
+    assert (trial.lost, trial.probability_lost) == pytest.approx((found.lost, found.probability_lost), abs=1e-6)
+    assert found.lost == 0 and found.probability_lost <= AUTO.share
     adjust(again, profile, rule.at(search.strength), task)
     assert tiny.same(tiny.weights(tuned), tiny.weights(again))
 
@@ -79,9 +83,9 @@ def test_the_search_is_deterministic(profile):
 
 
 def test_a_model_that_still_refuses_keeps_its_weights_bit_for_bit(profile):
-    tuned = refusing.fine_tuned(count=1)
+    tuned = tiny.perturbed(refusing.base(), scale=1e-5)
     before = tiny.weights(tuned)
-    report = adjust(tuned, profile, Ridge(strength=AutoStrength(tolerance=1e3)))
+    report = adjust(tuned, profile, Ridge(strength=AUTO))
     assert report.search.outcome == "nothing needed" and "at its mildest" in report.summary()
     assert tiny.same(before, tiny.weights(tuned))
 
@@ -89,7 +93,7 @@ def test_a_model_that_still_refuses_keeps_its_weights_bit_for_bit(profile):
 def test_a_strictest_strength_that_fails_warns_and_is_applied(profile):
     tuned = refusing.fine_tuned()
     with pytest.warns(UserWarning, match="not enough"):
-        report = adjust(tuned, profile, Scale(strength=AutoStrength(tolerance=1e-9)))
+        report = adjust(tuned, profile, Scale(strength=AutoStrength(lost=1e-9, confidence=1e-12)))
     assert report.search.outcome == "strictest fails" and report.search.strength == Scale.search_range[1]
     assert report.metrics()["safedelta/strength"] == Scale.search_range[1]
 
@@ -98,7 +102,9 @@ def test_the_report_holds_every_trial(profile, tmp_path):
     report = adjust(refusing.fine_tuned(), profile, RULES[0])
     metrics = report.metrics()
     assert metrics["safedelta/evaluations"] == len(report.search.trials) >= 3
-    assert metrics["safedelta/refusal_rise_upper"] <= AUTO.tolerance
+    assert metrics["safedelta/refusals_lost"] == 0 and metrics["safedelta/refusal_probability_lost"] <= AUTO.share
+    assert metrics["safedelta/refusals_lost_bound"] == report.search.bound
+    assert metrics["safedelta/refusals_to_tighten"] == report.search.more
     report.save(tmp_path / "report.json")
     assert '"trials"' in (tmp_path / "report.json").read_text()
 
@@ -182,8 +188,8 @@ def test_an_adapter_is_measured_as_it_runs(profile, task, rule):
     model, again = with_lora(), with_lora()
     search = adjust_adapter(model, profile=profile, task=task, rule=rule, progress=False).search
     assert search.outcome == "found"
-    drift = profile.held_out.drift(open_model(model), quantile=AUTO.quantile)
-    assert max(drift.mean, drift.upper) <= AUTO.tolerance
+    found = drift(profile, model)
+    assert found.lost == 0 and found.probability_lost <= AUTO.share
     adjust_adapter(again, profile=profile, task=task, rule=rule.at(search.strength), progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(again))
 

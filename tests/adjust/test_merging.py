@@ -21,6 +21,7 @@ from safedelta_hf import (
     collect_profile,
     refactor_adapter,
 )
+from safedelta_hf.data.refusals import Drift
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError
 from tests.fixtures import adapters, tiny
@@ -143,13 +144,12 @@ def test_a_measured_strength_is_found_and_holds():
     tuned = tiny.perturbed(tiny.llama(), scale=0.3)
     before = tiny.weights(tuned)
     held_out = profile.held_out
-    drift = held_out.drift(open_model(tuned), quantile=0.95)
-    allowed = max(drift.mean, drift.upper) / 4
-    rule = Slerp(strength=AutoStrength(tolerance=allowed))
+    unmoved = held_out.read(open_model(tiny.llama()))
+    allowed = Drift.between(unmoved, held_out.read(open_model(tuned))).probability_lost / 4
+    rule = Slerp(strength=AutoStrength(lost=allowed, confidence=0.5))
     found, report = merge(rule, profile, tuned, base)
     assert report.search.outcome == "found" and 1e-2 <= report.search.strength <= 1e2
-    after = held_out.drift(open_model(tuned), quantile=0.95)
-    assert max(after.mean, after.upper) <= allowed
+    assert Drift.between(unmoved, held_out.read(open_model(tuned))).probability_lost <= allowed
     again, _ = merge(Slerp(strength=report.search.strength), profile, _with(before), base)
     assert tiny.same(found, again)
 

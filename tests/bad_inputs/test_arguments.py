@@ -73,7 +73,7 @@ def test_an_infinite_strength_is_refused(rule):
     refused(lambda: rule(strength=math.inf), told="strength=inf")
 
 
-@pytest.mark.parametrize("field", ["tolerance", "quantile", "precision"])
+@pytest.mark.parametrize("field", ["lost", "confidence", "precision"])
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 0, math.inf], ids=named)
 def test_a_setting_of_a_search_that_is_no_number_is_refused(field, value):
     refused(lambda: AutoStrength(**{field: value}), told=f"{field}=")

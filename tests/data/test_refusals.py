@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import SafetySequence, read_safety_data
 from safedelta_hf.data.forms import IGNORED
-from safedelta_hf.data.refusals import HeldOut, split
+from safedelta_hf.data.refusals import BEGINNING, Drift, HeldOut, ResponseReading, split
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, DataError
-from tests.fixtures import tiny
+from tests.fixtures import refusing, tiny
 
 ROWS = tiny.rows(24, seed=1)
 
@@ -74,22 +74,61 @@ def test_too_few_examples_to_hold_out_are_a_named_error():
         collect_profile(tiny.llama(), ROWS[:2], config=ProfileConfig(holdout=0.25), progress=False)
 
 
-def test_losses_are_those_of_the_base_and_drift_is_their_rise():
-    base = tiny.llama()
-    held_out = HeldOut.measured(open_model(base), read_safety_data(ROWS), batch_size=4)
-    drift = held_out.drift(open_model(base), quantile=0.95)
-    assert drift.mean == pytest.approx(0.0, abs=1e-6) and drift.upper == pytest.approx(0.0, abs=1e-6)
-    tuned = tiny.perturbed(tiny.llama())
-    rises = []
-    for row, before in zip(ROWS, held_out.losses, strict=True):
-        with torch.no_grad():
-            logits = tuned(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+def read_token_by_token(model, rows):
+    """Oracle: for each row the losses of its response tokens, and what greedy decoding would give, and surely."""
+    for row in rows:
         targets = torch.tensor(row["labels"])[1:]
-        losses = -logits.log_softmax(-1)[torch.arange(len(targets)), targets.clamp_min(0)]
-        rises.append(float(losses[targets != IGNORED].mean()) - before)
-    drift = held_out.drift(open_model(tuned), quantile=0.95)
-    assert drift.mean == pytest.approx(fmean(rises), abs=1e-5)
-    assert drift.upper == pytest.approx(float(torch.tensor(rises, dtype=torch.float64).quantile(0.95)), abs=1e-5)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double()[targets != IGNORED]
+        targets = targets[targets != IGNORED]
+        losses = -logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+        others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+        lead = logits[torch.arange(len(targets)), targets] - others
+        yield losses, lead > 0, lead >= math.log(2)
+
+
+def test_a_reading_is_that_of_one_token_after_another():
+    model = refusing.base()
+    rows = refusing.REFUSALS + ROWS[:4]
+    held_out = HeldOut.measured(open_model(model), read_safety_data(rows), batch_size=4)
+    readings = held_out.read(open_model(model), batch_size=3)
+    for reading, mean, (losses, hits, sure) in zip(
+        readings, held_out.losses, read_token_by_token(model, rows), strict=True
+    ):
+        assert reading.losses == pytest.approx(losses.tolist(), abs=1e-5)
+        assert mean == pytest.approx(float(losses.mean()), abs=1e-5)
+        assert reading.greedy == next((place for place, hit in enumerate(hits) if not hit), len(hits))
+        assert reading.begins == bool(hits[:BEGINNING].all())
+        assert reading.surely_begins == bool(sure[:BEGINNING].all())
+    kinds = {(reading.begins, reading.surely_begins) for reading in readings}
+    assert kinds >= {(True, True), (False, False)}, "the test reads both"
+
+
+def test_what_is_lost_is_what_the_base_begins_and_another_model_does_not():
+    base, tuned = refusing.base(), refusing.fine_tuned(count=3)
+    held_out = HeldOut.measured(open_model(base), read_safety_data(refusing.REFUSALS), batch_size=8)
+    readings = held_out.read(open_model(base))
+    assert Drift.between(readings, readings) == Drift(lost=0, probability_lost=0.0)
+    lost, shares = 0, []
+    pairs = [read_token_by_token(model, refusing.REFUSALS) for model in (base, tuned)]
+    for (before, _, begun), (after, still, _) in zip(*pairs, strict=True):
+        lost += bool(begun[:BEGINNING].all() and not still[:BEGINNING].all())
+        chances = [float((-losses[:BEGINNING]).exp().prod()) for losses in (before, after)]
+        shares.append(max(1 - chances[1] / chances[0], 0.0))
+    drift = Drift.between(readings, held_out.read(open_model(tuned)))
+    assert 0 < drift.lost == lost
+    assert drift.probability_lost == pytest.approx(fmean(shares), abs=1e-4)
+
+
+READINGS = st.tuples(st.integers(0, 6), st.integers(0, 6)).map(
+    lambda pair: ResponseReading(losses=(1.0,) * 6, greedy=max(pair), sure=min(pair))
+)
+
+
+@given(st.lists(st.tuples(READINGS, READINGS), min_size=1))
+def test_a_base_that_does_not_surely_begin_a_refusal_cannot_lose_it(pairs):
+    sure = [after for before, after in pairs if before.surely_begins]
+    assert Drift.between(*zip(*pairs, strict=True)).lost == sum(not after.begins for after in sure)
 
 
 def test_an_adapter_counts_in_the_drift_and_not_in_the_base():
@@ -98,7 +137,8 @@ def test_an_adapter_counts_in_the_drift_and_not_in_the_base():
     assert HeldOut.measured(open_model(model), base.sequences, batch_size=8).losses == pytest.approx(
         base.losses, abs=1e-6
     )
-    assert abs(base.drift(open_model(model), quantile=0.95).mean) > 1e-3
+    plain = base.read(open_model(tiny.llama()))
+    assert Drift.between(plain, base.read(open_model(model))).probability_lost > 1e-3
 
 
 def test_held_out_data_survives_the_disk(tmp_path):

@@ -16,7 +16,7 @@ from safedelta_hf import (
     collect_profile,
     with_retention,
 )
-from safedelta_hf.errors import ConfigurationError, DataError, SafeDeltaWarning
+from safedelta_hf.errors import ConfigurationError, DataError, ProfileError, SafeDeltaWarning
 from safedelta_hf.evaluation import sorting
 from safedelta_hf.hf.profiles import examples_of, warn_of_trained_refusals
 from tests.fixtures import templates, tiny
@@ -204,10 +204,11 @@ def test_a_stream_that_does_not_begin_again_is_left_whole_for_the_training(tmp_p
 def test_a_measured_strength_reuses_a_saved_profile(tmp_path):
     profile = collect_profile(tiny.llama(), ROWS, progress=False)
     profile.save(tmp_path / "profile")
-    rule = Ridge(strength=AutoStrength(tolerance=0.5))
+    rule = Ridge(strength=AutoStrength(confidence=0.9))
     callback = SafeDeltaCallback(profile=type(profile).load(tmp_path / "profile"), rule=rule)
     tiny.trainer(tiny.llama(), callback, tmp_path / "run").train()
-    assert callback.report.search.examples == len(profile.held_out.sequences)
+    found = callback.report.search
+    assert found.examples + found.others == len(profile.held_out.sequences)
 
 
 def prompted(rows):
@@ -327,3 +328,13 @@ def test_the_callback_warns_of_refusals_that_are_trained_on(tmp_path):
 def test_whether_to_sort_is_a_truth_value():
     with pytest.raises(ConfigurationError, match="sort_task='no' must be True or False"):
         SafeDeltaCallback(REFUSALS, sort_task="no")
+
+
+def test_a_share_that_the_held_out_refusals_cannot_show_stops_the_run_before_it_trains(tmp_path):
+    callback = SafeDeltaCallback(ROWS, Ridge(strength=AutoStrength(lost=0.05)))
+    trainer = tiny.trainer(tiny.llama(), callback, tmp_path)
+    with pytest.raises(
+        ProfileError, match=r"lost=0\.05 with confidence 0\.95 takes 59 held-out refusals.* this profile has"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -65,8 +65,8 @@ def test_a_run_on_a_quantised_base_that_changes_nothing_measures_no_drift(quanti
     model = get_peft_model(prepare_model_for_kbit_training(quantised()), adapters.config())
     callback = SafeDeltaCallback(ROWS)
     tiny.trainer(model, callback, tmp_path / "run", learning_rate=0.0, bf16=True).train()
-    assert [(trial.mean, trial.upper) for trial in callback.report.search.trials] == [(0.0, 0.0)]
-    assert callback.report.search.noise.upper > 0
+    assert [(trial.lost, trial.probability_lost) for trial in callback.report.search.trials] == [(0, 0.0)]
+    assert callback.report.search.noise.probability_lost > 0
 
 
 def test_training_on_a_quantised_base_ends_with_the_adjusted_adapter(quantised, tmp_path):

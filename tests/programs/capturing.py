@@ -182,11 +182,13 @@ def held_out_losses_are_the_same_on_all_ranks(shard, ranks, folder):
     assert len(set(ranks.gather(found.held_out.losses))) == 1
     torch.testing.assert_close(found.held_out.losses, expected.held_out.losses, rtol=1e-5, atol=1e-5)
     tuned = tiny.perturbed(tiny.llama())
-    alike = expected.held_out.drift(ShardedModel(tuned), quantile=0.9)
+    alike = expected.held_out.read(ShardedModel(tuned))
     model = shard(tuned)
-    drift = found.held_out.drift(open_model(model), quantile=0.9, batch_size=2)
-    assert len(set(ranks.gather((drift.mean, drift.upper)))) == 1
-    torch.testing.assert_close((drift.mean, drift.upper), (alike.mean, alike.upper), rtol=1e-4, atol=1e-5)
+    readings = found.held_out.read(open_model(model), batch_size=2)
+    assert len(set(ranks.gather(tuple(readings)))) == 1
+    for reading, other in zip(readings, alike, strict=True):
+        assert reading.greedy == other.greedy
+        torch.testing.assert_close(reading.losses, other.losses, rtol=1e-4, atol=1e-5)
     # The same sequence twice is computed once, and one sequence alone leaves a rank without any.
     for data in (rows[:1], rows[:3] + rows[:2]):
         sequences, model = read_safety_data(data), shard(tiny.llama())

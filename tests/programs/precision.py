@@ -21,8 +21,8 @@ def measure(backend, folder, *, lora, world):
     )
     run.train()
     search = callback.report.search
-    assert [(trial.mean, trial.upper) for trial in search.trials] == [(0.0, 0.0)], search
-    assert search.noise.upper > 0
+    assert [(trial.lost, trial.probability_lost) for trial in search.trials] == [(0, 0.0)], search
+    assert search.noise.probability_lost > 0
     return search.noise.precision
 
 

@@ -68,7 +68,7 @@ def test_settings_are_plain_values_with_models_by_name():
     rule = Ties(strength="auto", others=["folder", nn.Linear(2, 2), Reader()])
     assert json.loads(json.dumps(rule.settings)) == rule.settings
     assert rule.settings["others"] == ["folder", "a Linear in memory", "somewhere"]
-    assert rule.settings["strength"]["tolerance"] > 0
+    assert rule.settings["strength"]["confidence"] > 0
     named = SafeMerge(strength=1.0, unaligned="before", safe="after")
     switches = {"relative": False, "vectors": False}
     assert named.settings == {"strength": 1.0, "threshold": 0.35, **switches, "unaligned": "before", "safe": "after"}

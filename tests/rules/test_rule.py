@@ -17,7 +17,7 @@ def test_a_strength_that_is_none_is_a_named_error(kind, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("tolerance", 0.0), ("tolerance", math.nan), ("quantile", 1.0), ("precision", 1.0)]
+    ("field", "value"), [("lost", 0.0), ("lost", math.nan), ("lost", 1.0), ("confidence", 1.0), ("precision", 1.0)]
 )
 def test_a_search_setting_out_of_range_is_a_named_error(field, value):
     with pytest.raises(ConfigurationError, match=f"AutoStrength: {field}="):
