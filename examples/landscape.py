@@ -5,6 +5,7 @@ python examples/landscape.py    # writes landscape.png and interpolation.png
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from safedelta_hf import ProfileConfig, adjust_model, collect_profile
@@ -28,14 +29,15 @@ for metric in (attack, refusal_improbability(tokenizer, safety_data(30))):
     if metric is attack:
         landscape.plot("landscape.png")
 
+case = replace(CASES["mixed"], epochs=3)
 tuned, _ = load_aligned()
 with tempfile.TemporaryDirectory() as folder:
-    fine_tune(tuned, tokenizer, CASES["mixed"], seed=0, output=Path(folder), progress=False)
+    fine_tune(tuned, tokenizer, case, seed=0, output=Path(folder), progress=False)
 adjusted = copy.deepcopy(tuned)
 safety = collect_profile(base, safety_data(), tokenizer, progress=False)
 task = collect_profile(
     base,
-    CASES["mixed"].examples()[:256],
+    case.examples()[:256],
     tokenizer,
     config=ProfileConfig(holdout=0.0),
     purpose="task data",

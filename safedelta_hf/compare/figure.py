@@ -70,7 +70,8 @@ def _figure(file: ComparisonFile, rows: Sequence[Row], trained: str) -> Any:  # 
             _panel(axes, file, present[scenario], scenario, score)
     seeds = len({point.seed for point in points})
     figure.suptitle(f"Fine-tuned: {trained}{f', {seeds} seeds' * (seeds > 1)}", fontsize=11, fontweight="bold")
-    figure.legend(handles=_legend({row.kind for row in rows}), loc="outside lower center", ncols=2, fontsize=8)
+    handles = _legend({row.kind for row in rows}, has_seeds=seeds > 1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -135,7 +136,7 @@ def _label(row: Row) -> str:
     return f"{row.label} (default)" if row.is_default else row.label
 
 
-def _legend(kinds: set[str]) -> list[Any]:
+def _legend(kinds: set[str], *, has_seeds: bool) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -144,11 +145,11 @@ def _legend(kinds: set[str]) -> list[Any]:
         for kind, colour in COLOURS.items()
         if kind in kinds
     ]
-    looks += [
-        ("goal missed on a seed", {"marker": "o", "linestyle": "", "color": "0.35", "markerfacecolor": "white"}),
-        ("from the lowest to the highest seed", {"color": "0.35", **RANGE}),
-        ("95 % interval for the questions asked (Wilson)", {"linewidth": 0.9, "color": "0.35"}),
-    ]
+    missed = "goal missed on a seed" if has_seeds else "goal missed"
+    looks.append((missed, {"marker": "o", "linestyle": "", "color": "0.35", "markerfacecolor": "white"}))
+    if has_seeds:
+        looks.append(("from the lowest to the highest seed", {"color": "0.35", **RANGE}))
+    looks.append(("95 % interval for the questions asked (Wilson)", {"linewidth": 0.9, "color": "0.35"}))
     return [*(Line2D([], [], label=label, **look) for label, look in looks), Patch(color=GOAL, label="goal")]
 
 

@@ -343,8 +343,10 @@ def _merged_unless_adjustable(model: PreTrainedModel, profile: SafetyProfile) ->
     try:
         plan_adapter(model, profile, Treatment())
     except AdapterError as error:
+        merge = getattr(model, "merge_and_unload", None)
+        if merge is None:  # an adapter that transformers put on the model itself
+            raise
         warnings.warn(f"The adapter is merged into its base and compared as a model: {error}", SafeDeltaWarning, 2)
-        adapted: Any = model
-        merged: PreTrainedModel = adapted.merge_and_unload()
+        merged: PreTrainedModel = merge()
         return merged
     return model

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import pstdev
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -29,6 +28,9 @@ from safedelta_hf.modules.evaluating import without_adapters
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.training.angles import AngleCurves, angle_curves, initial_range
 from safedelta_hf.weights.journal import Journal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ALPHA_STEP: Final = 0.05
 SPREAD: Final = 0.02
@@ -183,7 +185,7 @@ class SafetyLayers:
         except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise DataError(f"{path} holds no saved safety layers ({error})") from error
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw cosines and gap over the layers, and the refusals of each range that was tried.
 
         Args:
@@ -197,6 +199,8 @@ class SafetyLayers:
         """
         if self.curves is None:
             raise ConfigurationError("safety layers: the range was given and not located, so there are no curves")
+        from matplotlib.figure import Figure  # takes a while, and few draw
+
         figure = Figure(figsize=(12, 4), layout="constrained")
         cosines, gap, ranges = figure.subplots(1, 3)
         _draw_cosines(cosines, self.curves)
