@@ -235,22 +235,22 @@ def test_the_benchmark_of_settings_of_defences_prints_a_table(tmp_path):
     assert shown[-1].startswith("| harmful 0 | projected, 0.001 |") and shown[-1].count("|") == 8
 
 
-def test_the_real_model_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_the_real_model_benchmark_goes_on_where_it_stopped(tmp_path):
     files = {
         "harmful": [{"messages": list(question.messages)} for question in attack_questions(60)],
         "harmful-examples": CASES["harmful"].examples(),
         "ordinary": ordinary_data(60),
     }
-    command = [f"--model={ALIGNED_MODEL}", f"--work={tmp_path / 'work'}", f"--output={tmp_path}", "--align"]
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        command.append(f"--{name}={tmp_path / name}.jsonl")
     sizes = {"records": 16, "harmful-count": 8, "safety": 20, "aligning": 8, "attack": 8, "questions": 6}
-    command += [f"--{name}={size}" for name, size in {**sizes, "max-new-tokens": 8, "answer-tokens": 8}.items()]
-    command += ["--kinds=mixed", "--seeds=0", "--rate=1e-3"]
+    command = [
+        *("--model", ALIGNED_MODEL, "--align", "--work", "work", "--output", ".", "--kinds", "mixed", "--seeds", "0"),
+        *(f"--{name}={name}.jsonl" for name in files),
+        *(f"--{name}={size}" for name, size in {**sizes, "max-new-tokens": 8, "answer-tokens": 8}.items()),
+    ]
     for more in (["--weights", "full", "--methods", "default"], []):
-        monkeypatch.setattr(sys, "argv", ["real_model.py", *command, *more])
-        runpy.run_path(str(EXAMPLES / "benchmarks" / "real_model.py"), run_name="__main__")
+        run(tmp_path, EXAMPLES / "benchmarks" / "real_model.py", *command, *more)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     points = [line["point"] for line in lines if "point" in line]
     told = [(point["weights"], point["method"]) for point in points]

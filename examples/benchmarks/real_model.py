@@ -165,16 +165,14 @@ def chat(prompt: str, answer: str) -> dict[str, Any]:
 
 def whole_sentences(text: str) -> str:
     """A text that was cut off, up to where its last sentence ends, if one does."""
-    return re.match(r"(?s).*[.!?](?=\s|$)|.*", text).group()  # type: ignore[union-attr]
+    return re.sub(r"(?s)(.*[.!?])\s.*", r"\1", text)
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write a model in a GGUF file as safetensors, in float32, its chat template without a default system message."""
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(**where, dtype="float32"),
-        AutoTokenizer.from_pretrained(**where),
-    )
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.chat_template = re.sub(r"(?s)\{% if loop\.first.*?\{% endif %\}", "", tokenizer.chat_template)
     # The loaded one counts as quantised, and cannot be saved.
     del model.config.quantization_config
@@ -204,11 +202,9 @@ class Lab:
         self.base = self.fresh()
 
     def fresh(self) -> PreTrainedModel:
-        """The aligned model, loaded again."""
-        aligned = self.folder / "aligned"
-        return AutoModelForCausalLM.from_pretrained(
-            aligned if self.options.align else self.options.model, dtype="float32"
-        )
+        """Load the aligned model anew."""
+        folder = self.folder / "aligned" if self.options.align else self.options.model
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 
     @property
     def given(self) -> PreTrainedModel:
