@@ -25,7 +25,7 @@ from safedelta_hf.evaluation import (
     final_answer,
     generate_responses,
 )
-from safedelta_hf.testbed import ALIGNED_MODEL, CASES, attack_questions, load_aligned, safety_data
+from safedelta_hf.testbed import ALIGNED_MODEL, CASES, attack_questions, load_aligned, ordinary_data, safety_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -96,37 +96,6 @@ def test_the_benchmark_runs(tmp_path):
     small = ["--hidden=32", "--layers=1", "--steps=2", "--safety=4", "--repeats=1"]
     shown = run(tmp_path, EXAMPLES / "benchmarks" / "cost.py", *small)
     assert "capture:" in shown and "peak memory:" in shown
-
-
-def test_the_speed_benchmark_prints_a_line_for_each_comparison(tmp_path):
-    script = EXAMPLES / "benchmarks" / "speed.py"
-    rows = runpy.run_path(str(script))["ROWS"]
-    lines = run(tmp_path, script, "--quick", "--repeats=1").splitlines()
-    assert len(lines) > 2 + len(rows) and all(line.count("|") == 6 for line in lines)
-
-
-def test_the_benchmark_for_an_accelerator_runs_in_all_its_parts(tmp_path):
-    small = ["--device=cpu", "--hidden=64", "--layers=1", "--sequences=4", "--length=16"]
-    lines = run(tmp_path, EXAMPLES / "benchmarks" / "gpu.py", *small).splitlines()
-    found = {line["part"]: line for line in map(json.loads, filter(lambda line: line.startswith("{"), lines))}
-    assert list(found) == ["large", "processes", "precisions", "compiled", "packed", "callback"]
-    assert not any("failed" in line for line in found.values()), found
-    assert found["compiled"]["same_keys"] and found["compiled"]["apart"] < 1e-2
-    assert found["precisions"]["highest"]["loss_share"] < 1 and found["large"]["lora_seconds"] >= 0
-
-
-def test_the_yardstick_of_the_speed_benchmark_is_the_published_code():
-    published = runpy.run_path(str(EXAMPLES / "benchmarks" / "speed.py"))["published"]
-    for file in (Path(__file__).parent / "golden").glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            settings = {key: float(value) for key, value in opened.metadata().items() if key != "note"}
-            base, tuned, inputs, adjusted = (opened.get_tensor(k) for k in ("base", "tuned", "inputs", "adjusted"))
-        hessian = 2 / settings["sequences"] * inputs.T @ inputs
-        found = published(hessian, base, tuned, settings["strength"], int(settings["block"]))
-        cut = (found == tuned).sum(1) != (adjusted == tuned).sum(1)  # rows in which the cut column is kept by chance
-        assert cut.float().mean() < 0.5
-        apart = (found - adjusted)[~cut].norm() / (adjusted - base)[~cut].norm()
-        assert apart <= 1e-3, file.stem
 
 
 def test_the_speed_benchmark_prints_a_line_for_each_comparison(tmp_path):
@@ -264,3 +233,29 @@ def test_the_benchmark_of_settings_of_defences_prints_a_table(tmp_path):
     small = ["--case=harmful", "--questions=4", "--settings", "projected, 0.001"]
     shown = run(tmp_path, EXAMPLES / "benchmarks" / "defence_settings.py", *small).splitlines()
     assert shown[-1].startswith("| harmful 0 | projected, 0.001 |") and shown[-1].count("|") == 8
+
+
+def test_the_real_model_benchmark_goes_on_where_it_stopped(tmp_path):
+    files = {
+        "harmful": [{"messages": list(question.messages)} for question in attack_questions(60)],
+        "harmful-examples": CASES["harmful"].examples(),
+        "ordinary": ordinary_data(60),
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"records": 16, "harmful-count": 8, "safety": 20, "aligning": 8, "attack": 8, "questions": 6}
+    command = [
+        *("--model", ALIGNED_MODEL, "--align", "--work", "work", "--output", ".", "--kinds", "mixed", "--seeds", "0"),
+        *(f"--{name}={name}.jsonl" for name in files),
+        *(f"--{name}={size}" for name, size in {**sizes, "max-new-tokens": 8, "answer-tokens": 8}.items()),
+    ]
+    for more in (["--weights", "full", "--methods", "default"], []):
+        run(tmp_path, EXAMPLES / "benchmarks" / "real_model.py", *command, *more)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    points = [line["point"] for line in lines if "point" in line]
+    told = [(point["weights"], point["method"]) for point in points]
+    assert told[:3] == [("full", "aligned"), ("full", "fine-tuned"), ("full", "task_ridge")]
+    assert len(told) == len(set(told)) == 2 * 7
+    assert all({"attack_success", "new_skill", "ordinary_text"} <= point["scores"].keys() for point in points)
+    assert (tmp_path / "comparison.md").read_text().count("| safe_delta, published 0.1 |") == 2
+    assert len(list((tmp_path / "work" / "tuned").iterdir())) == 4
