@@ -313,7 +313,7 @@ class ProfileHeader:
     retention: Retention | None = None
     parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed: tuple[str, ...] = ()
-    format_version: int = 5
+    format_version: int = 6
 
     @property
     def model(self) -> str:
