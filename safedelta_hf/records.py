@@ -416,7 +416,7 @@ class ProfileHeader:
     parametrised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed: tuple[str, ...] = ()
     sorting: TaskSorting | None = None
-    format_version: int = 5
+    format_version: int = 6
 
     @property
     def model(self) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_adapter_files
+from safedelta_hf.core.low_rank import LowRank, Matrix, pays
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import ProfileHeader, Role, Use
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rule", default="SafeDelta")
     parser.add_argument("--strength", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=20000, help="Inputs that each moment is the sum of.")
     parser.add_argument("--storage", default="triangular")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
@@ -119,7 +121,7 @@ def repeated_profile(folder: Path, options: argparse.Namespace) -> SafetyProfile
         Use(parameter=name, role=Role.LINEAR, moment=key, view=Role.LINEAR.view(shape), shape=shape)
         for name, (key, shape) in parameters.items()
     )
-    moments = Moments({name: random_moment(columns) for name, columns in layer.items()})
+    moments = Moments({name: random_moment(columns, options.tokens) for name, columns in layer.items()})
     SafetyProfile(header=header, uses=(), moments=moments).save(folder, options.storage)
     del moments
     return SafetyProfile(header=header, uses=uses, moments=Repeated(SafetyProfile.load(folder).moments, options.layers))
@@ -139,16 +141,24 @@ class Repeated(Moments):
         """Shape of a moment."""
         return self._moments.shape(key.partition(".")[2])
 
+    def rank(self, key: str) -> int | None:
+        """Rows of its factor."""
+        return self._moments.rank(key.partition(".")[2])
 
-def random_moment(columns: int) -> InputMoment:
-    """20 000 inputs whose features have very different sizes, as activations do."""
+
+def random_moment(columns: int, tokens: int) -> InputMoment:
+    """Inputs whose features have very different sizes, as activations do; kept as they are while that pays."""
     generator = torch.Generator().manual_seed(columns)
     scales = torch.logspace(0, -2, columns)[torch.randperm(columns, generator=generator)]
-    total = torch.zeros(columns, columns)
-    for _ in range(10):
-        inputs = torch.randn(2000, columns, generator=generator) * scales
-        total.addmm_(inputs.T, inputs)
-    return InputMoment(total=total, sequences=128, tokens=20000)
+    parts = (torch.randn(min(2000, tokens - start), columns, generator=generator) for start in range(0, tokens, 2000))
+    total: Matrix
+    if pays(tokens, columns):
+        total = LowRank(factor=torch.cat([part * scales for part in parts]))
+    else:
+        total = torch.zeros(columns, columns)
+        for part in parts:
+            total.addmm_((part * scales).T, part * scales)
+    return InputMoment(total=total, sequences=128, tokens=tokens)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,21 @@ import argparse
 import copy
 import gc
 import math
+import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
@@ -35,12 +38,16 @@ from safedelta_hf import (
     Ridge,
     SafeDelta,
     SafetyProfile,
+    adjust_checkpoint,
     adjust_model,
     collect_profile,
 )
+from safedelta_hf.adjust.factors import ROUNDING_DAMPING
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
+from safedelta_hf.core.curvature import factorise
+from safedelta_hf.core.low_rank import LowRank, dense
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.low_rank import FactoredDelta
@@ -48,6 +55,7 @@ from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import ProfileHeader, Role, Treatment, Use
 from safedelta_hf.rules import Rule
+from safedelta_hf.weights.digest import digest
 
 VOCABULARY = 512
 GROUP = 4
@@ -63,12 +71,14 @@ class Comparison:
         ours: What the package does.
         beside: What it is compared with.
         goal: The ratio to reach, at most.
+        cost: What of a piece of work is compared, its CPU time or something else.
     """
 
     name: str
     ours: Callable[[], object]
     beside: Callable[[], object]
     goal: float
+    cost: "Callable[[Callable[[], object]], float]" = field(default_factory=lambda: seconds)
 
 
 Row = Callable[[bool], Iterator[Comparison]]
@@ -91,6 +101,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
+def bytes_read(work: Callable[[], object]) -> float:
+    """Bytes that this process asked the system for, from files or the cache of files."""
+    before = _read_so_far()
+    work()
+    return _read_so_far() - before
+
+
+def _read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
 def ratios(comparison: Comparison, repeats: int) -> list[float]:
     """One ratio for each repeat, after a first time that does not count, but of a single repeat."""
     if repeats > 1:
@@ -98,11 +119,11 @@ def ratios(comparison: Comparison, repeats: int) -> list[float]:
     found = []
     for number in range(repeats):
         if number % 2:
-            beside = seconds(comparison.beside)
-            ours = seconds(comparison.ours)
+            beside = comparison.cost(comparison.beside)
+            ours = comparison.cost(comparison.ours)
         else:
-            ours = seconds(comparison.ours)
-            beside = seconds(comparison.beside)
+            ours = comparison.cost(comparison.ours)
+            beside = comparison.cost(comparison.beside)
         found.append(ours / beside)
     return found
 
@@ -439,6 +460,117 @@ def search(quick: bool) -> Iterator[Comparison]:
             beside=partial(one.least, rule(strength=1.0)),
             goal=1.0,
         )
+
+
+# Files, and few tokens
+
+
+class Checkpoints:
+    """A base, a fine-tune and a profile of linear layers in files."""
+
+    def __init__(self, folder: Path, size: int, layers: int) -> None:
+        self.folder, self.rounds = folder, 0
+        one = Layer(size, torch.bfloat16)
+        self.names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(layers)]
+        self.hessian, told = one.hessian, dict.fromkeys(self.names, digest(one.base))
+        header = ProfileHeader(
+            architecture="LlamaForCausalLM",
+            base=told,
+            dtypes=dict.fromkeys(self.names, "bfloat16"),
+            tokenizer=None,
+            data="0" * 64,
+            sequences=one.moment.sequences,
+            tokens=one.moment.tokens,
+            skipped={},
+        )
+        shape = tuple(one.base.shape)
+        uses = (
+            Use(parameter=name, role=Role.LINEAR, moment=name, view=Role.LINEAR.view(shape), shape=shape)
+            for name in self.names
+        )
+        moments = Moments(dict.fromkeys(self.names, one.moment))
+        SafetyProfile(header=header, uses=tuple(uses), moments=moments).save(folder / "profile")
+        for place, weight in (("base", one.base), ("tuned", one.tuned)):
+            (folder / place).mkdir()
+            save_file({name: weight.clone() for name in self.names}, folder / place / "model.safetensors")
+            (folder / place / "config.json").write_text("{}")
+
+    def adjusted(self) -> None:
+        """What the package does."""
+        self.rounds += 1
+        adjust_checkpoint(
+            base=self.folder / "base",
+            tuned=self.folder / "tuned",
+            profile=self.folder / "profile",
+            output=self.folder / f"adjusted-{self.rounds}",
+            rule=Ridge(strength=1.0),
+            progress=False,
+        )
+        shutil.rmtree(self.folder / f"adjusted-{self.rounds}")
+
+    def merged(self, *, solving: bool = False) -> None:
+        """The mean of the two, weight by weight; if asked, with what a Ridge has to factor and solve."""
+        with (
+            safe_open(self.folder / "base" / "model.safetensors", framework="pt") as base,
+            safe_open(self.folder / "tuned" / "model.safetensors", framework="pt") as tuned,
+        ):
+            found = {}
+            for name in self.names:
+                one, other = base.get_tensor(name).float(), tuned.get_tensor(name).float()
+                found[name] = (one + 0.5 * (other - one)).bfloat16()
+                if solving:
+                    factorise(self.hessian, ROUNDING_DAMPING)
+                    cholesky_and_solve(self.hessian, other - one)
+        save_file(found, self.folder / "merged.safetensors")
+
+    def read(self) -> None:
+        """All of the inputs, once."""
+        for path in self.folder.glob("*/*"):
+            if path.parent.name in ("base", "tuned", "profile"):
+                path.read_bytes()
+
+
+@row
+def files(quick: bool) -> Iterator[Comparison]:
+    """Files to files beside a linear merge of the same files, and what is read beside reading it once."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Checkpoints(Path(folder), 64 if quick else 2048, 2 if quick else 6)
+        yield Comparison(
+            name="files to files / linear merge and factorisations",
+            ours=made.adjusted,
+            beside=partial(made.merged, solving=True),
+            goal=1.5,
+        )
+        yield Comparison(
+            name="files to files, bytes read / once", ours=made.adjusted, beside=made.read, goal=1.5, cost=bytes_read
+        )
+
+
+@row
+def few_tokens(quick: bool) -> Iterator[Comparison]:
+    """An adapter on one decoder layer of a 7B, of a profile of 2,000 tokens, beside the same with matrices."""
+    hidden, inner, tokens = (64, 176, 20) if quick else (4096, 11008, 2000)
+    generator = torch.Generator().manual_seed(0)
+    few = {
+        name: InputMoment(
+            total=LowRank(factor=torch.randn(tokens, size, generator=generator) * torch.logspace(0, -2, size)),
+            sequences=64,
+            tokens=tokens,
+        )
+        for name, size in (("attention", hidden), ("output", hidden), ("mlp", hidden), ("down", inner))
+    }
+    whole = {name: replace(moment, total=dense(moment.total)) for name, moment in few.items()}
+    deltas: dict[str, Callable[[], Delta]] = {}
+    shapes = {name: (hidden, len(moment.total)) for name, moment in few.items()}
+    for name, (rows, columns) in shapes.items():
+        pair = 0.01 * torch.randn(rows, 16, generator=generator), torch.randn(16, columns, generator=generator)
+        deltas[name] = partial(FactoredDelta, *pair, 1.0)
+    yield Comparison(
+        name=f"adapter on a layer of {hidden} and {inner}, {tokens} tokens / with matrices",
+        ours=partial(adjust_made, deltas, few, shapes, Ridge(strength=1.0)),
+        beside=partial(adjust_made, deltas, whole, shapes, Ridge(strength=1.0)),
+        goal=60 / 406,
+    )
 
 
 # What grows with layers, experts and sequences; each beside half of it

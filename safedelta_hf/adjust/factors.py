@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from safedelta_hf.core.curvature import factorise
+from safedelta_hf.core.low_rank import Matrix, dense
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import FactorisationError
@@ -54,7 +55,7 @@ class FactorCache:
         self._ranks = ranks or Ranks()
         self._order = list(dict.fromkeys(map(self._key, uses)))
         self._positions = {key: number for number, key in enumerate(self._order)}
-        self._hessians: dict[Key, Tensor] = {}
+        self._hessians: dict[Key, Matrix] = {}
         self._ahead: list[Key] = []
         self._bytes = 0
         self._factors: dict[Key, Factors] = {}
@@ -94,14 +95,14 @@ class FactorCache:
                 excess -= self._hessians[key].nbytes
         return spare
 
-    def hessian(self, use: Use) -> Tensor:
+    def hessian(self, use: Use) -> Matrix:
         """The Hessian of a use that is held.
 
         Args:
             use: The use.
 
         Returns:
-            `H` [in, in], or its diagonal [in], float32.
+            `H` [in, in], be it of low rank, or its diagonal [in], float32.
         """
         return self._hessians[self._key(use)]
 
@@ -118,7 +119,7 @@ class FactorCache:
         hessian = self._hessians[key]
         if key not in self._rounding:
             owner = self._owner(key)
-            own = factorise(hessian, ROUNDING_DAMPING).factor if self._ranks.rank == owner else None
+            own = factorise(dense(hessian), ROUNDING_DAMPING).factor if self._ranks.rank == owner else None
             factor = self._ranks.broadcast(own, owner, hessian.device)
             assert factor is not None, "the owner has it"
             self._rounding[key] = factor
@@ -190,12 +191,11 @@ class FactorCache:
                 found.append(key)
         return found
 
-    def _task_hessian(self, key: Key, owner: int, device: torch.device) -> Tensor | None:
+    def _task_hessian(self, key: Key, owner: int, device: torch.device) -> Matrix | None:
         if self._task is None:
             return None
         if key[1] is None:
-            shape = self._profile.moments[key[0]].total.shape if self._ranks.rank == owner else ()
-            return torch.zeros(shape, device=device)  # never reached by the task data
+            return torch.zeros(self._profile.moments.shape(key[0]), device=device)  # never reached by the task data
         has_it = self._task.moments.owner(key[1])
         has_it = owner if has_it is None else has_it
         found = self._task.moments[key[1]].hessian(device) if self._ranks.rank == has_it else None

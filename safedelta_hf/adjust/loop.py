@@ -22,7 +22,7 @@ from safedelta_hf.errors import SafeDeltaError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, StrengthSearch, Use
 from safedelta_hf.report import Report
-from safedelta_hf.rules import AutoStrength, Rule, TransformRule
+from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
 
 REUSED_BYTES = 2 << 30
 """Moments that a search holds, with what the rule made of them, from one strength to the next."""
@@ -60,11 +60,15 @@ class Adjustment:
         self._task = task if rule.needs_task else None
         self._ranks, self._progress = ranks, progress and ranks.is_main
         entries = tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not self._progress)
-        tuned = [entry for entry in entries if store.is_tuned(entry.parameter)]
+        tuned = [entry for entry in entries if self._is_left_for_later(entry, rule) or store.is_tuned(entry.parameter)]
         self._merging = check_entries(tuned, profile, rule, task, is_dense=store.is_dense)
         self._tuned = {entry.parameter: entry for entry in tuned}
         if plan.entries and not tuned:
             store.require_base()
+
+    def _is_left_for_later(self, entry: PlanEntry, rule: Rule) -> bool:
+        # But for what may be an error of a weight that was moved, and of no other.
+        return not self._store.overwrites and entry.action is not None and not isinstance(rule, MergeRule)
 
     def at(
         self, rule: Rule, factors: FactorCache | None = None, *, figures: bool = True
@@ -86,6 +90,10 @@ class Adjustment:
         records = []
         description = f"Adjusting ({rule.name})"
         for entry in tqdm(self._plan.entries, desc=description, unit="weight", disable=not self._progress):
+            if self._is_left_for_later(entry, rule) and not self._store.is_tuned(entry.parameter):
+                del self._tuned[entry.parameter]
+                if not self._tuned:
+                    self._store.require_base()
             if entry.parameter in self._tuned:
                 try:
                     record = self._adjust(entry, rule, factors, figures=figures)

@@ -31,12 +31,15 @@ class WeightStore(ABC):
         source: Where the base weights come from, for the report.
         unverified: Why nothing could tell that the base is the profile's, for the report; empty where something did.
         running: The model that runs with these weights, where there is one in memory; strengths are measured by it.
+        overwrites: Whether writing replaces the fine-tuned weights, so that all are looked at before any is written;
+            else each is looked at when its turn comes, and read once.
     """
 
     architecture: str
     source: str
     unverified: str = ""
     running: ShardedModel | None = None
+    overwrites: bool = True
 
     @abstractmethod
     def __enter__(self) -> object: ...

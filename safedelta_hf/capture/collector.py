@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from safedelta_hf.capture.views import ParameterView, storage_key, weak_storage
 from safedelta_hf.core.finite import is_finite
+from safedelta_hf.core.low_rank import LowRank, Matrix, pays
 from safedelta_hf.core.moment import add_outer_, fill_lower_
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.profile.moments import MomentStorage
@@ -225,6 +226,7 @@ class MomentCollector:
         head: Name of the output projection's weight, if the model has one.
         chosen: Names of those whose products are read.
         share: Whether products may share a moment.
+        keep_few: Whether inputs may be kept in place of their moment while they are few.
     """
 
     def __init__(
@@ -235,7 +237,10 @@ class MomentCollector:
         head: str | None,
         chosen: Collection[str],
         share: bool,
+        keep_few: bool = False,
     ) -> None:
+        self._keep_few = keep_few
+        self._few: dict[str, list[Tensor]] = {}
         self._parameters = parameters
         self._head = head
         self._chosen = chosen
@@ -370,8 +375,8 @@ class MomentCollector:
         Raises:
             NumericalError: The inputs of a weight held NaN or Inf.
         """
-        for key, total in self._totals.items():
-            if not is_finite(total):
+        for key, tensors in ({key: [total] for key, total in self._totals.items()} | self._few).items():
+            if not all(map(is_finite, tensors)):
                 raise NumericalError(
                     f"{key}: NaN or Inf in the inputs of this layer while the safety data was read; "
                     "check the base model, or load it in float32 or bfloat16"
@@ -383,30 +388,37 @@ class MomentCollector:
             leaders=leaders,
             read={} if shared is None else dict(shared.sizes),
             tokens=dict(self._tokens),
-            shapes={key: tuple(total.shape) for key, total in self._totals.items()},
+            shapes={key: tuple(total.shape) for key, total in self._totals.items()}
+            | {key: (kept[0].shape[1],) * 2 for key, kept in self._few.items()},
             all_zero=frozenset(self._all_zero(leaders)),
             not_targeted=frozenset(self._not_targeted),
             unsupported=dict(unsupported),
             unshared=None if shared is None else shared.obstacle,
         )
 
-    def take(self) -> dict[str, Tensor]:
+    def take(self) -> dict[str, Matrix]:
         """Hand over the sums.
 
         Returns:
             The moment of each use that has one of its own, by key; the collector keeps none.
         """
-        totals, self._totals = self._totals, {}
-        for total in totals.values():
+        totals: dict[str, Matrix] = {}
+        for key, total in self._totals.items():
             if total.ndim == 2:
                 fill_lower_(total)
+            totals[key] = total
+        self._totals = {}
+        while self._few:
+            key, kept = self._few.popitem()
+            totals[key] = LowRank(factor=torch.cat(kept).to(torch.float32))
         return totals
 
     def _all_zero(self, leaders: Mapping[str, str]) -> Iterator[str]:
         parts = {
             key: leaders.get(key, key) for key, use in self._uses.items() if not use.view.covers(math.prod(use.shape))
         }
-        empty = {key for key in set(parts.values()) & self._totals.keys() if not self._totals[key].any()}
+        read = {key: [total] for key, total in self._totals.items()} | self._few
+        empty = {key for key in set(parts.values()) & read.keys() if not any(tensor.any() for tensor in read[key])}
         for key, leader in parts.items():
             if leader in empty:
                 yield key
@@ -434,9 +446,21 @@ class MomentCollector:
 
     def _add_inputs(self, key: str, inputs: Tensor, *, may_follow: bool) -> None:
         if not (may_follow and self.shared is not None and self.shared.follows(key, inputs)):
-            columns = inputs.shape[1]
-            add_outer_(self._total(key, (columns, columns), inputs.device), inputs)
+            self._add_rows(key, inputs)
         self._tokens[key] += len(inputs)
+
+    def _add_rows(self, key: str, inputs: Tensor) -> None:
+        columns = inputs.shape[1]
+        if self._keep_few and key not in self._totals:
+            count = len(inputs) + sum(map(len, self._few.get(key, ())))
+            if pays(count, columns) and self._storage.takes(inputs):
+                self._few.setdefault(key, []).append(inputs.detach().clone())
+                return
+        total = self._total(key, (columns, columns), inputs.device)
+        for rows in self._few.pop(key, ()):  # one by one, as if they had been added at once
+            add_outer_(total, rows)
+            self._storage.release(rows)
+        add_outer_(total, inputs)
 
     def _add_entries(self, key: str, weight: ParameterView, squares: Tensor) -> None:
         total = self._total(key, (self._parameters[weight.parameter].numel(),), squares.device)

@@ -23,8 +23,10 @@ class ProfileConfig:
     Attributes:
         batch_size: Sequences per forward pass, at most; batches hold sequences of one length and no padding.
         max_length: Sequences are cut to this many tokens; None leaves them whole.
-        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time; None for no limit.
-        offload_folder: Where moments beyond that limit are memory-mapped; without it they go to host memory.
+        moment_memory: Bytes (or "8GB") of moments to hold on the device at a time. None for what is free there; further
+            moments then go to host memory while that has room, and then to mapped files.
+        offload_folder: Where moments beyond that are memory-mapped. Without it they go to host memory if there is a
+            limit, and else to the system's temporary folder.
         share_moments: Whether layers that read the same tensor share one moment.
         holdout: Share of the safety data to keep out of the moments, in [0, 1): rules with `strength="auto"` measure
             refusals by it. None for a quarter, of at least 16 examples that a transformers model reads, else nothing.
@@ -58,11 +60,6 @@ class ProfileConfig:
             raise ConfigurationError(f"holdout={self.holdout!r} must be a share in [0, 1), such as 0.25")
         if self.offload_folder is not None:
             require_kind("ProfileConfig", "offload_folder", self.offload_folder, (str, Path), "a folder")
-        if self.offload_folder is not None and self.moment_memory is None:
-            raise ConfigurationError(
-                f"offload_folder={str(self.offload_folder)!r} has no effect without a limit; pass moment_memory too, "
-                'such as "8GB"'
-            )
         self._require_targets()
         _ = self.budget  # what cannot be read is found now, not once training starts
 

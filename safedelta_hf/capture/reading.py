@@ -13,6 +13,7 @@ from safedelta_hf.capture.collector import MomentCollector, ObservedUses, merged
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.observer import Observer, every_product_visible
 from safedelta_hf.capture.watched_model import WatchedModel, computed_weights, packed_products
+from safedelta_hf.core.low_rank import LowRank, Matrix
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import Batch, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence, digest_of
@@ -100,10 +101,15 @@ def _observed(
     storage: MomentStorage,
     *,
     share_moments: bool,
-) -> tuple[ObservedUses, dict[str, Tensor]]:
+) -> tuple[ObservedUses, dict[str, Matrix]]:
     # What all ranks observed, and the moments of this rank's share of the data by key.
     collector = MomentCollector(
-        watched.matrices, storage, head=watched.head, chosen=watched.chosen, share=share_moments
+        watched.matrices,
+        storage,
+        head=watched.head,
+        chosen=watched.chosen,
+        share=share_moments,
+        keep_few=watched.model.ranks.size == 1,  # sums are exchanged as matrices
     )
     observer = Observer(collector, watched.matrices)
     with (
@@ -142,7 +148,7 @@ def _summed_over_ranks(
     watched: WatchedModel,
     observed: ObservedUses,
     wanted: Collection[str],
-    sums: dict[str, Tensor],
+    sums: dict[str, Matrix],
     storage: MomentStorage,
     sequences: int,
 ) -> Moments:
@@ -168,11 +174,13 @@ def _summed_over_ranks(
 def _sum_on_owner(
     ranks: Ranks,
     device: torch.device,
-    own: Tensor | None,
+    own: Matrix | None,
     shape: tuple[int, ...],
     owner: int,
     storage: MomentStorage,
-) -> Tensor | None:
+) -> Matrix | None:
+    if isinstance(own, LowRank):
+        return own.to(torch.device("cpu"))
     is_owner = owner == ranks.rank
     if own is None and is_owner:
         own = storage.allocate(shape, device)
@@ -185,7 +193,7 @@ def _sum_on_owner(
         return None
     if moved is not own:
         own.copy_(moved)
-    return own.cpu()
+    return storage.settled(own)
 
 
 def _require_products(

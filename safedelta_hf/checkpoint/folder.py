@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from io import FileIO
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from safedelta_hf.errors import CheckpointError, OutputError
+from safedelta_hf.errors import BaseWeightsError, CheckpointError, NumericalError, OutputError
 from safedelta_hf.folders import RunLog, locked, sync, unfinished_of, write_all
 from safedelta_hf.records import ParameterRecord
 from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles, StoredTensor, data_start
@@ -34,6 +34,30 @@ _OWN = frozenset([LOG_FILE, MODEL_FOLDER, INDEX_FILE])
 
 _Finished = tuple[ParameterRecord, list[str], str]
 """What was done with a weight, its names in the files, and the SHA-256 of its bytes there."""
+
+
+class _Bytes:
+    """What has been written of some tensors, one after another."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, content: memoryview | bytes) -> None:
+        """Take note of what was written of a tensor.
+
+        Args:
+            name: As in the files.
+            content: The bytes that follow those before.
+        """
+        if self.names[-1:] != [name]:
+            self.names.append(name)
+        self._digest.update(content)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        return self._digest.hexdigest()
 
 
 class CheckpointFolder:
@@ -61,9 +85,10 @@ class CheckpointFolder:
         self._model = self._work / MODEL_FOLDER
         self._shards = UnfinishedShards(self._model, original)
         self._lock = ExitStack()
-        self._written: set[str] = set()
+        self._under_way = _Bytes()
         self.finished: dict[str, ParameterRecord] = {}
         self.is_complete = False
+        self._is_last_step = False
 
     def __enter__(self) -> "CheckpointFolder":
         require_absent(self._output)
@@ -82,8 +107,10 @@ class CheckpointFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that stopped half-way is worth keeping, but for one that never got anywhere.
-        if self.is_complete or not self.finished:
+        # A run that stopped half-way is worth keeping, but not where it only copied, nor of models that cannot be used.
+        has_changed = any(record.outcome in ("adjusted", "reset") for record in self.finished.values())
+        is_unusable = isinstance(error, NumericalError | BaseWeightsError | CheckpointError) and not self._is_last_step
+        if self.is_complete or not has_changed or is_unusable:
             shutil.rmtree(self._work, ignore_errors=True)
         self._lock.close()
 
@@ -94,8 +121,7 @@ class CheckpointFolder:
             name: Of the tensor, as in the files.
             value: In the dtype and shape of the original.
         """
-        self._shards.write(name, value)
-        self._written.add(name)
+        self._under_way.add(name, self._shards.write(name, value))
 
     def keep(self, record: ParameterRecord, names: Sequence[str]) -> None:
         """Record that a weight is finished; what was not written of it is copied from the original.
@@ -104,10 +130,14 @@ class CheckpointFolder:
             record: What was done with it.
             names: Under which it stands in the files.
         """
+        written, self._under_way = self._under_way, _Bytes()
         for name in names:
-            if name not in self._written:
-                self._shards.copy(name)
-        line = {"record": asdict(record), "names": list(names), "sha256": self._shards.digest(names)}
+            if name not in written.names:
+                for content in self._shards.copied(name):
+                    written.add(name, content)
+        # What is written is not read again, unless that was in another order.
+        digest = written.digest if written.names == list(names) else self._shards.digest(names)
+        line = {"record": asdict(record), "names": list(names), "sha256": digest}
         # The weight's own bytes are not waited for either: what did not reach the disk is found, and done again.
         self._log.append(line, sync=False)
         self.finished[record.parameter] = record
@@ -121,6 +151,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: One of them has the name of a file that is being written.
         """
+        self._is_last_step = True
         source = Path(self._original.source)
         for name in other_files:
             target = self._model / name
@@ -251,24 +282,31 @@ class UnfinishedShards:
                     write_all(stream.fileno(), header)
                     stream.truncate(size)
 
-    def write(self, name: str, value: Tensor) -> None:
+    def write(self, name: str, value: Tensor) -> memoryview:
         """Write a tensor.
 
         Args:
             name: As in the files.
             value: Of its type and size.
+
+        Returns:
+            The bytes that were written.
         """
         place = self._original.tensors[name]
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content: memoryview = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert len(content) == place.stop - place.start, "the header promises another size"
         with self._opened(place) as stream:
             write_all(stream.fileno(), content)
+        return content
 
-    def copy(self, name: str) -> None:
+    def copied(self, name: str) -> Iterator[bytes]:
         """Write a tensor as the original has it.
 
         Args:
             name: As in the files.
+
+        Yields:
+            The bytes that were written, piece by piece.
 
         Raises:
             CheckpointError: The original has been cut off since its header was read.
@@ -282,6 +320,7 @@ class UnfinishedShards:
                 if not content:
                     raise CheckpointError(f"{name}: {str(place.path)!r} ends before it, changed meanwhile?")
                 write_all(stream.fileno(), content)
+                yield content
                 left -= len(content)
 
     def digest(self, names: Collection[str]) -> str:

@@ -1,8 +1,10 @@
 """A fine-tuned model in files, adjusted into other files one weight at a time."""
 
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.adjust.store import WeightStore, Written
@@ -11,11 +13,25 @@ from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
 from safedelta_hf.records import ParameterRecord, ProfileHeader
 from safedelta_hf.weights.digest import digest
-from safedelta_hf.weights.readers import require_unswapped, verified
+from safedelta_hf.weights.readers import refuse, require_unswapped
+
+
+class _Held(NamedTuple):
+    """The one weight that is under way.
+
+    Attributes:
+        name: Canonical name.
+        tuned: Fine-tuned weight, in the dtype of its file.
+        base: Base weight, in the dtype of the profile's model.
+    """
+
+    name: str
+    tuned: Tensor
+    base: Tensor
 
 
 class CheckpointStore(WeightStore):
-    """The parameters of a checkpoint: read from its shards, and written into those of another.
+    """The parameters of a checkpoint: read from its shards, once, and written into those of another.
 
     Args:
         pair: Where the weights stand.
@@ -23,6 +39,8 @@ class CheckpointStore(WeightStore):
         output: The folder that is written, opened.
         device: Where deltas are computed.
     """
+
+    overwrites = False
 
     def __init__(
         self,
@@ -36,6 +54,7 @@ class CheckpointStore(WeightStore):
         self._pair, self._header = pair, header
         self._output = output
         self._device = device
+        self._held: _Held | None = None
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -49,12 +68,13 @@ class CheckpointStore(WeightStore):
 
     @override
     def is_tuned(self, name: str) -> bool:
-        tuned, expected = self._pair.read(name), self._header.base[name]
-        if digest(tuned) == expected:
+        (_, tuned, base), expected = self._read(name), self._header.base[name]
+        if digest(base) != expected:
+            if digest(tuned) != expected:
+                refuse(self._pair.base, name)
             return False
-        weight = verified(self._pair.base, name, self._header.dtypes[name], expected)
-        if torch.equal(tuned, weight.to(tuned.dtype)):
-            return False  # the same weight, in another dtype than when the profile was made
+        if torch.equal(tuned, base.to(tuned.dtype)):
+            return False  # be it in another dtype than when the profile was made
         require_finite(name, tuned)
         return True
 
@@ -64,8 +84,8 @@ class CheckpointStore(WeightStore):
 
     @override
     def delta(self, name: str) -> DenseDelta:
-        base = self._pair.base.read(name).to(getattr(torch, self._header.dtypes[name]))
-        return DenseDelta(self._pair.read(name).to(self._device), base)
+        held = self._read(name)
+        return DenseDelta(held.tuned.to(self._device), held.base)
 
     @override
     def write(self, name: str, delta: Delta) -> Written:
@@ -85,7 +105,17 @@ class CheckpointStore(WeightStore):
 
     @override
     def finish(self, record: ParameterRecord) -> None:
-        self._output.keep(record, self._pair.stored[record.parameter].names)
+        held, stored, self._held = self._held, self._pair.stored[record.parameter], None
+        if record.outcome == "unchanged" and held is not None and held.name == record.parameter and not stored.twins:
+            for name, value in stored.split(held.tuned):
+                self._output.write(name, value)
+        self._output.keep(record, stored.names)
+
+    def _read(self, name: str) -> _Held:
+        if self._held is None or self._held.name != name:
+            dtype = getattr(torch, self._header.dtypes[name])
+            self._held = _Held(name, self._pair.read(name), self._pair.base.read(name).to(dtype))
+        return self._held
 
     def _keep_others(self) -> None:
         for name, tensor in self._pair.others.items():

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safedelta_hf.core.finite import is_finite
+from safedelta_hf.core.low_rank import LowRank, Matrix
 from safedelta_hf.core.transform import Dense, SymmetricForm, Transform
 from safedelta_hf.errors import FactorisationError, NumericalError
 
@@ -103,14 +104,16 @@ def factorise(hessian: Float[Tensor, "i i"], damping: float) -> Curvature:
     return Curvature(hessian=damped, factor=lower.flip(0, 1), retried=retried)
 
 
-def quadratic_loss(inner: Callable[[Transform], float], hessian: Tensor) -> float:
+def quadratic_loss(inner: Callable[[Transform], float], hessian: Matrix) -> float:
     """`q(D) = 1/2 tr(D H D^T)`, the rise of the output-reconstruction loss that a delta causes.
 
     Args:
         inner: Inner product of the delta with its transform, summed over all rows wherever they are.
-        hessian: `H` [in, in], or its diagonal [in].
+        hessian: `H` [in, in], be it of low rank, or its diagonal [in].
 
     Returns:
         The loss, at least zero for a positive semi-definite `H`.
     """
+    if isinstance(hessian, LowRank):
+        return 0.5 * inner(hessian)
     return 0.5 * inner(Dense(matrix=hessian) if hessian.ndim == 1 else SymmetricForm(matrix=hessian))

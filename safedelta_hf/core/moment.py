@@ -7,31 +7,34 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from safedelta_hf.core.low_rank import LowRank, Matrix, total_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputMoment:
     """Sum over tokens of `x x^T`, or of `x^2` where inputs do not mix (embedding, norm scale, bias).
 
     Attributes:
-        total: [in, in], or [in] for the diagonal kind; float32.
+        total: [in, in], of low rank where there are few tokens, or [in] for the diagonal kind; float32.
         sequences: Number of safety sequences read, the N of `H = (2/N) X^T X`.
         tokens: Number of input vectors summed; 0 where the safety data never reached the layer.
     """
 
-    total: Tensor
+    total: Matrix
     sequences: int
     tokens: int
 
-    def hessian(self, device: torch.device) -> Tensor:
+    def hessian(self, device: torch.device) -> Matrix:
         """Hessian of the output-reconstruction loss (Safe Delta, arXiv 2505.12038, section 4).
 
         Args:
             device: Where the result is wanted.
 
         Returns:
-            `(2/N) * total` as a new tensor, [in, in] or [in], float32.
+            `(2/N) * total`, new, [in, in] or [in], float32; of low rank where the moment is.
         """
-        return self.total.to(device=device, dtype=torch.float32) * (2.0 / max(self.sequences, 1))
+        moved = self.total.to(device) if isinstance(self.total, LowRank) else self.total.to(device, torch.float32)
+        return moved * (2.0 / max(self.sequences, 1))
 
     def merge(self, other: "InputMoment") -> "InputMoment":
         """Moment of the union of two disjoint sets of sequences.
@@ -43,7 +46,7 @@ class InputMoment:
             A new moment.
         """
         return InputMoment(
-            total=self.total + other.total,
+            total=total_of([self.total, other.total]),
             sequences=self.sequences + other.sequences,
             tokens=self.tokens + other.tokens,
         )

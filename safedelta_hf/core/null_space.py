@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.finite import is_finite
+from safedelta_hf.core.low_rank import LowRank, Matrix, dense
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import NumericalError
 
@@ -28,14 +29,14 @@ class Removal(Transform):
         return rows - (rows @ directions) @ directions.T
 
 
-def null_space(hessian: Tensor, energy: float) -> Dense | Removal:
+def null_space(hessian: Matrix, energy: float) -> Dense | Removal:
     """The projector on the near-null space of a Hessian (GuardSpace, arXiv 2510.14301).
 
     Kept are the eigenvectors of the smallest eigenvalues, as many as sum up to no more than that share of the trace.
     With `h` the largest eigenvalue among them, `q(D P) <= 1/2 h |D|^2`.
 
     Args:
-        hessian: `H` [in, in], or its diagonal [in]; positive semi-definite.
+        hessian: `H` [in, in], be it of low rank, or its diagonal [in]; positive semi-definite.
         energy: Share of the trace that may be left to the delta, in [0, 1]; 1 keeps the delta as it is.
 
     Returns:
@@ -44,8 +45,11 @@ def null_space(hessian: Tensor, energy: float) -> Dense | Removal:
     Raises:
         NumericalError: The Hessian holds NaN or Inf.
     """
-    if not is_finite(hessian):
+    hessian = hessian if isinstance(hessian, LowRank) and hessian.rest is None else dense(hessian)
+    if not is_finite(hessian.factor if isinstance(hessian, LowRank) else hessian):
         raise NumericalError("the Hessian of the safety loss holds NaN or Inf; check the model's activations")
+    if isinstance(hessian, LowRank):
+        return _null_space_of(hessian, energy)
     exact = hessian.double()
     if exact.ndim == 1:
         values, places = exact.sort()
@@ -57,6 +61,16 @@ def null_space(hessian: Tensor, energy: float) -> Dense | Removal:
     if count == len(values):
         return Dense(matrix=torch.ones_like(hessian[0]))
     return Removal(directions=vectors[:, count:].to(hessian.dtype).contiguous())
+
+
+def _null_space_of(hessian: LowRank, energy: float) -> Dense | Removal:
+    # Right singular vectors of the factor; all other directions are not used at all.
+    _, sizes, directions = torch.linalg.svd(hessian.factor.double(), full_matrices=False)
+    unused = sizes.new_zeros(len(hessian) - len(sizes))
+    count = _count(torch.cat([unused, sizes.flip(0).square()]), energy) - len(unused)
+    if energy == 1 or count == len(sizes):
+        return Dense(matrix=torch.ones_like(hessian.factor[0]))
+    return Removal(directions=directions[: len(sizes) - max(count, 0)].T.to(hessian.factor.dtype).contiguous())
 
 
 def _count(values: Tensor, energy: float) -> int:

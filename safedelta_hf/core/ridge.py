@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.finite import is_finite
+from safedelta_hf.core.low_rank import LowRank, LowRankShrinkage, Matrix, dense, gram, pays, tensors_of
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import FactorisationError, NumericalError
 
@@ -41,16 +42,18 @@ class Shrinkage(Transform):
         return torch.cholesky_solve(useful.T, self.factor.to(rows.dtype)).T
 
 
-def utility_of(task: Tensor, blend: float) -> Tensor:
+def utility_of(task: Matrix, blend: float) -> Matrix:
     """The task's moment with a share of the plain norm mixed in, `G + blend * mean(diag G) * I`.
 
     Args:
-        task: `G` [in, in], or its diagonal [in].
+        task: `G` [in, in], be it of low rank, or its diagonal [in].
         blend: Share of the mean diagonal; it makes what the task never uses worth keeping where safety does not mind.
 
     Returns:
         `N`, a new tensor of the same shape.
     """
+    if isinstance(task, LowRank):
+        return task.raised(blend * task.diagonal().mean())
     if task.ndim == 1:
         return task + blend * task.mean()
     utility = task.clone()
@@ -58,7 +61,7 @@ def utility_of(task: Tensor, blend: float) -> Tensor:
     return utility
 
 
-def shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense | Shrinkage:
+def shrinkage(hessian: Matrix, utility: Matrix | None, strength: float) -> Dense | Shrinkage | LowRankShrinkage:
     """The transform that minimises the ridge objective.
 
     In float32, as long as that is accurate: a Cholesky factor of `S = N + lam H` is computed with an error of some
@@ -67,7 +70,8 @@ def shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense
     is more than rounding.
 
     Args:
-        hessian: `H` [in, in], or its diagonal [in]; positive semi-definite but for rounding, float32.
+        hessian: `H` [in, in], be it of low rank, or its diagonal [in]; positive semi-definite but for rounding,
+            float32.
         utility: `N` of the same shape, positive definite; None for the identity.
         strength: `lam`, at least 0 and finite; 0 keeps the delta as it is.
 
@@ -79,8 +83,14 @@ def shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense
     """
     if strength == 0:
         return Dense(matrix=torch.ones(len(hessian), device=hessian.device))
-    if not all(is_finite(moment) for moment in (hessian, utility) if moment is not None):
+    if not all(is_finite(tensor) for one in (hessian, utility) if one is not None for tensor in tensors_of(one)):
         raise NumericalError("the moments of this layer hold NaN or Inf; check the model's activations")
+    if isinstance(hessian, LowRank) and not isinstance(utility, Tensor) and hessian.device.type != "mps":
+        rank = hessian.rank + (0 if utility is None else utility.rank)
+        found = _low_rank_shrinkage(hessian, utility, strength) if pays(rank, len(hessian)) else None
+        if found is not None:
+            return found
+    hessian, utility = dense(hessian), None if utility is None else dense(utility)
     price = min(strength, torch.finfo(hessian.dtype).max)  # Inf times what safety never used would be NaN
     if hessian.ndim == 1:
         worth = torch.ones_like(hessian) if utility is None else utility
@@ -96,6 +106,35 @@ def shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense
         return Shrinkage(utility=utility, factor=factor)
     del system, factor
     return _semidefinite_shrinkage(hessian, utility, strength)
+
+
+def _low_rank_shrinkage(hessian: LowRank, utility: LowRank | None, strength: float) -> LowRankShrinkage | None:
+    """The same of low rank: `N + lam H` is a diagonal and the rows of both factors, formed without cancellation.
+
+    Args:
+        hessian: `H`.
+        utility: `N`, with a positive diagonal beside its factor; None for the identity.
+        strength: `lam`.
+
+    Returns:
+        The transform; None if its small system cannot be factored, also in float64.
+    """
+    price = min(strength, torch.finfo(torch.float32).max)
+    wide, diagonal = hessian.factor * price**0.5, torch.ones_like(hessian.factor[0])
+    if utility is not None:
+        assert utility.rest is not None, "a share of the plain norm is in it"
+        wide, diagonal = torch.cat([wide, utility.factor]), utility.rest.clone()
+    if hessian.rest is not None:
+        diagonal += price * hessian.rest
+    for dtype in (torch.float32, torch.float64):
+        system = gram(wide, 1 / diagonal, dtype)
+        size = system.diagonal().clone()
+        factor, info = torch.linalg.cholesky_ex(system)
+        least = 0.0 if dtype == torch.float64 else LEAST_PIVOT
+        if not info.item() and (factor.diagonal().square() >= least * size).all():
+            notes = () if dtype == torch.float32 else ("solved in float64",)
+            return LowRankShrinkage(utility=utility, diagonal=diagonal, wide=wide, inner=factor, notes=notes)
+    return None
 
 
 def _semidefinite_shrinkage(hessian: Tensor, utility: Tensor | None, strength: float) -> Dense:

@@ -211,7 +211,7 @@ def _read_batch(model: nn.Module, batch: Sequence[SafetySequence]) -> list[Respo
     hits_b = tokens_b2[:, 0] == targets_b
     sure_b = hits_b & (best_b2[:, 0] - best_b2[:, -1] >= math.log(CLEARLY))
     lengths = counts.sum(1).tolist()
-    split = (one.cpu().split(lengths) for one in (losses_b, hits_b, sure_b))
+    split = (torch.split(one.cpu(), lengths) for one in (losses_b, hits_b, sure_b))
     return [
         ResponseReading(losses=tuple(losses.tolist()), greedy=_leading(hits), sure=_leading(sure))
         for losses, hits, sure in zip(*split, strict=True)

@@ -18,6 +18,9 @@ from safedelta_hf.records import MatrixView, Use
 SMALLEST_FIGURE: Final = 1e-25
 """Below it, squares of float32 may have vanished from a sum."""
 
+PIECE: Final = 1 << 18
+"""Entries that are computed at a time on a CPU, one MiB of float32."""
+
 
 class Delta(Protocol):
     """The delta of one parameter, as tuned and as adjusted so far. The tuned one is never changed in place."""
@@ -108,7 +111,9 @@ class DenseDelta(Delta):
         self._tuned = tuned.detach()
         self._base = base.detach().to(tuned)
         # Shared with every delta that is made of this one.
-        self._delta = (self._tuned.to(torch.float32) - self._base.to(torch.float32)).contiguous()
+        self._delta = by_pieces(
+            torch.float32, lambda tuned, base: tuned.float() - base.float(), self._tuned, self._base
+        )
         if not is_finite(self._delta):
             raise NumericalError("tuned minus base is beyond float32; the training has diverged")
         self._adjusted = self._delta
@@ -142,7 +147,7 @@ class DenseDelta(Delta):
     @property
     @override
     def lost_energy(self) -> float:
-        return figure_of(_energy, self._delta - self._adjusted)
+        return 0.0 if self.is_unadjusted else figure_of(_distance, self._delta, self._adjusted)
 
     @property
     def is_whole(self) -> bool:
@@ -221,7 +226,8 @@ class DenseDelta(Delta):
         Returns:
             A new delta, whose `weight` this is.
         """
-        result = self.keeping(weight.to(torch.float32) - self.base)
+        carried = by_pieces(torch.float32, lambda weight, base: weight.float() - base.float(), weight, self._base)
+        result = self.keeping(carried)
         result._weight = weight
         return result
 
@@ -231,8 +237,7 @@ class DenseDelta(Delta):
         Returns:
             A new tensor, float32, contiguous; that of the fine-tuned weight where the delta is kept.
         """
-        tuned = self._tuned.to(torch.float32)
-        return torch.where(self._adjusted == self._delta, tuned, self.base + self._adjusted).contiguous()
+        return by_pieces(torch.float32, _wanted, self._tuned, self._base, self._delta, self._adjusted)
 
     def weight(self) -> Tensor:
         """The weight that carries what is kept.
@@ -243,8 +248,7 @@ class DenseDelta(Delta):
         """
         if self._weight is not None:
             return self._weight
-        kept = self._adjusted == self._delta
-        return torch.where(kept, self._tuned, (self.base + self._adjusted).to(self.dtype))
+        return by_pieces(self.dtype, _nearest, self._tuned, self._base, self._delta, self._adjusted)
 
     @property
     def is_unadjusted(self) -> bool:
@@ -304,25 +308,63 @@ class DenseMatrix(DeltaMatrix):
         self._matrix.copy_(transform(self._matrix))
 
 
-def figure_of(figure: Callable[[Tensor], Tensor], values: Tensor) -> float:
+def figure_of(figure: Callable[..., Tensor], *values: Tensor) -> float:
     """A figure of second degree, such as an energy or a quadratic loss, also where squares are beyond float32.
 
     Args:
         figure: Takes values to a scalar, and `c` times the values to `c^2` times that.
-        values: float32, any shape.
+        values: float32, any shapes.
 
     Returns:
         The figure of the values.
     """
-    found = float(figure(values))
-    if SMALLEST_FIGURE <= abs(found) < math.inf or not values.any():
+    found = float(figure(*values))
+    if SMALLEST_FIGURE <= abs(found) < math.inf or not any(one.any() for one in values):
         return found
-    scale = 2.0 ** math.frexp(float(values.abs().max()))[1]
-    return float(figure(values / scale)) * scale**2
+    scale = 2.0 ** math.frexp(max(float(one.abs().max()) for one in values))[1]
+    return float(figure(*(one / scale for one in values))) * scale**2
 
 
 def _energy(values: Tensor) -> Tensor:
-    return values.square().sum()
+    return torch.stack([piece.square().sum() for piece in _pieces(values)]).sum()
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    pairs = zip(_pieces(one), _pieces(other), strict=True)
+    return torch.stack([(left - right).square().sum() for left, right in pairs]).sum()
+
+
+def _wanted(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
+    return torch.where(adjusted == delta, tuned.float(), base.float() + adjusted)
+
+
+def _nearest(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
+    return torch.where(adjusted == delta, tuned, (base.float() + adjusted).to(tuned.dtype))
+
+
+def by_pieces(dtype: torch.dtype, compute: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Compute a tensor entry by entry, on a CPU a few rows at a time.
+
+    What is made on the way then stays in the processor's cache, and takes no memory that the system has to clear.
+
+    Args:
+        dtype: Data type of the result.
+        compute: Takes pieces of the values to that of the result, in any data type.
+        values: Tensors of one shape, on one device.
+
+    Returns:
+        A new tensor, contiguous.
+    """
+    result = torch.empty(values[0].shape, dtype=dtype, device=values[0].device)
+    for target, *pieces in zip(*map(_pieces, (result, *values)), strict=True):
+        target.copy_(compute(*pieces))
+    return result
+
+
+def _pieces(values: Tensor) -> Sequence[Tensor]:
+    if values.ndim == 0 or values.device.type != "cpu":
+        return [values]
+    return torch.split(values, max(PIECE // max(math.prod(values.shape[1:]), 1), 1))
 
 
 def as_strided(values: Tensor, view: MatrixView) -> Tensor:

@@ -5,22 +5,23 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.low_rank import LowRank, Matrix, dense, tensors_of
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import OutputError, ProfileError, SafeDeltaError
 from safedelta_hf.folders import RunLog, complete_file, resumable
-from safedelta_hf.profile.encodings import Encoding, encoding_for
+from safedelta_hf.profile.encodings import Encoding, Factor, encoding_for
 from safedelta_hf.profile.header import (
+    FORMAT_VERSION,
     HEADER_FILE,
     HEADER_LIMIT,
     SHARD_PATTERN,
@@ -60,7 +61,7 @@ def _shards(moments: Moments, storage: Encoding) -> dict[str, list[str]]:
     left = 0
     for key in moments:
         shape = moments.shape(key)
-        size = encoding_for(shape, storage).bytes(shape)
+        size = encoding_for(shape, storage, moments.rank(key)).bytes(shape)
         if size > left:
             groups.append([])
             left = SHARD_BYTES
@@ -69,10 +70,10 @@ def _shards(moments: Moments, storage: Encoding) -> dict[str, list[str]]:
     return {f"moments-{number:05d}-of-{len(groups):05d}.safetensors": keys for number, keys in enumerate(groups, 1)}
 
 
-def _write_shard(path: Path, totals: Mapping[str, Tensor], storage: Encoding) -> None:
+def _write_shard(path: Path, totals: Mapping[str, Matrix], encodings: Mapping[str, Encoding]) -> None:
     stored = {}
     for key, total in totals.items():
-        parts = encoding_for(tuple(total.shape), storage).encode(total)
+        parts = encodings[key].encode(total)  # type: ignore[arg-type]
         stored.update({f"{key}/{part}": tensor.contiguous() for part, tensor in parts.items()})
     with complete_file(path) as part_file:
         save_file(stored, part_file)
@@ -107,16 +108,22 @@ def _read_moment(path: Path, entry: StoredMoment) -> InputMoment:
     return InputMoment(total=total, sequences=entry.sequences, tokens=entry.tokens)
 
 
-def require_moment(total: Tensor, key: str) -> None:
+def require_moment(total: Matrix, key: str) -> None:
     """Make sure that values can be a sum of products: finite, symmetric, and none larger than the diagonal allows.
 
     Args:
-        total: [in, in] or [in].
+        total: [in, in], of low rank, or [in].
         key: What to call it.
 
     Raises:
         ValueError: They cannot.
     """
+    if isinstance(total, LowRank):
+        # Of such a form nothing else can be wrong; a negative rest would be hidden by the squares.
+        squares = [total.factor.square().sum(0), *total.tensors[1:]]
+        for one in squares:
+            require_moment(one, key)
+        return
     diagonal = total if total.dim() == 1 else total.diagonal()
     if not torch.isfinite(diagonal).all() or (diagonal < 0).any():
         raise ValueError(f"moment {key!r} holds NaN, Inf or a negative square")
@@ -140,8 +147,11 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of_values(total: Tensor) -> str:
-    return hashlib.sha256(total.contiguous().view(torch.uint8).numpy().data).hexdigest()
+def _digest_of_values(total: Matrix) -> str:
+    result = hashlib.sha256()
+    for tensor in tensors_of(total):
+        result.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
 def write_profile(
@@ -179,9 +189,11 @@ def write_profile(
         entries: list[StoredMoment] = []
         try:
             for name, keys in shards.items():
-                described = _shard(unfinished / name, {key: read(key) for key in keys}, storage, log)
+                encodings = {key: encoding_for(moments.shape(key), storage, moments.rank(key)) for key in keys}
+                described = _shard(unfinished / name, {key: read(key) for key in keys}, encodings, log)
                 files[name] = described[0]
                 entries.extend(described[1])
+            header = replace(header, format_version=FORMAT_VERSION)
             content = Content(header=header, uses=uses, held_out=held_out, files=files, moments=tuple(entries))
         except ValueError as error:
             raise ProfileError(f"profile: it cannot be saved: {error}; collect it again") from error
@@ -227,20 +239,19 @@ def keys_in_order(moments: Moments, storage: Encoding) -> list[str]:
 
 
 def _shard(
-    path: Path, moments: Mapping[str, InputMoment], storage: Encoding, log: RunLog[_Line]
+    path: Path, moments: Mapping[str, InputMoment], encodings: Mapping[str, Encoding], log: RunLog[_Line]
 ) -> tuple[StoredFile, list[StoredMoment]]:
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, Matrix] = {}
     entries = []
     for key, moment in moments.items():
-        total = moment.total.detach().to("cpu").float().contiguous()
+        total = totals[key] = _on_host(moment.total, encodings[key])
         require_moment(total, key)
-        totals[key] = total
         entries.append(
             StoredMoment(
                 key=key,
                 file=path.name,
                 shape=tuple(total.shape),
-                storage=str(encoding_for(tuple(total.shape), storage)),
+                storage=str(encodings[key]),
                 sequences=moment.sequences,
                 tokens=moment.tokens,
             )
@@ -248,10 +259,16 @@ def _shard(
     contents = json.dumps([[asdict(entry), _digest_of_values(totals[entry.key])] for entry in entries])
     file = _found(path, contents, dict(log.entries).get(path.name))
     if file is None:
-        _write_shard(path, totals, storage)
+        _write_shard(path, totals, encodings)
         file = StoredFile(bytes=path.stat().st_size, digest=_digest_of_file(path))
         log.append({"name": path.name, "file": asdict(file), "contents": contents})
     return file, entries
+
+
+def _on_host(total: Matrix, encoding: Encoding) -> Matrix:
+    if isinstance(total, LowRank) and isinstance(encoding, Factor):
+        return total.to(torch.device("cpu"))
+    return dense(total).detach().to("cpu").float().contiguous()
 
 
 def _line(line: dict[str, Any]) -> _Line:
@@ -328,6 +345,11 @@ class MomentFiles(Moments):
     def shape(self, key: str) -> tuple[int, ...]:
         entry: StoredMoment = self._entries[key]
         return entry.shape
+
+    @override
+    def rank(self, key: str) -> int | None:
+        encoding = self._entries[key].encoding
+        return encoding.rank if isinstance(encoding, Factor) else None
 
     @override
     def identity(self) -> str:

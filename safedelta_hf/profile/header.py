@@ -75,6 +75,8 @@ HEADER_FILE: Final = "profile.json"
 HEADER_LIMIT: Final = 32 * 2**20
 """Bytes of a header file, at most: it is read whole, and parsing it takes many times as much memory."""
 FORMAT_VERSION: Final = ProfileHeader.format_version
+READ_VERSIONS: Final = (5, FORMAT_VERSION)
+"""Of format 5 are those without factors; nothing else in them is another."""
 SHARD_PATTERN: Final = "moments-*-of-*.safetensors"
 
 _SHARD_NAME: Final = re.compile(r"moments-\d{5}-of-\d{5}\.safetensors", re.ASCII)
@@ -119,7 +121,7 @@ class StoredMoment:
     @property
     def encoding(self) -> Encoding:
         """How it is stored."""
-        return encoding_of(self.storage)
+        return encoding_of(self.storage, is_stored=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +197,9 @@ class Content:
         if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
             raise ValueError("it has no 'header'")
         version = content["header"].get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {str(version)[:20]}, this package reads {FORMAT_VERSION}")
+        if type(version) is not int or version not in READ_VERSIONS:
+            read = " and ".join(map(str, READ_VERSIONS))
+            raise ValueError(f"format version {str(version)[:20]}, this package reads {read}")
         written = content.pop("digest", None)
         if written != _digest(content):
             raise ValueError("its digest does not fit its content: it has been changed or damaged")

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import psutil
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.low_rank import LowRank, tensors_of
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import CaptureError, ConfigurationError
@@ -57,6 +60,19 @@ class Moments(Mapping[str, InputMoment]):
         """
         return tuple(self[key].total.shape)
 
+    def rank(self, key: str) -> int | None:
+        """Rows of the factor that a moment is, known without reading it.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Their number; None for a moment that is a matrix or a diagonal, or that is not known yet.
+        """
+        entry = self._entries[key]
+        total = entry.total if isinstance(entry, InputMoment) else None
+        return total.rank if isinstance(total, LowRank) and total.rest is None else None
+
     def owner(self, key: str) -> int | None:
         """The one rank that can read a moment.
 
@@ -76,10 +92,10 @@ class Moments(Mapping[str, InputMoment]):
         """
         result = hashlib.sha256()
         for key, moment in self.items():
-            total = moment.total.detach().cpu().contiguous()
-            told = [key, str(total.dtype), list(total.shape), moment.sequences, moment.tokens]
-            result.update(json.dumps(told).encode())
-            result.update(total.reshape(-1).view(torch.uint8).numpy().data)
+            for total in tensors_of(moment.total):
+                told = [key, str(total.dtype), list(total.shape), moment.sequences, moment.tokens]
+                result.update(json.dumps(told).encode())
+                result.update(total.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return result.hexdigest()
 
 
@@ -172,25 +188,60 @@ class SummedMoments(Moments):
         return self._one.shape(key) if key in self._one else self._other.shape(self._twins[key])
 
 
-class MomentStorage:
-    """Allocates zeroed float32 moments within a memory budget.
+SPARE: Final = 0.1
+"""Share of host memory that is left to others."""
 
-    Moments are allocated on the device of their layer until the budget is spent. Later ones go to host memory, or, with
-    an offload folder, to memory-mapped files. Each batch then costs one transfer of `in * in` floats per offloaded
-    moment: larger batches make it cheaper.
+SPARE_ON_DEVICE: Final = 0.2
+"""The same of any other device, for activations for the most part."""
+
+LOOKS: Final = 8
+"""What is free is looked at again once this part of it has been given away."""
+
+_LIMITS: Final = Path("/sys/fs/cgroup")
+"""Where Linux says how much memory a container may take."""
+
+
+class MomentStorage:
+    """Holds moments while they are summed: on the device of their layer, else in host memory, else in mapped files.
+
+    Without a budget what is free decides, of the device, of the host and on the disk. With one, moments are on the
+    device until it is spent; later ones go to host memory, or, with an offload folder, to memory-mapped files. Each
+    batch then costs one transfer of `in * in` floats per offloaded moment: larger batches make it cheaper.
 
     Args:
-        budget: Bytes of moments held on the device (with an offload folder: in memory at all), or None for no limit.
+        budget: Bytes of moments held on the device (with an offload folder: in memory at all); None for what is free.
         offload_folder: Folder for memory-mapped moments; files are removed with the last reference to the storage.
+            Without a budget, that of the system for temporary files if None.
     """
 
     def __init__(self, budget: int | None = None, offload_folder: str | Path | None = None) -> None:
-        self._left = math.inf if budget is None else float(budget)
+        self._left = None if budget is None else float(budget)
+        self._granted: dict[str, float] = {}
         self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if offload_folder is not None:
             Path(offload_folder).mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix="moments-", dir=offload_folder)
+
+    def takes(self, rows: Tensor) -> bool:
+        """Whether there is room, where they are, for inputs that are kept; it is theirs from now on.
+
+        Args:
+            rows: The inputs.
+
+        Returns:
+            Whether there is.
+        """
+        return self._fits(rows.nbytes, rows.device)
+
+    def release(self, rows: Tensor) -> None:
+        """Take back the room of inputs.
+
+        Args:
+            rows: The inputs.
+        """
+        if self._left is not None:
+            self._left += rows.nbytes
 
     def allocate(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Zeros for one moment.
@@ -203,12 +254,23 @@ class MomentStorage:
             A float32 tensor on that device, in host memory, or mapped from a file.
 
         Raises:
-            ConfigurationError: The budget is spent, the layer is in host memory already and there is no folder.
+            ConfigurationError: There is no room for it: the budget is spent, the layer is in host memory already and
+                there is no folder; or, without a budget, nothing is free anywhere.
         """
-        size = 4 * math.prod(shape)
-        if size <= self._left:
-            self._left -= size
+        size, host = 4 * math.prod(shape), torch.device("cpu")
+        if self._fits(size, device):
             return torch.zeros(shape, dtype=torch.float32, device=device)
+        if self._left is None:
+            if device.type != "cpu" and self._fits(size, host):
+                return torch.zeros(shape, dtype=torch.float32)
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="moments-")
+            free = shutil.disk_usage(self._folder.name).free
+            if size > free:
+                raise ConfigurationError(
+                    f"moments: there is room for the next one, of {size / 1e9:.2f} GB, neither in memory nor in "
+                    f"{self._folder.name!r} ({free / 1e9:.2f} GB free); pass offload_folder=DIR on a larger disk, "
+                    "choose fewer layers (targets), or give less safety data than a layer has inputs"
+                )
         if self._folder is not None:
             self._files += 1
             path = Path(self._folder.name) / f"{self._files:05d}.f32"
@@ -219,3 +281,63 @@ class MomentStorage:
                 "rest of the moments on disk, or raise moment_memory"
             )
         return torch.zeros(shape, dtype=torch.float32)
+
+    def settled(self, total: Tensor) -> Tensor:
+        """A finished moment off its device.
+
+        Args:
+            total: The moment, wherever it is.
+
+        Returns:
+            The same in host memory, or mapped from a file.
+        """
+        if total.device.type == "cpu" or self._left is not None:
+            return total.cpu()
+        return self.allocate(tuple(total.shape), torch.device("cpu")).copy_(total)
+
+    def _fits(self, size: int, device: torch.device) -> bool:
+        if self._left is not None:
+            fits = size <= self._left
+            self._left -= size if fits else 0
+            return fits
+        place = str(device)
+        if size > self._granted.get(place, 0.0):
+            free = free_memory(device)
+            if size > free:
+                return False
+            self._granted[place] = max(free / LOOKS, size)
+        self._granted[place] -= size
+        return True
+
+
+def free_memory(device: torch.device) -> float:
+    """How much of a device moments may take now.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes, of which a part stays free for others; infinite where the device does not tell.
+    """
+    if device.type == "cpu":
+        free, total = _host_memory()
+        return free - SPARE * total
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return math.inf
+    free, total = module.mem_get_info(device)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return float(free + cached - SPARE_ON_DEVICE * total)
+
+
+def _host_memory() -> tuple[float, float]:
+    # What is free and what there is, of the machine or of the container.
+    memory = psutil.virtual_memory()
+    try:
+        limit = int((_LIMITS / "memory.max").read_text())
+        taken = int((_LIMITS / "memory.current").read_text())
+        told = dict(line.split() for line in (_LIMITS / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or one without a limit
+        return float(memory.available), float(memory.total)
+    free = limit - taken + int(told.get("inactive_file", 0))
+    return float(min(free, memory.available)), float(min(limit, memory.total))

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
+from safedelta_hf.core.low_rank import total_of
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.distributed.ranks import Ranks
@@ -273,4 +274,4 @@ def _protecting(weight: float, safety: InputMoment | None, kept: InputMoment | N
         return safety  # ordinary data never reaches what reads it
     # In units of the safety data's number of sequences, since `H = (2/N) total`.
     share = weight * safety.sequences / kept.sequences
-    return replace(safety, total=safety.total + share * kept.total.to(safety.total.device))
+    return replace(safety, total=total_of([safety.total, kept.total.to(safety.total.device) * share]))

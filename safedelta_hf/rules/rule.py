@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, Final, Literal, Self
 
-from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.binomial import examples_needed, most_allowed
+from safedelta_hf.core.low_rank import Matrix
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import ConfigurationError
 
@@ -133,13 +133,15 @@ def number(strength: Strength) -> float:
 class LayerMoments:
     """What a rule may know of a layer's inputs: Hessians `(2/N) X^T X` [in, in] or their diagonals [in], float32.
 
+    Of few tokens they are of low rank, and `core.low_rank.dense` makes the matrix where a rule needs it.
+
     Attributes:
         safety: On the safety data, `H`, not damped.
         task: On the task data, `G`; None unless the rule needs it.
     """
 
-    safety: Tensor
-    task: Tensor | None = None
+    safety: Matrix
+    task: Matrix | None = None
 
 
 Factors = Any

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from safedelta_hf.core.compensation import joint_compensation, sequential_compensation
 from safedelta_hf.core.curvature import Curvature, factorise
+from safedelta_hf.core.low_rank import dense
 from safedelta_hf.core.selection import budget, select_blockwise, select_columns
 from safedelta_hf.core.transform import DeltaMatrix, Dense, KeepColumns, Transform
 from safedelta_hf.errors import ConfigurationError
@@ -64,7 +65,8 @@ class SafeDelta(TransformRule):
     @override
     def factorise(self, moments: LayerMoments) -> Curvature | Tensor:
         # Where inputs do not mix, the diagonal has the pivots itself. It is never inverted, and needs no damping.
-        return moments.safety if moments.safety.ndim == 1 else factorise(moments.safety, self.damping)
+        hessian = dense(moments.safety)
+        return hessian if hessian.ndim == 1 else factorise(hessian, self.damping)
 
     @override
     def transform(self, factors: Curvature | Tensor, delta: DeltaMatrix) -> Transform:

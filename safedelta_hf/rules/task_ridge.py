@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.ridge import shrinkage, utility_of
@@ -51,7 +52,8 @@ class TaskRidge(Shrinking):
             raise ProfileError("TaskRidge needs the moments of the task data; pass task=<a profile of the task data>")
         if not moments.task.any() and number(self.strength) > 0:
             # The task does not depend on this layer, so any price is too high; what safety never uses is free.
-            unused = moments.safety.diagonal() == 0 if moments.safety.ndim == 2 else moments.safety == 0
+            safety = moments.safety
+            unused = (safety if isinstance(safety, Tensor) and safety.ndim == 1 else safety.diagonal()) == 0
             return Dense(matrix=unused.to(torch.float32), notes=("the task data never reached it",))
         utility = utility_of(moments.task, self.blend)
         return shrinkage(moments.safety, utility, number(self.strength))

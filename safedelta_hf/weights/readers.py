@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 import transformers
@@ -263,11 +263,24 @@ def verified(reader: WeightReader, name: str, dtype: str, expected: str, model: 
         weight = reader.read(name, shard).to(getattr(torch, dtype))
         found = digest_of_shard(weight, model.shape(name), shard, model.ranks)
     if found != expected:
-        raise BaseWeightsError(
-            f"{name}: the weight in {reader.source} is not that of the base model whose safety profile is used; "
-            "were the files changed since? Pass base=<the model that the profile was made of>"
-        )
+        refuse(reader, name)
     return weight
+
+
+def refuse(reader: WeightReader, name: str) -> NoReturn:
+    """Stop at a base weight that is not the profile's.
+
+    Args:
+        reader: Where it was read.
+        name: Canonical parameter name.
+
+    Raises:
+        BaseWeightsError: It is another weight.
+    """
+    raise BaseWeightsError(
+        f"{name}: the weight in {reader.source} is not that of the base model whose safety profile is used; "
+        "were the files changed since? Pass base=<the model that the profile was made of>"
+    )
 
 
 class Comparison(NamedTuple):

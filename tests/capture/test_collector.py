@@ -6,6 +6,7 @@ from torch import nn
 
 from safedelta_hf.capture.collector import MomentCollector, ObservedUses, in_order, merged
 from safedelta_hf.capture.views import ParameterView
+from safedelta_hf.core.low_rank import LowRank
 from safedelta_hf.errors import CaptureError, NumericalError
 from safedelta_hf.profile.moments import MomentStorage
 from safedelta_hf.records import MatrixView, Role, Use
@@ -56,9 +57,9 @@ def whole(name, *shape, **changes):
 W, V, BIAS = whole("w", 3, 4), whole("v", 2, 4), whole("bias", 3)
 
 
-def collector(*, share=True, chosen=("w", "v"), head=None):
+def collector(*, share=True, chosen=("w", "v"), head=None, **settings):
     parameters = {"w": torch.empty(3, 4), "v": torch.empty(2, 4), "bias": torch.empty(3), "table": torch.empty(5, 2)}
-    made = MomentCollector(parameters, MomentStorage(), head=head, chosen=chosen, share=share)
+    made = MomentCollector(parameters, MomentStorage(), head=head, chosen=chosen, share=share, **settings)
     made.start_batch(1, 6)
     return made
 
@@ -78,6 +79,35 @@ def test_the_moment_of_a_product_is_the_sum_of_the_outer_products_of_what_it_rea
     assert found.tokens == {"w:linear": 10} and found.shapes == {"w:linear": (4, 4)}
     torch.testing.assert_close(made.take()["w:linear"].double(), factor**2 * gram(*inputs), rtol=1e-5, atol=1e-5)
     assert made.take() == {}
+
+
+def test_few_inputs_are_kept_as_they_are_and_more_are_summed_bit_for_bit_as_without():
+    inputs = [torch.randn(1, 4).bfloat16() for _ in range(3)]
+    for count, kind in ((1, LowRank), (2, LowRank), (3, torch.Tensor)):
+        made, plain = collector(keep_few=True), collector()
+        for one in inputs[:count]:
+            for each in (made, plain):
+                each.start_batch(1, 1)
+                each.product(W, one.clone())
+        assert made.observed({}) == plain.observed({})
+        found, expected = made.take()["w:linear"], plain.take()["w:linear"]
+        assert isinstance(found, kind) and made.take() == {}
+        if count < 3:
+            assert torch.equal(found.factor, torch.cat(inputs[:count]).float())
+            torch.testing.assert_close(found.dense(), expected)
+        else:
+            assert torch.equal(found, expected)
+
+
+def test_few_inputs_that_change_later_or_are_no_numbers_are_kept_as_they_were_and_named():
+    made, inputs = collector(keep_few=True), torch.ones(1, 4)
+    made.product(W, inputs)
+    inputs.zero_()
+    made.observed({})
+    assert made.take()["w:linear"].dense().eq(1).all()
+    made.product(W, torch.full((1, 4), float("nan")))
+    with pytest.raises(NumericalError, match="^w:linear: NaN or Inf"):
+        made.observed({})
 
 
 def test_what_is_not_chosen_is_named_and_has_no_moment():

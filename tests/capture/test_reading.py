@@ -410,7 +410,6 @@ def test_a_weight_used_by_two_linear_layers_has_one_use_and_both_inputs(safety_r
         ({"max_length": -1}, "max_length=-1 must be"),
         ({"moment_memory": "lots"}, "moment_memory='lots' is no number of bytes"),
         ({"moment_memory": -5}, "moment_memory=-5 is no number of bytes"),
-        ({"offload_folder": "somewhere"}, "no effect without a limit"),
     ],
 )
 def test_settings_out_of_range_are_named_errors(llama, safety_rows, settings, message):

@@ -3,10 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safedelta_hf.core.low_rank import LowRank, dense
+from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.profile.encodings import (
     ENCODINGS,
     Bfloat16,
     Eigenbasis,
+    Factor,
     Float32,
     Triangular,
     encoding_for,
@@ -29,7 +32,7 @@ def moment(size, tokens, power=1.0, seed=0, dead=0):
 
 
 def through(kind, total):
-    return kind.decode(kind.encode(total))
+    return dense(kind.decode(kind.encode(total)))
 
 
 def relative(found, total):
@@ -58,8 +61,8 @@ def test_tensors_are_as_laid_out_and_what_is_read_is_a_moment(kind, size, tokens
         name: (layout.dtype, layout.shape) for name, layout in layouts.items()
     }
     assert kind.bytes((size, size)) == sum(tensor.nbytes for tensor in stored.values())
-    found = kind.decode(stored)
-    require_moment(found, "it")
+    require_moment(kind.decode(stored), "it")
+    found = dense(kind.decode(stored))
     least = torch.linalg.eigvalsh(found.double())[0]
     assert least >= -1e-5 * total.diagonal().mean()
     assert not found[:dead, :dead].any() or dead >= size
@@ -138,8 +141,33 @@ def test_a_rank_that_saves_nothing_is_stored_exactly_and_diagonals_always_are():
 
 
 def test_every_kind_has_a_text_that_names_it():
-    assert {kind.name for kind in KINDS} == set(ENCODINGS)
+    assert {kind.name for kind in (*KINDS, Factor(rank=3))} == set(ENCODINGS)
     assert all(encoding_of(str(kind)) == kind == encoding_of(kind) for kind in KINDS)
+    assert encoding_of("factor:3", is_stored=True) == Factor(rank=3)
+
+
+@pytest.mark.parametrize("storage", ["factor:3", "factor", Factor(rank=3)])
+def test_a_factor_is_not_asked_for(storage):
+    with pytest.raises(ConfigurationError, match="cannot be asked for.*'triangular'"):
+        encoding_of(storage)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 9), (4, 9), (7, 40)])
+def test_a_factor_is_exact_and_tells_of_no_row_by_itself(rank, size):
+    rows = torch.randn(rank, size, generator=torch.Generator().manual_seed(rank))
+    kind = encoding_for((size, size), Triangular(), rank)
+    stored = kind.encode(LowRank(factor=rows))
+    assert kind == Factor(rank=rank) and kind.bytes((size, size)) == stored["factor"].nbytes
+    assert not stored["factor"].tril(-1).any()
+    found = kind.decode(stored)
+    assert found.rank == rank
+    torch.testing.assert_close(found.dense(), rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_a_factor_is_stored_where_it_is_smaller_than_what_is_exact_and_nowhere_else():
+    assert encoding_for((9, 9), Triangular(), 5) == encoding_for((9, 9), Triangular()) == Triangular()
+    assert encoding_for((9, 9), Float32(), 1) == Float32() and encoding_for((9, 9), Bfloat16(), 1) == Bfloat16()
+    assert encoding_for((16, 16), Eigenbasis(rank=8), 2) == Factor(rank=2)  # which saves nothing, and is exact
 
 
 def test_a_moment_whose_halves_differ_by_rounding_is_stored_by_its_upper_half():

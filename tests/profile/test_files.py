@@ -171,9 +171,9 @@ VIEW = {"start": 0, "rows": 2, "columns": 2, "row_stride": 2, "column_stride": 1
     [
         (("header", "format_version"), 1, "format version 1"),
         (("header", "format_version"), 2, "format version 2"),
-        (("header", "format_version"), 3, "format version 3, this package reads 5"),
+        (("header", "format_version"), 3, "format version 3, this package reads 5 and 6"),
         (("header", "format_version"), 99, "format version 99"),
-        (("header", "format_version"), "5", "format version 5"),
+        (("header", "format_version"), "6", "format version 6"),
         (("moments", 0, "shape"), [], "shape"),
         (("moments", 0, "shape"), [16, 16, 16], "shape"),
         (("moments", 0, "shape"), [0], "shape"),
@@ -289,7 +289,7 @@ def outside(folder, name):
         lambda folder: header(folder).write_text("null"),
         lambda folder: header(folder).write_text("[]"),
         lambda folder: header(folder).write_text("{}"),
-        lambda folder: header(folder).write_text('{"header": {"format_version": 5}}'),
+        lambda folder: header(folder).write_text('{"header": {"format_version": 6}}'),
         edit(("header", "architecture"), "\ud800"),
         edit(("header", "skipped"), {"\ud800": "x"}),
     ],
@@ -411,7 +411,7 @@ def test_a_header_that_is_nested_as_deep_as_can_be_read(malformed, place):
         nested = "[" * depth + "]" * depth
         text = header(folder).read_text()
         changed = {
-            "version": text.replace('"format_version": 5', f'"format_version": {nested}'),
+            "version": text.replace('"format_version": 6', f'"format_version": {nested}'),
             "unknown": text.removesuffix("}") + f', "unknown": {nested}}}',
             "sequences": text.replace('"sequences": 12', f'"sequences": {nested}'),
         }[place]

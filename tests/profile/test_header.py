@@ -172,7 +172,7 @@ def test_any_change_of_a_written_header_is_found():
     with pytest.raises(ValueError, match="digest does not fit"):
         Content.from_json(json.dumps(changed).encode())
     changed["header"]["format_version"] = 3
-    with pytest.raises(ValueError, match="format version 3, this package reads 5"):
+    with pytest.raises(ValueError, match="format version 3, this package reads 5 and 6"):
         Content.from_json(json.dumps(changed).encode())
     for other in (b"[]", b"{}", b'{"header": 3}'):
         with pytest.raises(ValueError, match="no 'header'"):

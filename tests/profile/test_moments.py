@@ -4,12 +4,13 @@ import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.errors import CaptureError, ConfigurationError
-from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments, SummedMoments
+from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments, SummedMoments, free_memory
 
 CPU = torch.device("cpu")
 
@@ -146,3 +147,42 @@ def test_without_a_folder_host_memory_takes_the_rest_of_a_device_and_nothing_tak
     with pytest.raises(ConfigurationError, match="offload_folder=DIR"):
         storage.allocate((2, 2), CPU)
     assert MomentStorage().allocate((50, 50), CPU).shape == (50, 50)
+
+
+@pytest.mark.parametrize(
+    ("device_free", "host_free", "place"), [(1000, 0, "device"), (10, 1000, "host"), (10, 10, "file")]
+)
+def test_without_a_budget_a_moment_goes_where_there_is_room(device_free, host_free, place, monkeypatch, tmp_path):
+    free = {"meta": device_free, "cpu": host_free}
+    monkeypatch.setattr("safedelta_hf.profile.moments.free_memory", lambda device: free[device.type])
+    storage = MomentStorage(offload_folder=tmp_path)
+    total = storage.allocate((4, 4), torch.device("meta"))
+    assert total.device.type == ("meta" if place == "device" else "cpu") and tuple(total.shape) == (4, 4)
+    assert len(list(tmp_path.rglob("*.f32"))) == (place == "file")
+
+
+def test_without_a_budget_and_without_room_anywhere_a_moment_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("safedelta_hf.profile.moments.free_memory", lambda device: 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=50))
+    with pytest.raises(ConfigurationError, match="neither in memory nor in .*offload_folder=DIR on a larger disk"):
+        MomentStorage(offload_folder=tmp_path).allocate((4, 4), CPU)
+
+
+def test_what_is_free_is_looked_at_again_before_it_is_given_away(monkeypatch):
+    free, looks = [800.0], []
+    monkeypatch.setattr("safedelta_hf.profile.moments.free_memory", lambda device: looks.append(device) or free[0])
+    storage, rows = MomentStorage(), torch.zeros(10)
+    assert all(storage.takes(rows) for _ in range(2)) and len(looks) == 1
+    free[0] = 30.0
+    assert not storage.takes(torch.zeros(10)) and len(looks) == 2
+
+
+def test_of_a_container_its_limit_counts_and_a_share_stays_free(monkeypatch, tmp_path):
+    whole = free_memory(CPU)
+    assert 0 < whole < psutil.virtual_memory().total
+    for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 5\ninactive_file 200\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("safedelta_hf.profile.moments._LIMITS", tmp_path)
+    assert free_memory(CPU) == pytest.approx(1000 - 700 + 200 - 100)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) == pytest.approx(whole, rel=0.5)

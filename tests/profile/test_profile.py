@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from safedelta_hf import ProfileConfig, SafeDelta, SafetyProfile, adjust_model, collect_profile, with_retention
+from safedelta_hf import ProfileConfig, Ridge, SafeDelta, SafetyProfile, adjust_model, collect_profile, with_retention
+from safedelta_hf.core.low_rank import dense
 from safedelta_hf.errors import ConfigurationError, OutputError, ProfileError
 from safedelta_hf.profile import files
 from safedelta_hf.profile.files import MomentFiles
+from safedelta_hf.profile.moments import Moments
 from safedelta_hf.records import Retention
 from tests.fixtures import tiny
 from tests.profile.saved_profiles import STORAGES, contents, resign, same_moments, tiny_profile
@@ -83,8 +87,36 @@ def test_a_folder_without_header_is_no_profile(tmp_path):
 def test_an_older_format_says_to_collect_again(profile, tmp_path):
     profile.save(tmp_path / "profile")
     resign(tmp_path / "profile", lambda content: content["header"].update(format_version=3))
-    with pytest.raises(ProfileError, match=r"format version 3, this package reads 5.*collect it again"):
+    with pytest.raises(ProfileError, match=r"format version 3, this package reads 5 and 6.*collect it again"):
         SafetyProfile.load(tmp_path / "profile")
+
+
+def test_a_folder_of_format_5_is_read_as_it_is_and_saved_in_the_present_one(profile, tmp_path):
+    profile.save(tmp_path / "profile")
+    resign(tmp_path / "profile", lambda content: content["header"].update(format_version=5))
+    found = SafetyProfile.load(tmp_path / "profile")
+    found.save(tmp_path / "again")
+    again = SafetyProfile.load(tmp_path / "again")
+    assert same_moments(again, profile) and again.header.format_version == 6
+
+
+def test_moments_of_few_tokens_are_stored_and_solved_as_factors(tmp_path):
+    base = tiny.llama()
+    config = ProfileConfig(holdout=0.0)
+    profile = collect_profile(base, [{"input_ids": [3, 5], "labels": [3, 5]}], config=config, progress=False)
+    profile.save(tmp_path / "few")
+    found = SafetyProfile.load(tmp_path / "few")
+    full = [use.moment for use in profile.uses if not use.role.is_diagonal]
+    assert full and {found.moments.rank(key) for key in full} == {profile.moments.rank(key) for key in full} == {2}
+    whole = {key: replace(moment, total=dense(moment.total)) for key, moment in found.moments.items()}
+    weights = []
+    for given in (profile, found, replace(found, moments=Moments(whole))):
+        model = tiny.perturbed(tiny.llama())
+        adjust_model(model, base=base, profile=given, rule=Ridge(strength=3.0), progress=False)
+        weights.append(tiny.weights(model))
+    for name, expected in weights[2].items():
+        for one in weights[:2]:
+            torch.testing.assert_close(one[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_profile_from_disk_adjusts_as_the_one_in_memory(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.low_rank import LowRank
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.profile.encodings.encoding import Encoding, Layout
 from safedelta_hf.profile.encodings.triangular import Triangular
@@ -73,8 +74,5 @@ class Eigenbasis(Encoding):
         return {"vectors": vectors, "values": values.contiguous(), "rest": rest}
 
     @override
-    def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
-        scaled = stored["vectors"] * stored["values"].sqrt()
-        total = scaled @ scaled.T
-        total.diagonal().add_(stored["rest"])
-        return total
+    def decode(self, stored: Mapping[str, Tensor]) -> LowRank:
+        return LowRank(factor=(stored["vectors"] * stored["values"].sqrt()).T, rest=stored["rest"])

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from safedelta_hf.core.low_rank import Matrix
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -83,21 +85,21 @@ class Encoding(ABC):
         """Store a moment.
 
         Args:
-            total: Symmetric, float32.
+            total: Symmetric, float32; for `Factor`, of low rank.
 
         Returns:
             Tensors by name, in their layouts.
         """
 
     @abstractmethod
-    def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor]) -> Matrix:
         """Read a moment.
 
         Args:
             stored: Tensors by name, in their layouts.
 
         Returns:
-            The moment, symmetric, float32.
+            The moment, symmetric, float32; of low rank where that is how it is stored.
         """
 
     def bytes(self, shape: tuple[int, ...]) -> int:
