@@ -10,6 +10,8 @@ from .checkpoint.plan import CheckpointPlan, plan_checkpoint
 from .hf.callback import SafeDeltaCallback
 from .hf.evaluation import EvaluationCallback
 from .model.adjust import adjust_model, plan_model
+from .polish.config import PolishConfig
+from .polish.polish import polish_model
 from .profile.encodings import Eigenbasis
 from .profile.profile import SafetyProfile, with_retention
 from .records import Treatment
@@ -38,6 +40,7 @@ __all__ = [
     "Eigenbasis",
     "EvaluationCallback",
     "ModelStock",
+    "PolishConfig",
     "ProfileConfig",
     "Report",
     "Ridge",
@@ -60,6 +63,7 @@ __all__ = [
     "plan_adapter",
     "plan_checkpoint",
     "plan_model",
+    "polish_model",
     "refactor_adapter",
     "with_retention",
 ]

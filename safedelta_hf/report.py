@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from safedelta_hf.folders import write_whole
-from safedelta_hf.records import ParameterRecord, RuleRecord, StrengthSearch, TaskSorting
+from safedelta_hf.records import ParameterRecord, PolishRecord, RuleRecord, StrengthSearch, TaskSorting
 
 ROUNDING_SHARE = 0.01
 """Share of the fine-tuned model's safety loss that rounding may bring back without a warning."""
@@ -34,6 +34,8 @@ class Report:
             empty where something did.
         sorting: Which examples of the task the base would refuse, and what became of them, where the rule weighs a task
             that was sorted, or would have.
+        polish: What was done after the adjustment, if the model was polished; all other figures are those of the
+            adjustment.
     """
 
     rule: RuleRecord
@@ -46,6 +48,7 @@ class Report:
     seconds: float | None = field(default=None, compare=False)
     unverified: str = ""
     sorting: TaskSorting | None = None
+    polish: PolishRecord | None = None
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -58,13 +61,19 @@ class Report:
         return bool(self.outcomes["adjusted"] + self.outcomes["reset"])
 
     @property
+    def has_delta(self) -> bool:
+        """Whether the fine-tuning had moved any weight."""
+        return any(record.delta_energy for record in self.parameters)
+
+    @property
     def warning(self) -> str:
         """What has to be known before anything else; empty if there is nothing."""
         doubt = f"base not verified: {self.unverified}." if self.unverified else ""
         # Where a strength was searched, refusals were measured with the weights as they were rounded.
         found = self._rounding_warning if self.search is None else self.search.warning
         sorting = f"{self.sorting.warning}." if self.sorting is not None and self.sorting.warning else ""
-        return " ".join(filter(None, (doubt, found, sorting)))
+        unpolished = "" if self.polish is None else self.polish.warning
+        return " ".join(filter(None, (doubt, found, sorting, unpolished)))
 
     @property
     def _rounding_warning(self) -> str:
@@ -108,10 +117,8 @@ class Report:
         counts = {
             f"parameters_{name}": float(self.outcomes[name]) for name in ("adjusted", "kept", "reset", "unchanged")
         }
-        return {
-            f"safedelta/{name}": value
-            for name, value in (values | counts | self._search_metrics() | self._task_metrics()).items()
-        }
+        more = self._search_metrics() | self._task_metrics() | ({} if self.polish is None else self.polish.metrics())
+        return {f"safedelta/{name}": value for name, value in (values | counts | more).items()}
 
     def _search_metrics(self) -> dict[str, float]:
         if self.search is None:
@@ -210,10 +217,11 @@ class Report:
     def _told(self) -> str:
         metrics = self.metrics()
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
-        if not metrics["safedelta/delta_energy"]:
+        if not self.has_delta:
             return f"Parameters: {counts}. The fine-tuning changed nothing, so nothing was adjusted."
         found = "" if self.search is None else f" {self.search.summary}"
         sorting = "" if self.sorting is None or self.sorting.warning else f" {self.sorting.summary}"
+        polished = "" if self.polish is None else f" {self.polish.summary}"
         tuned, finer = metrics["safedelta/quadratic_loss_tuned"], metrics.get("safedelta/quadratic_loss_unrounded")
         rounding = (
             "" if finer is None or not tuned else f"; {finer / tuned:.2%} before rounding to the weights' data type"
@@ -222,7 +230,7 @@ class Report:
             f"Parameters: {counts}. Kept {metrics['safedelta/kept_share']:.1%} of the delta's energy; quadratic "
             f"safety loss {metrics['safedelta/quadratic_loss_tuned']:.4g} as tuned, "
             f"{metrics['safedelta/quadratic_loss_adjusted']:.4g} as adjusted "
-            f"({metrics['safedelta/quadratic_loss_share']:.2%}{rounding}).{found}{sorting}"
+            f"({metrics['safedelta/quadratic_loss_share']:.2%}{rounding}).{found}{sorting}{polished}"
         )
 
 

@@ -17,7 +17,7 @@ from safedelta_hf.capture.collector import in_order
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.capture.reading import capture_profile
 from safedelta_hf.core.moment import InputMoment
-from safedelta_hf.data.batches import batches_of_equal_length
+from safedelta_hf.data.batches import batches_of_equal_length, require_same
 from safedelta_hf.data.dataset import (
     SafetySequence,
     digest_of,
@@ -30,7 +30,6 @@ from safedelta_hf.data.refusals import HeldOut, is_language_model, require_likel
 from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError, require_kind
 from safedelta_hf.evaluation.sorting import sort_task
 from safedelta_hf.modules.names import class_name, hub_name
@@ -191,7 +190,7 @@ def collect_profile(
         sorting = None
         if sorted_by is not None:
             refusals = _refusals(sorted_by, processing_class, config)
-            _require_same([*sequences, *refusals], ranks, purpose)
+            require_same([*sequences, *refusals], ranks, purpose)
             sequences, sorting = sort_task(
                 opened, sequences, refusals, processing_class, batch_size=config.batch_size, progress=progress
             )
@@ -203,7 +202,7 @@ def collect_profile(
                 "be about others than what is not; give prompts about more things, or ProfileConfig(holdout=0) and a "
                 "strength that is a number"
             )
-        _require_same(sequences + aside, ranks, purpose)
+        require_same(sequences + aside, ranks, purpose)
         made_of = {
             "architecture": class_name(opened.model),
             "base": dict(digests) if digests is not None else fingerprint(opened),
@@ -244,14 +243,6 @@ def _named(header: ProfileHeader, model: ShardedModel) -> ProfileHeader:
     name, revision = hub_name(model.model)
     packed = tuple(one for one in model.names if is_quantised(model.live(one)))
     return replace(header, name=name, revision=revision, packed=packed)
-
-
-def _require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: str) -> None:
-    if len(set(ranks.gather(digest_of(sequences)))) > 1:
-        raise DataError(
-            f"{purpose}: the processes of this run were given different examples; give all of them the whole data, in "
-            "the same order, and each will read a part of it"
-        )
 
 
 def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.data.dataset import SafetySequence, digest_of
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import execution_device
+from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import DataError
 from safedelta_hf.modules.names import unwrapped
 
@@ -55,22 +56,39 @@ def arguments_of(model: nn.Module, batch: Sequence[SafetySequence]) -> dict[str,
     """What to call a model with, for it to read a batch.
 
     Args:
-        model: Any model; one that is not of transformers gets what its `forward` accepts.
+        model: Any model.
         batch: Sequences of one length.
 
     Returns:
         Keyword arguments; tensors are [sequences, tokens].
     """
     device = input_device(model)
-    input_ids = torch.tensor([sequence.input_ids for sequence in batch], device=device)
+    input_ids, labels = (
+        torch.tensor([getattr(sequence, name) for sequence in batch], device=device) for name in ("input_ids", "labels")
+    )
+    return arguments_for(model, input_ids, torch.ones_like(input_ids), labels)
+
+
+def arguments_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What to call a model with; one that is not of transformers gets what its `forward` accepts.
+
+    Args:
+        model: Any model.
+        input_ids: [sequences, tokens].
+        attention_mask: 0 where there is padding.
+        labels: Given to models that insist on them.
+
+    Returns:
+        Keyword arguments.
+    """
     if isinstance(unwrapped(model), PreTrainedModel):
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     arguments: dict[str, Any] = {"input_ids": input_ids}
     accepted = inspect.signature(model.forward).parameters
     if "attention_mask" in accepted:
-        arguments["attention_mask"] = torch.ones_like(input_ids)
+        arguments["attention_mask"] = attention_mask
     if "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty:
-        arguments["labels"] = torch.tensor([sequence.labels for sequence in batch], device=device)
+        arguments["labels"] = labels
     return arguments
 
 
@@ -100,6 +118,24 @@ def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str)
         raise DataError(
             f"{what}: token id {largest} lies outside the model's {embedding.num_embeddings} embeddings; the tokenizer "
             "does not belong to this model"
+        )
+
+
+def require_same(sequences: Sequence[SafetySequence], ranks: Ranks, purpose: str) -> None:
+    """Stop where the processes of a run cannot share work, because each was given other rows.
+
+    Args:
+        sequences: What this process was given.
+        ranks: The processes.
+        purpose: What errors call the rows.
+
+    Raises:
+        DataError: They were given different ones.
+    """
+    if len(set(ranks.gather(digest_of(sequences)))) > 1:
+        raise DataError(
+            f"{purpose}: the processes of this run were given different examples; give all of them the whole data, in "
+            "the same order, and each will read a part of it"
         )
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from safedelta_hf.data.batches import forward_guard, require_fit, share_of
+from safedelta_hf.data.batches import arguments_of, forward_guard, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.forms import IGNORED
-from safedelta_hf.data.refusals import logits_of, require_likelihoods
+from safedelta_hf.data.predictions import next_token_logits
+from safedelta_hf.data.refusals import require_likelihoods
 from safedelta_hf.data.templates import ProcessingClass, opening_of
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, NumericalError
@@ -193,6 +194,8 @@ def _next_tokens(
 
 
 def _batch_probabilities(model: nn.Module, batch: Sequence[SafetySequence], wanted: Sequence[int]) -> list[list[float]]:
-    logits_bv = logits_of(model, batch, largest=max(wanted))[:, -1].to(torch.float64)
+    shape = (len(batch), len(batch[0].input_ids))
+    output = model(**arguments_of(model, batch))
+    logits_bv = next_token_logits(model, output, shape, largest=max(wanted))[:, -1].to(torch.float64)
     probabilities: list[list[float]] = logits_bv.softmax(-1)[:, list(wanted)].tolist()
     return probabilities

@@ -2,22 +2,22 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from safedelta_hf.data.batches import arguments_of, forward_guard, input_device, require_fit, share_of
+from safedelta_hf.data.batches import Batch
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.forms import IGNORED
+from safedelta_hf.data.predictions import read_predictions
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
-from safedelta_hf.modules.evaluating import coarsest, evaluating, precision_seen, rounding_otherwise, without_adapters
+from safedelta_hf.errors import CaptureError, NumericalError
+from safedelta_hf.modules.evaluating import coarsest, precision_seen, rounding_otherwise, without_adapters
 from safedelta_hf.modules.names import class_name, unwrapped
 from safedelta_hf.records import ReadingNoise
 
@@ -133,27 +133,13 @@ def read_responses(
         NumericalError: A loss is NaN or Inf.
         RankError: Another rank failed.
     """
-    ranks, runnable = model.ranks, model.runnable
-    with ranks.together():
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
+    with model.ranks.together():
         require_likelihoods(model.model)
-        for number, sequence in enumerate(sequences):
-            if all(label == IGNORED for label in sequence.labels[1:]):
-                raise DataError(f"row {number}: no response token has a token before it, so it has no likelihood")
-        require_fit(runnable, [sequence.input_ids for sequence in sequences], "sequences")
-        # Equal sequences have equal losses, and are computed once.
-        share = share_of(list(dict.fromkeys(sequences)), batch_size, model)
-        found: dict[SafetySequence, ResponseReading] = {}
-        ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
-        with evaluating(runnable):
-            for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
-                with forward_guard(model):
-                    readings = _read_batch(runnable, batch)
-                if counts:
-                    found.update(zip(batch, readings, strict=True))
-        everyone = {sequence: reading for own in ranks.gather(found) for sequence, reading in own.items()}
-    return _in_order(sequences, everyone)
+    readings = read_predictions(model, sequences, _read_batch, batch_size=batch_size, progress=progress, desc=desc)
+    for number, reading in enumerate(readings):
+        if not all(map(math.isfinite, reading.losses)):
+            raise NumericalError(f"row {number}: the loss of the model is NaN or Inf; are its weights intact?")
+    return readings
 
 
 def response_losses(
@@ -188,61 +174,19 @@ def response_losses(
     return [reading.losses for reading in readings]
 
 
-def _in_order(
-    sequences: Sequence[SafetySequence], found: Mapping[SafetySequence, ResponseReading]
-) -> list[ResponseReading]:
-    readings = [found[sequence] for sequence in sequences]
-    for number, reading in enumerate(readings):
-        if not all(map(math.isfinite, reading.losses)):
-            raise NumericalError(f"row {number}: the loss of the model is NaN or Inf; are its weights intact?")
-    return readings
-
-
-def _read_batch(model: nn.Module, batch: Sequence[SafetySequence]) -> list[ResponseReading]:
-    labels_bt = torch.tensor([sequence.labels[1:] for sequence in batch], device=input_device(model))
-    counts = labels_bt != IGNORED
-    logits = logits_of(model, batch, largest=int(labels_bt.max()))
-    logits_bv = logits[:, :-1][counts]
-    # Half precision would round the losses; what is finer than float32 stays as it is.
-    logits_bv = logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32))
-    targets_b = labels_bt[counts].to(logits_bv.device)
-    losses_b = nn.functional.cross_entropy(logits_bv, targets_b, reduction="none")
-    best_b2, tokens_b2 = logits_bv.topk(min(2, logits_bv.shape[1]), dim=-1)
-    hits_b = tokens_b2[:, 0] == targets_b
-    sure_b = hits_b & (best_b2[:, 0] - best_b2[:, -1] >= math.log(CLEARLY))
-    lengths = counts.sum(1).tolist()
-    split = (torch.split(one.cpu(), lengths) for one in (losses_b, hits_b, sure_b))
+def _read_batch(logits_nv: Tensor, batch: Batch) -> list[ResponseReading]:
+    targets = [[label for label in sequence.labels[1:] if label != IGNORED] for sequence in batch]
+    targets_n = torch.tensor([label for own in targets for label in own], device=logits_nv.device)
+    losses_n = nn.functional.cross_entropy(logits_nv, targets_n, reduction="none")
+    best_n2, tokens_n2 = logits_nv.topk(min(2, logits_nv.shape[1]), dim=-1)
+    hits_n = tokens_n2[:, 0] == targets_n
+    sure_n = hits_n & (best_n2[:, 0] - best_n2[:, -1] >= math.log(CLEARLY))
+    lengths = list(map(len, targets))
+    split = (torch.split(one.cpu(), lengths) for one in (losses_n, hits_n, sure_n))
     return [
         ResponseReading(losses=tuple(losses.tolist()), greedy=_leading(hits), sure=_leading(sure))
         for losses, hits, sure in zip(*split, strict=True)
     ]
-
-
-def logits_of(model: nn.Module, batch: Sequence[SafetySequence], largest: int) -> Tensor:
-    """What a model says of each next token.
-
-    Args:
-        model: A causal language model.
-        batch: Sequences of one length.
-        largest: The largest token that will be looked up.
-
-    Returns:
-        Logits, [sequences, tokens, vocabulary], in the model's own data type.
-
-    Raises:
-        CaptureError: The model does not return them.
-    """
-    output = model(**arguments_of(model, batch))
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise CaptureError(f"{type(model).__name__} returns no logits to tell likelihoods by")
-    expected = (len(batch), len(batch[0].input_ids))
-    if logits.ndim != 3 or logits.shape[:2] != expected or logits.shape[2] <= largest:
-        raise CaptureError(
-            f"{type(model).__name__} returns logits {list(logits.shape)} for input ids {list(expected)}, which are not "
-            "those of each next token, so likelihoods cannot be told by them; give the strength as a number"
-        )
-    return logits
 
 
 def _leading(hits: Tensor) -> int:

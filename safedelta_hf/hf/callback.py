@@ -37,6 +37,7 @@ from safedelta_hf.hf.base_weights import (
     require_recorded,
     warn_of_other_data,
 )
+from safedelta_hf.hf.polishing import RunPolish
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source, warn_of_trained_refusals
 from safedelta_hf.hf.trainer_facts import (
     OWNER,
@@ -54,6 +55,7 @@ from safedelta_hf.hf.tuned import TunedWeights, require_room_for_tuned, save_tun
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.modules.adapters import trained_adapter
 from safedelta_hf.modules.names import bare
+from safedelta_hf.polish.config import PolishConfig
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
 from safedelta_hf.records import TaskSorting, Treatment
 from safedelta_hf.report import Report
@@ -96,6 +98,9 @@ class SafeDeltaCallback(TrainerCallback):
         keep_tuned: Folder to save the fine-tuned model to before it is adjusted; must not exist, unless this run saved
             it before it was resumed.
         processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
+        polish: Whether, and how, the adjusted model is polished: some steps in which it learns from the base how to
+            refuse (`safety_dataset`, which may then stand beside a `profile`) and to answer ordinary prompts
+            (`retention_dataset`), and from the fine-tuned model what was taught (`task_dataset`). None for no polish.
 
     Attributes:
         report: What was done; None until training has ended.
@@ -126,8 +131,10 @@ class SafeDeltaCallback(TrainerCallback):
         treatment: Treatment | None = None,
         keep_tuned: str | Path | None = None,
         processing_class: ProcessingClass | None = None,
+        polish: PolishConfig | None = None,
     ) -> None:
-        if (safety_dataset is None) == (profile is None):
+        require_kind(OWNER, "polish", polish, (PolishConfig, type(None)), "a PolishConfig")
+        if (safety_dataset is None) == (profile is None) and (polish is None or profile is None):
             raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
         self._rule = rule_of(OWNER, rule, task="drawn from the Trainer's data")
         require_kind(OWNER, "config", config, (ProfileConfig, type(None)), "a ProfileConfig")
@@ -135,9 +142,9 @@ class SafeDeltaCallback(TrainerCallback):
         require_kind(OWNER, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
         require_kind(OWNER, "keep_tuned", keep_tuned, (str, Path, type(None)), "a folder")
         require_processing_class(OWNER, processing_class)
-        if profile is not None and retention_dataset is not None:
+        if profile is not None and retention_dataset is not None and polish is None:
             raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
-        if task_dataset is not None and not self._rule.needs_task:
+        if task_dataset is not None and not self._rule.needs_task and polish is None:
             raise ConfigurationError(
                 f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
             )
@@ -154,7 +161,9 @@ class SafeDeltaCallback(TrainerCallback):
             sort_task=sort_task,
         )
         self._config = config or ProfileConfig()
-        if self._rule.auto is not None and self._config.holdout is None:
+        self._polish = None if polish is None else RunPolish(polish, self._data, self._config)
+        self._is_measured = self._rule.auto is not None or polish is not None
+        if self._is_measured and self._config.holdout is None:
             self._data.require_enough()
         self._given_base = base
         self._treatment = treatment or Treatment()
@@ -198,6 +207,8 @@ class SafeDeltaCallback(TrainerCallback):
             require_fetched_adapters(opened)
             warn_of_empty_adapters(opened)
             require_room_for_tuned(self._keep_tuned, state)
+            if self._polish is not None:
+                self._polish.require_possible(opened, args, state.max_steps)
             with foreign_errors_named("reading data with the base model"):
                 if self._run is None or self._model is None or self._model() is not model:
                     train_dataset = getattr(train_dataloader, "dataset", None)
@@ -237,6 +248,8 @@ class SafeDeltaCallback(TrainerCallback):
             return
         model = bare(model, OWNER)
         started = time.perf_counter()
+        if self._polish is not None:
+            self._polish.of_run(args, state.global_step)
         saved = None
         try:
             with Ranks.of_run().together():
@@ -283,6 +296,8 @@ class SafeDeltaCallback(TrainerCallback):
         tuned = self._tuned if again else TunedWeights(opened, self._keep_tuned, is_adapter=adapter is not None)
         assert tuned is not None
         with tuned.put_back(opened, workspace) if again else nullcontext():
+            if self._polish is not None:
+                self._polish.learn_from_tuned(opened, progress=progress)
             self.report = adjust(
                 opened,
                 base=run.weights,
@@ -296,6 +311,9 @@ class SafeDeltaCallback(TrainerCallback):
         self._tuned = tuned
         if self._nothing_left is not None and chosen.needs_task:
             self.report = replace(self.report, sorting=self._nothing_left)
+        if self._polish is not None and self.report.has_delta:
+            record = self._polish.polish(opened, workspace=workspace, progress=progress)
+            self.report = replace(self.report, polish=record)
         if not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report
@@ -324,7 +342,7 @@ class SafeDeltaCallback(TrainerCallback):
             processing_class=processing_class,
             digests=run.digests,
             config=self._config,
-            is_measured=self._rule.auto is not None,
+            is_measured=self._is_measured,
             progress=shows_progress(args, state),
         )
         with base_weights_loaded(model, run.moved, run.weights, output_dir(args)):
@@ -333,6 +351,9 @@ class SafeDeltaCallback(TrainerCallback):
                 warn_of_trained_refusals(self.profile.held_out, train_dataset)
             if self._rule.needs_task:
                 self._read_task(collector, train_dataset, self.profile)
+            if self._polish is not None:
+                progress = shows_progress(args, state)
+                self._polish.learn_from_base(model, self.profile, processing_class, train_dataset, progress=progress)
         self._run, self._model = run, weakref.ref(model.model)
 
     def _read_task(self, collector: ProfileCollector, train_dataset: Any, profile: SafetyProfile) -> None:  # noqa: ANN401

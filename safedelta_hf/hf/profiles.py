@@ -216,6 +216,20 @@ def warn_of_trained_refusals(held_out: HeldOut, train_dataset: Any) -> None:  # 
         )
 
 
+def task_examples(data: RunData, train_dataset: Any, count: int) -> Source:  # noqa: ANN401 - map-style or iterable
+    """The examples that stand for the fine-tuning data.
+
+    Args:
+        data: The data of the run.
+        train_dataset: The Trainer's own data set.
+        count: Number of examples to draw of it, at most.
+
+    Returns:
+        Those that were given, else some of the Trainer's own; the same at each call.
+    """
+    return examples_of(train_dataset, count) if data.task is None else data.task
+
+
 def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: ANN401 - whatever a Trainer takes
     """Draw examples from a data set; the same at each call.
 
