@@ -17,9 +17,11 @@ from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.compare import FULL, LORA, Candidate, CandidateModel, Scenario, TunedModel
 from safedelta_hf.errors import NothingLeftError
 from safedelta_hf.evaluation import Score
+from safedelta_hf.hf.callback import SafeDeltaCallback
+from safedelta_hf.polish.config import PolishConfig
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.rules import TaskRidge
-from safedelta_hf.testbed.data import Case, safety_data
+from safedelta_hf.testbed.data import Case, ordinary_data, safety_data
 from safedelta_hf.testbed.defences import DEFENCES, AlignedModel, Training
 from safedelta_hf.testbed.model import behaviour_scores, fine_tune, load_aligned, lora_case, tokenize, with_lora
 
@@ -28,6 +30,8 @@ LOWER_RATES: Final = (0.3, 0.1)
 RETUNING_EPOCHS: Final = (1, 3)
 """Passes over the safety examples, after the fine-tuning and at its learning rate."""
 RETUNING_BATCH: Final = 16
+ORDINARY_ROWS: Final = 512
+"""Ordinary rows that a polish is given; few leave most of the old skills to chance."""
 TASK_EXAMPLES: Final = 256
 """Examples of the fine-tuning data behind a task profile, as in the callback."""
 
@@ -193,11 +197,22 @@ def _defended(name: str, scenario: CaseScenario) -> Iterator[Candidate]:
     yield scenario.adjusted(rule, tuned=tuned, method=f"{name}, then {rule.name}")
 
 
+def _polished(scenario: CaseScenario) -> Iterator[Candidate]:
+    # As a user does it: one callback, from the first step to the last.
+    def trained() -> tuple[PreTrainedModel, float]:
+        ordinary = ordinary_data(ORDINARY_ROWS)
+        callback = SafeDeltaCallback(safety_data(), retention_dataset=ordinary, polish=PolishConfig())
+        return scenario.trained(training=Training(callbacks=(callback,)))
+
+    yield _candidate(f"{TaskRidge.name}, then polished", scenario.case, trained)
+
+
 METHODS: Final[Mapping[str, Method]] = MappingProxyType(
     {
         "lower_rate": _lower_rate,
         "retuned": _retuned,
         "mixed_in": _mixed_in,
+        "polish": _polished,
         **{name: partial(_defended, name) for name in DEFENCES},
     }
 )
