@@ -55,8 +55,8 @@ def shifted(model):
     return tuned
 
 
-def adjusting(model, rule, holdout=0.0):
-    profile, tuned = read(model, 32 if holdout else 8, holdout), shifted(model)
+def adjusting(model, rule, holdout=0.0, count=8):
+    profile, tuned = read(model, count, holdout), shifted(model)
     return lambda: adjust_model(copy.deepcopy(tuned), base=model, profile=profile, rule=rule, progress=False)
 
 
@@ -88,8 +88,10 @@ WAYS = {
     "reading, in experts": lambda size, folder: partial(read, mixtral(size)),
     "reading, in sequences": lambda size, folder: partial(read, llama(1), 4 * size),
     "adjusting, in layers": lambda size, folder: adjusting(llama(size), SafeDelta(strength=1.0)),
-    "adjusting, in experts": lambda size, folder: adjusting(mixtral(size).bfloat16(), Ridge(strength=1.0)),
-    "a search, in layers": lambda size, folder: adjusting(llama(size), SafeDelta(strength=AUTO), holdout=0.5),
+    "adjusting, in experts": lambda size, folder: adjusting(
+        mixtral(size).bfloat16(), Ridge(strength=1.0), count=4 * size
+    ),  # as many tokens for each expert
+    "a search, in layers": lambda size, folder: adjusting(llama(size), SafeDelta(strength=AUTO), holdout=0.5, count=32),
     "files to files, in layers": lambda size, folder: files_to_files(llama(size), folder),
     "a profile in files, in layers": lambda size, folder: saved_and_loaded(llama(size), folder),
 }

@@ -39,7 +39,7 @@ COMMANDS: Final = MappingProxyType(
         ),
         "compare": (
             "safedelta_hf.cli.compare:comparison",
-            "Compare rules over strengths, and baselines: attack success against utility, as JSON, table and plot.",
+            "Compare rules, and other methods, by attack success and by what a model can still do: JSON, tables, figures.",
         ),
     }
 )

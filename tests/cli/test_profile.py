@@ -164,7 +164,6 @@ def test_what_the_hub_refuses_is_saved_all_the_same_and_can_be_uploaded_as_it_sa
         (["--storage=zip"], "storage='zip' is not one of"),
         (["--storage=eigenbasis"], "needs a rank"),
         (["--holdout=2"], "holdout=2"),
-        (["--offload-folder=x"], "no effect without a limit"),
         (["--moment-memory=much"], "moment_memory='much'"),
     ],
 )

@@ -29,7 +29,7 @@ RULES = {
     "ridge": lambda: Ridge(strength=2.0),
     "task_ridge": lambda: TaskRidge(strength=2.0),
     "auto": lambda: Ridge(strength="auto"),
-    "strict": lambda: Ridge(strength=AutoStrength(lost=0.01, confidence=0.01)),
+    "strict": lambda: Ridge(strength=AutoStrength(lost=4e-3, confidence=1e-3)),
 }
 MODELS = {
     "llama": tiny.llama,
