@@ -39,7 +39,8 @@ COMMANDS: Final = MappingProxyType(
         ),
         "compare": (
             "safedelta_hf.cli.compare:comparison",
-            "Compare rules, and other methods, by attack success and by what a model can still do: JSON, tables, figures.",
+            "Compare rules, and other methods, by attack success and by what a model can still do: JSON, tables, "
+            "figures.",
         ),
     }
 )
