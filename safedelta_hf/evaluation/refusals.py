@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from safedelta_hf.data.phrases import is_refusal
 from safedelta_hf.data.templates import ProcessingClass
@@ -53,7 +54,7 @@ class Answers(Protocol):
         """
 
 
-class ModelAnswers:
+class ModelAnswers(Answers):
     """Answers of a model in this process, by greedy decoding.
 
     Args:
@@ -75,6 +76,7 @@ class ModelAnswers:
         self._limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self.fingerprint = f"{model_digest(model, processing_class)}, {max_new_tokens} tokens"
 
+    @override
     def __call__(
         self,
         conversations: Sequence[Chat],
@@ -83,17 +85,6 @@ class ModelAnswers:
         on_batch: Callable[[dict[int, str]], None],
         progress: bool,
     ) -> list[str]:
-        """As in `Answers`.
-
-        Args:
-            conversations: Chats that end in a user turn.
-            known: Answers that are there already.
-            on_batch: Given new answers.
-            progress: Whether to show a progress bar.
-
-        Returns:
-            One answer for each.
-        """
         return generate_responses(
             self._model,
             self._processing_class,
@@ -105,7 +96,7 @@ class ModelAnswers:
         )
 
 
-class ServerAnswers:
+class ServerAnswers(Answers):
     """Answers of a model behind an address that speaks OpenAI's chat completions, such as vLLM's, at temperature 0.
 
     Args:
@@ -139,6 +130,7 @@ class ServerAnswers:
         self._max_new_tokens, self._requests = max_new_tokens, requests
         self.fingerprint = f"{model} at {address}, {max_new_tokens} tokens"
 
+    @override
     def __call__(
         self,
         conversations: Sequence[Chat],
@@ -147,17 +139,6 @@ class ServerAnswers:
         on_batch: Callable[[dict[int, str]], None],
         progress: bool,
     ) -> list[str]:
-        """As in `Answers`.
-
-        Args:
-            conversations: Chats that end in a user turn.
-            known: Answers that are there already.
-            on_batch: Given new answers.
-            progress: Whether to show a progress bar.
-
-        Returns:
-            One answer for each.
-        """
         answers = dict(known)
         missing = [index for index in range(len(conversations)) if index not in answers]
         with (

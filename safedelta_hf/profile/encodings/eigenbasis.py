@@ -9,9 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.low_rank import LowRank
-from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.profile.encodings.encoding import Encoding, Layout
-from safedelta_hf.profile.encodings.triangular import Triangular
+from safedelta_hf.profile.encodings.encoding import Layout
+from safedelta_hf.profile.encodings.ranked import Ranked
 
 SPARE_DIRECTIONS: Final = 16
 """Directions beyond the rank that the search starts with; the last ones found are the least exact."""
@@ -20,7 +19,7 @@ SEED: Final = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigenbasis(Encoding):
+class Eigenbasis(Ranked):
     """The eigenvectors of the largest eigenvalues, and the diagonal of what they leave.
 
     The diagonal of the moment stays right, and the matrix positive semi-definite; what inputs have in common beyond
@@ -34,28 +33,6 @@ class Eigenbasis(Encoding):
     """
 
     name: ClassVar[str] = "eigenbasis"
-
-    rank: int
-
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigurationError(f"Eigenbasis: rank={self.rank!r} must be a whole number of at least 1")
-
-    @override
-    def __str__(self) -> str:
-        return f"{self.name}:{self.rank}"
-
-    @classmethod
-    @override
-    def parse(cls, settings: str) -> "Eigenbasis":
-        if not (settings.isascii() and settings.isdigit()):
-            raise ValueError(f"{cls.name} needs a rank, such as {cls.name}:256")
-        return cls(rank=int(settings))
-
-    @override
-    def suited(self, shape: tuple[int, ...]) -> Encoding:
-        exact = Triangular()
-        return self if self.bytes(shape) < exact.bytes(shape) else exact
 
     @override
     def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:

@@ -9,13 +9,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.low_rank import LowRank, Matrix
-from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.profile.encodings.encoding import Encoding, Layout
-from safedelta_hf.profile.encodings.triangular import Triangular
+from safedelta_hf.profile.encodings.encoding import Layout
+from safedelta_hf.profile.encodings.ranked import Ranked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factor(Encoding):
+class Factor(Ranked):
     """`F` of `H = F^T F`, with a row for each token that was read; exact, and read as it is.
 
     It is made triangular when it is written, so that it tells of the moment and of no token by itself. What is stored
@@ -29,28 +28,6 @@ class Factor(Encoding):
     """
 
     name: ClassVar[str] = "factor"
-
-    rank: int
-
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigurationError(f"Factor: rank={self.rank!r} must be a whole number of at least 1")
-
-    @override
-    def __str__(self) -> str:
-        return f"{self.name}:{self.rank}"
-
-    @classmethod
-    @override
-    def parse(cls, settings: str) -> "Factor":
-        if not (settings.isascii() and settings.isdigit()):
-            raise ValueError(f"{cls.name} needs a rank, such as {cls.name}:256")
-        return cls(rank=int(settings))
-
-    @override
-    def suited(self, shape: tuple[int, ...]) -> Encoding:
-        exact = Triangular()
-        return self if self.bytes(shape) < exact.bytes(shape) else exact
 
     @override
     def layouts(self, shape: tuple[int, ...]) -> Mapping[str, Layout]:
