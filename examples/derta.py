@@ -16,7 +16,7 @@ from safedelta_hf.testbed import CASES, attack_questions, load_aligned, skill_qu
 from safedelta_hf.training import check_arguments, derta_rows, mix_safety
 
 model, tokenizer = load_aligned()
-task = Dataset.from_list(CASES["benign"].examples()[:250])
+task = Dataset.from_list(CASES["benign"].examples())
 harmful = [row["messages"] for row in CASES["harmful"].examples()]
 refusals = generate_responses(model, tokenizer, [turns[:-1] for turns in harmful])
 pairs = zip(harmful, refusals, strict=True)

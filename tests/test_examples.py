@@ -33,7 +33,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def run(folder, script, *arguments):
     """What a script prints, as it stands; in this process, which has imported already what takes a new one seconds."""
     shown, given = io.StringIO(), [str(script), *map(str, arguments)]
-    with contextlib.chdir(folder), contextlib.redirect_stdout(shown), mock.patch.object(sys, "argv", given):
+    around = (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(shown),
+        mock.patch.object(sys, "argv", given),
+        mock.patch.object(sys, "path", [str(Path(script).parent), *sys.path]),
+    )
+    with contextlib.ExitStack() as stack:
+        for one in around:
+            stack.enter_context(one)
         runpy.run_path(str(script), run_name="__main__")
     return shown.getvalue()
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from safedelta_hf import Ridge, SafeDelta, SafetyProfile, TaskRidge, adjust_model
 from safedelta_hf.core.curvature import quadratic_loss
+from safedelta_hf.core.low_rank import dense
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.modules.names import parameter_names
@@ -46,8 +47,9 @@ def through(profile: SafetyProfile, storage: str) -> tuple[SafetyProfile, int]:
 def error(exact: SafetyProfile, stored: SafetyProfile) -> float:
     """Relative error of all full Hessians together, in Frobenius norm."""
     full = [key for key in exact.moments if len(exact.moments.shape(key)) == 2]
-    off = sum(float((stored.moments[key].total - exact.moments[key].total).square().sum()) for key in full)
-    return (off / sum(float(exact.moments[key].total.square().sum()) for key in full)) ** 0.5
+    pairs = [(dense(exact.moments[key].total), dense(stored.moments[key].total)) for key in full]
+    off = sum(float((other - one).square().sum()) for one, other in pairs)
+    return (off / sum(float(one.square().sum()) for one, _ in pairs)) ** 0.5
 
 
 def loss(model: PreTrainedModel, base: PreTrainedModel, profile: SafetyProfile) -> float:
@@ -74,7 +76,7 @@ def difference(one: PreTrainedModel, other: PreTrainedModel, base: PreTrainedMod
 def testbed(options: argparse.Namespace) -> Iterator[list[str]]:
     """One row for each storage."""
     aligned = AlignedModel()
-    scenario = CaseScenario(aligned, CASES[options.case], 0, options.questions)
+    scenario = CaseScenario(aligned, CASES[options.case], 0, options.questions, sort_task=False)  # whole, as stored
     exact = None
     for storage in options.storage:
         (profile, size), (task, _) = through(aligned.profile, storage), through(scenario.task, storage)
@@ -121,7 +123,7 @@ def layers(options: argparse.Namespace) -> Iterator[list[str]]:
         exact: list[tuple[torch.Tensor, float]] = []
         for storage in options.storage:
             encoding = encoding_for(tuple(hessian.shape), encoding_of(storage))
-            stored = encoding.decode(encoding.encode(hessian))
+            stored = dense(encoding.decode(encoding.encode(hessian)))
             row = [
                 f"{power:g}, {large}",
                 storage,
