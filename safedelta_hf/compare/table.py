@@ -62,7 +62,8 @@ def _cells(file: ComparisonFile, points: Sequence[Point], scores: Sequence[str])
         yield f"{shown} {_mark(judged[name])}" if name in judged else shown
     found = [strength_found(point) for point in points if point.search is not None]
     yield " / ".join(found[:1] if len(set(found)) == 1 else found)
-    yield f"{fmean(point.seconds for point in points):.2g}" if any(point.seconds for point in points) else ""
+    seconds = fmean(point.seconds for point in points)
+    yield f"{seconds:.{0 if seconds >= 10 else 1}f}" if seconds else ""
 
 
 def strength_found(point: Point) -> str:
