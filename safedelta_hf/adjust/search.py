@@ -49,7 +49,7 @@ def search_strength(
     allowed = certifiable or 0
     walk = _Walk(rule, auto, measure, allowed)
     outcome, strength = walk.outcome()
-    trials = tuple(walk.trials)
+    trials = tuple(walk.found.values())  # in the order in which they were tried
     lost = max(allowed, next(trial.lost for trial in trials if trial.strength == strength))
     bound = upper_bound(lost, refusals, auto.confidence)
     return StrengthSearch(
@@ -90,7 +90,6 @@ class _Walk:
     auto: AutoStrength
     measure: Callable[[float], Drift]
     allowed: int
-    trials: list[Trial] = field(default_factory=list)
     found: dict[int, Trial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,7 +118,6 @@ class _Walk:
             self.found[place] = Trial(
                 strength=strength, lost=drift.lost, probability_lost=drift.probability_lost, passed=passed
             )
-            self.trials.append(self.found[place])
         return self.found[place].passed
 
     def _halved(self, failing: int) -> int | None:

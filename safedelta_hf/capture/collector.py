@@ -375,7 +375,7 @@ class MomentCollector:
         Raises:
             NumericalError: The inputs of a weight held NaN or Inf.
         """
-        for key, tensors in ({key: [total] for key, total in self._totals.items()} | self._few).items():
+        for key, tensors in self._read().items():
             if not all(map(is_finite, tensors)):
                 raise NumericalError(
                     f"{key}: NaN or Inf in the inputs of this layer while the safety data was read; "
@@ -413,11 +413,15 @@ class MomentCollector:
             totals[key] = LowRank(factor=torch.cat(kept).to(torch.float32))
         return totals
 
+    def _read(self) -> dict[str, list[Tensor]]:
+        # What each moment holds so far: its sum, or the inputs while they are few.
+        return {key: [total] for key, total in self._totals.items()} | self._few
+
     def _all_zero(self, leaders: Mapping[str, str]) -> Iterator[str]:
         parts = {
             key: leaders.get(key, key) for key, use in self._uses.items() if not use.view.covers(math.prod(use.shape))
         }
-        read = {key: [total] for key, total in self._totals.items()} | self._few
+        read = self._read()
         empty = {key for key in set(parts.values()) & read.keys() if not any(tensor.any() for tensor in read[key])}
         for key, leader in parts.items():
             if leader in empty:

@@ -85,17 +85,18 @@ class LowRank(Transform):
         """
         return any(bool(tensor.any()) for tensor in self.tensors)
 
-    def to(self, device: torch.device) -> "LowRank":
-        """The same in float32 on a device.
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "LowRank":
+        """The same on a device, as of a tensor.
 
         Args:
             device: The device.
+            dtype: Data type of the result.
 
         Returns:
             It, or a copy.
         """
-        rest = None if self.rest is None else self.rest.to(device, torch.float32)
-        return LowRank(factor=self.factor.to(device, torch.float32), rest=rest)
+        rest = None if self.rest is None else self.rest.to(device, dtype)
+        return LowRank(factor=self.factor.to(device, dtype), rest=rest)
 
     def __mul__(self, share: float) -> "LowRank":
         rest = None if self.rest is None else self.rest * share

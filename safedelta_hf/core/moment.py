@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from safedelta_hf.core.low_rank import LowRank, Matrix, total_of
+from safedelta_hf.core.low_rank import Matrix, total_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class InputMoment:
         Returns:
             `(2/N) * total`, new, [in, in] or [in], float32; of low rank where the moment is.
         """
-        moved = self.total.to(device) if isinstance(self.total, LowRank) else self.total.to(device, torch.float32)
-        return moved * (2.0 / max(self.sequences, 1))
+        return self.total.to(device, torch.float32) * (2.0 / max(self.sequences, 1))
 
     def merge(self, other: "InputMoment") -> "InputMoment":
         """Moment of the union of two disjoint sets of sequences.

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.finite import is_finite
-from safedelta_hf.core.low_rank import LowRank, Matrix, dense
+from safedelta_hf.core.low_rank import LowRank, Matrix, dense, tensors_of
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import NumericalError
 
@@ -46,7 +46,7 @@ def null_space(hessian: Matrix, energy: float) -> Dense | Removal:
         NumericalError: The Hessian holds NaN or Inf.
     """
     hessian = hessian if isinstance(hessian, LowRank) and hessian.rest is None else dense(hessian)
-    if not is_finite(hessian.factor if isinstance(hessian, LowRank) else hessian):
+    if not all(map(is_finite, tensors_of(hessian))):
         raise NumericalError("the Hessian of the safety loss holds NaN or Inf; check the model's activations")
     if isinstance(hessian, LowRank):
         return _null_space_of(hessian, energy)
