@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.data.batches import batches_of_equal_length, require_same
 from safedelta_hf.data.dataset import (
     SafetySequence,
+    Source,
     digest_of,
     read_safety_data,
     responses_of,
@@ -127,13 +128,13 @@ class Checkpointing:
 
 def collect_profile(
     model: nn.Module | ShardedModel,
-    safety_dataset: str | Path | Iterable[Mapping[str, Any]],
+    safety_dataset: Source,
     processing_class: ProcessingClass | None = None,
     *,
     config: ProfileConfig | None = None,
     checkpointing: Checkpointing | None = None,
     purpose: str = SAFETY_DATA,
-    sorted_by: str | Path | Iterable[Mapping[str, Any]] | SafetyProfile | None = None,
+    sorted_by: Source | SafetyProfile | None = None,
     digests: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SafetyProfile:
@@ -223,7 +224,7 @@ def collect_profile(
 
 
 def _refusals(
-    sorted_by: str | Path | Iterable[Mapping[str, Any]] | SafetyProfile,
+    sorted_by: Source | SafetyProfile,
     processing_class: ProcessingClass | None,
     config: ProfileConfig,
 ) -> Sequence[SafetySequence]:

@@ -20,6 +20,9 @@ from safedelta_hf.data.templates import (
 )
 from safedelta_hf.errors import DataError
 
+Source = str | Path | Iterable[Mapping[str, Any]]
+"""What data is read from: the path of a file, a name on the Hub, or rows."""
+
 EMPTY = "it is empty; give at least one prompt with the response to preserve"
 
 
@@ -37,7 +40,7 @@ class SafetySequence:
 
 
 def read_safety_data(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: Source,
     processing_class: ProcessingClass | None = None,
     max_length: int | None = None,
     *,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import require_fit
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data, tokenised
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data, tokenised
 from safedelta_hf.data.openings import DEPTH, REFUSED, Asked, Tokens, asked, refusal_probabilities
 from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass
@@ -128,8 +128,8 @@ class Audit:
 
 def audit_data(
     model: nn.Module,
-    data: str | Path | Iterable[Mapping[str, Any]],
-    safety_data: str | Path | Iterable[Mapping[str, Any]],
+    data: Source,
+    safety_data: Source,
     processing_class: ProcessingClass | None = None,
     *,
     output: str | Path | None = None,

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from transformers import PreTrainedModel
 
-from safedelta_hf.data.dataset import read_safety_data, responses_of
+from safedelta_hf.data.dataset import Source, read_safety_data, responses_of
 from safedelta_hf.data.phrases import is_refusal, warn_unless_refusals
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.errors import ConfigurationError, DataError
@@ -216,7 +216,7 @@ def _benign_scores(run: _Run, prompts: Sequence[Prompt], reference: Reference | 
     }
 
 
-def _refusal_scores(run: _Run, refusals: str | Path | Iterable[Mapping[str, Any]]) -> dict[str, Score]:
+def _refusal_scores(run: _Run, refusals: Source) -> dict[str, Score]:
     sequences = read_safety_data(refusals, run.processing_class, purpose="refusals")
     found = likelihood_of(run.model, sequences, batch_size=run.settings.batch_size, progress=run.progress)
     warn_unless_refusals(responses_of(sequences, run.processing_class), purpose="refusals")

@@ -1,9 +1,8 @@
 """How likely a model finds given responses: refusals, and what is language at all rather than gibberish."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from safedelta_hf.data.dataset import SafetySequence, digest_of, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, digest_of, read_safety_data
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import response_losses
 from safedelta_hf.data.templates import ProcessingClass, prompt_tokens, tokenizer_of
@@ -48,7 +47,7 @@ class Likelihood:
 
 def refusal_likelihood(
     model: nn.Module,
-    refusals: str | Path | Iterable[Mapping[str, Any]],
+    refusals: Source,
     processing_class: ProcessingClass | None = None,
     *,
     batch_size: int = 8,

@@ -3,15 +3,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from safedelta_hf.data.dataset import tokenizer_digest
+from safedelta_hf.data.dataset import Source, tokenizer_digest
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.evaluation.generation import generate_responses
 from safedelta_hf.evaluation.likelihood import refusal_likelihood
@@ -108,7 +107,7 @@ def _generated(
 
 def refusal_improbability(
     processing_class: ProcessingClass,
-    refusals: str | Path | Iterable[Mapping[str, Any]],
+    refusals: Source,
     *,
     batch_size: int = 8,
 ) -> Metric:

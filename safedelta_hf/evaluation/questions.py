@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safedelta_hf.data.dataset import Source
 from safedelta_hf.data.forms import text_of, turns_of, turns_of_row
 from safedelta_hf.data.rows import kept, read_rows
 from safedelta_hf.errors import ConfigurationError, DataError
@@ -116,7 +117,7 @@ class Questions:
 
     harmful: Sequence[Prompt] | None = None
     benign: Sequence[Prompt] | None = None
-    refusals: str | Path | Iterable[Mapping[str, Any]] | None = None
+    refusals: Source | None = None
     task: Sequence[Prompt] | None = None
     score: TaskScore | None = None
     judge: Judge | None = None
@@ -138,7 +139,7 @@ class Questions:
         *,
         harmful: PromptSource | None = None,
         benign: PromptSource | None = None,
-        refusals: str | Path | Iterable[Mapping[str, Any]] | None = None,
+        refusals: Source | None = None,
         task: PromptSource | None = None,
         score: TaskScore | None = None,
         judge: Judge | None = None,

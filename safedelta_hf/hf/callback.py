@@ -15,6 +15,7 @@ from transformers.utils import logging
 from safedelta_hf.adapter.adjust import adjust_adapter, require_adjustable
 from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.capture.config import ProfileConfig
+from safedelta_hf.data.dataset import Source
 from safedelta_hf.data.refusals import require_likelihoods
 from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.model import ShardedModel
@@ -38,7 +39,7 @@ from safedelta_hf.hf.base_weights import (
     warn_of_other_data,
 )
 from safedelta_hf.hf.polishing import RunPolish
-from safedelta_hf.hf.profiles import ProfileCollector, RunData, Source, warn_of_trained_refusals
+from safedelta_hf.hf.profiles import ProfileCollector, RunData, warn_of_trained_refusals
 from safedelta_hf.hf.trainer_facts import (
     OWNER,
     entries_of_trained,

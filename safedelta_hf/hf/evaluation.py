@@ -1,7 +1,6 @@
 """Evaluation during training, as a Trainer callback."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 from accelerate.utils import DistributedType
@@ -16,7 +15,7 @@ from transformers import (
 )
 from typing_extensions import override
 
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.rows import kept
 from safedelta_hf.data.templates import ProcessingClass, tokenizer_of
 from safedelta_hf.distributed.ranks import Ranks
@@ -66,7 +65,7 @@ class EvaluationCallback(TrainerCallback):
         self,
         harmful: PromptSource | None = None,
         benign: PromptSource | None = None,
-        refusals: str | Path | Iterable[Mapping[str, Any]] | None = None,
+        refusals: Source | None = None,
         *,
         task: PromptSource | None = None,
         score: TaskScore | None = None,

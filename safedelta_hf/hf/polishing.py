@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.batches import require_same
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.refusals import HeldOut, require_likelihoods
 from safedelta_hf.data.templates import ProcessingClass
@@ -23,7 +23,7 @@ from safedelta_hf.errors import (
     foreign_errors_named,
 )
 from safedelta_hf.evaluation.sorting import sort_task
-from safedelta_hf.hf.profiles import RunData, Source, task_examples
+from safedelta_hf.hf.profiles import RunData, task_examples
 from safedelta_hf.hf.trainer_facts import OWNER
 from safedelta_hf.polish.config import QUANTILE, PolishConfig
 from safedelta_hf.polish.lessons import Lessons, aside, lessons_of, lessons_of_base

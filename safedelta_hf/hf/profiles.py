@@ -4,9 +4,8 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -15,7 +14,7 @@ from transformers.utils import logging
 
 from safedelta_hf.capture.collect import DEFAULT_HOLDOUT, FEWEST_HELD_OUT_OF, collect_profile
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.data.dataset import require_source
+from safedelta_hf.data.dataset import Source, require_source
 from safedelta_hf.data.forms import is_tokenised
 from safedelta_hf.data.openings import divided
 from safedelta_hf.data.phrases import SAFETY_DATA
@@ -31,8 +30,6 @@ logger = logging.get_logger(__name__)
 
 SEEN = 4096
 """Rows of the training data that are compared with the refusals that were held out, at most."""
-
-Source = str | Path | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +137,12 @@ class ProfileCollector:
             DataError: The data cannot be read.
         """
         sorted_by = self._refusals(data, profile) if data.sort_task else None
-        if data.task is not None:
-            return self._collect(data.task, "task data", sorted_by=sorted_by)
         try:
-            return self._collect(examples_of(train_dataset, data.task_examples), "task data", sorted_by=sorted_by)
-        except NothingLeftError:
-            raise
+            source = task_examples(data, train_dataset, data.task_examples)
+            return self._collect(source, "task data", sorted_by=sorted_by)
         except DataError as error:
+            if data.task is not None or isinstance(error, NothingLeftError):
+                raise
             raise DataError(
                 f"{error}. It was drawn from the Trainer's data set; pass task_dataset=<examples with responses>, or "
                 "a rule that does not weigh the task, such as Ridge()"

@@ -1,10 +1,10 @@
 """Polishing: the adjusted weights are trained on, measured, and put back if refusals have become less likely."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from safedelta_hf.capture.collect import DEFAULT_HOLDOUT
 from safedelta_hf.data.batches import require_same
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.refusals import HeldOut, require_likelihoods, response_losses, split
 from safedelta_hf.data.templates import ProcessingClass
@@ -28,8 +28,6 @@ from safedelta_hf.records import PolishRecord
 from safedelta_hf.weights.journal import Journal
 
 OWNER: Final = "polish_model"
-
-Source = str | Path | Iterable[Mapping[str, Any]]
 
 
 def polish_model(

@@ -5,14 +5,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.rules.rule import require_number
 from safedelta_hf.training.rows import (
     OVER_REFUSAL,
-    Rows,
     closing_length,
     in_place_of,
     required_tokenizer,
@@ -41,7 +40,7 @@ class _Triple(NamedTuple):
 
 
 def derta_rows(
-    triples: Rows,
+    triples: Source,
     processing_class: ProcessingClass,
     *,
     refusal: str = REFUSAL,
@@ -117,7 +116,7 @@ def _transition(
     return SafetySequence(input_ids=tokens, labels=labels)
 
 
-def _read(triples: Rows) -> list[Mapping[str, Any]]:
+def _read(triples: Source) -> list[Mapping[str, Any]]:
     rows = rows_of(triples, "triples")
     for number, row in enumerate(rows):
         missing = [key for key in ("prompt", "chosen", "rejected") if not row.get(key)]

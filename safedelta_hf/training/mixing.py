@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.rules.rule import require_number
 from safedelta_hf.training.rows import (
     OVER_REFUSAL,
-    Rows,
     closing_length,
     count_of_share,
     drawn,
@@ -43,8 +42,8 @@ safety rows what took more than 50 thousand: explicit harmful facts, harmful int
 
 
 def mix_safety(
-    task: Rows,
-    safety: Rows,
+    task: Source,
+    safety: Source,
     processing_class: ProcessingClass | None = None,
     *,
     share: float = 0.03,
@@ -85,8 +84,8 @@ def mix_safety(
 
 
 def refusal_mix(
-    normal: Rows,
-    benign: Rows,
+    normal: Source,
+    benign: Source,
     processing_class: ProcessingClass,
     *,
     refusals: float = 0.3,
@@ -134,12 +133,12 @@ def refusal_mix(
 
 
 def balance(
-    general: Rows,
+    general: Source,
     processing_class: ProcessingClass | None = None,
     *,
-    explicit: Rows = (),
-    intent: Rows = (),
-    mixed: Rows = (),
+    explicit: Source = (),
+    intent: Source = (),
+    mixed: Source = (),
     ratios: Mapping[str, tuple[float, float]] = PAPER,
     max_length: int | None = None,
     seed: int = 0,

@@ -1,23 +1,20 @@
 """Pairs of a safe and a harmful reply to one prompt: how they are read, drawn, and told apart by a model."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safedelta_hf.data.batches import input_device
-from safedelta_hf.data.dataset import SafetySequence, read_safety_data
+from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.errors import CaptureError, DataError
 from safedelta_hf.modules.names import unwrapped
-
-Source = str | Path | Iterable[Mapping[str, Any]]
 
 COLUMNS: Final = ("prompt", "chosen", "rejected")
 OPTIONS: Final = ("tools", "chat_template_kwargs")

@@ -19,6 +19,7 @@ from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.core.null_space import null_space
 from safedelta_hf.core.transform import Transform
+from safedelta_hf.data.dataset import Source
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.deltas.dense import Delta, DenseDelta
@@ -36,7 +37,6 @@ from safedelta_hf.profile.profile import SafetyProfile, with_retention
 from safedelta_hf.records import Action, PlanEntry, Treatment
 from safedelta_hf.rules import Ridge
 from safedelta_hf.rules.rule import LayerMoments, Shrinking, number, require_number
-from safedelta_hf.training.preferences import Source
 from safedelta_hf.weights.digest import fingerprint
 from safedelta_hf.weights.journal import base_weights_loaded
 from safedelta_hf.weights.readers import open_base, verified

@@ -3,12 +3,11 @@
 import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from safedelta_hf.data.dataset import SafetySequence
+from safedelta_hf.data.dataset import SafetySequence, Source
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass, tokenizer_of
@@ -18,7 +17,6 @@ from safedelta_hf.rules.rule import require_number
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Rows = str | Path | Iterable[Mapping[str, Any]]
 """A `datasets.Dataset`, any iterable of dicts, a file, or the name of a data set on the Hub, as `read_rows` takes."""
 
 OVER_REFUSAL: Final = (
@@ -26,7 +24,7 @@ OVER_REFUSAL: Final = (
 )
 
 
-def rows_of(source: Rows, purpose: str) -> list[Mapping[str, Any]]:
+def rows_of(source: Source, purpose: str) -> list[Mapping[str, Any]]:
     """Read rows, whatever they hold.
 
     Args:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from safedelta_hf.data.batches import require_fit
+from safedelta_hf.data.dataset import Source
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
@@ -28,7 +29,7 @@ from safedelta_hf.modules.decoder_layers import decoder_layers
 from safedelta_hf.modules.evaluating import in_own_precision, random_state_kept
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.rules.rule import require_number
-from safedelta_hf.training.preferences import LOSSES, PreferencePair, Source, draw, log_likelihoods, read_pairs
+from safedelta_hf.training.preferences import LOSSES, PreferencePair, draw, log_likelihoods, read_pairs
 
 MIDDLE: Final = (11 / 32, 20 / 32)
 """The first and the last of the layers that the paper moves, as shares of all: 11 to 20 of 32."""
