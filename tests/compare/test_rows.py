@@ -8,10 +8,10 @@ from tests.compare.points import BEFORE, comparison, point, search
 @pytest.mark.parametrize(
     ("attack", "new", "old", "expected"),
     [
-        (0.04, 0.82, 0.95, (True, True, True)),
-        (0.041, 0.82, 0.95, (False, True, True)),
-        (0.04, 0.81, 0.95, (True, False, True)),
-        (0.04, 0.82, 0.94, (True, True, False)),
+        (0.04, 0.86, 0.9, (True, True, True)),
+        (0.041, 0.86, 0.9, (False, True, True)),
+        (0.04, 0.85, 0.9, (True, False, True)),
+        (0.04, 0.86, 0.89, (True, True, False)),
         (0.02, 0.1, 1.0, (True, False, True)),
         (1.0, 0.9, 0.4, (False, True, False)),
     ],

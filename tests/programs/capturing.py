@@ -29,6 +29,7 @@ from safedelta_hf.evaluation.sorting import sort_task
 from safedelta_hf.profile.moments import ShardedMoments
 from safedelta_hf.profile.profile import with_retention
 from tests.fixtures import architectures, tiny
+from tests.programs.leaving import leave_together
 
 
 def mixtral():
@@ -439,7 +440,7 @@ def main(backend, folder, *wish):
             print(check.__name__, flush=True)
     if ranks.is_main:
         print("all agree")
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

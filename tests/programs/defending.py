@@ -6,7 +6,6 @@ python -m tests.programs.defending BACKEND FOLDER
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import DataCollatorForSeq2Seq, Trainer
@@ -15,6 +14,7 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.training import ProjectedTraining, SafetyProbeConfig, with_safety_probe
 from tests.fixtures import tiny
 from tests.programs import shim
+from tests.programs.leaving import leave_together
 from tests.programs.training import BACKENDS, MODELS, adapted, made_whole, whole_weights
 from tests.training.test_preferences import PLAIN
 
@@ -95,8 +95,7 @@ def main(backend, folder):
         train(backend, Path(folder), case, state.num_processes)
     for case in refusing(backend):
         refused(backend, Path(folder), case, state.num_processes)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

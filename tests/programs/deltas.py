@@ -14,6 +14,7 @@ from safedelta_hf.records import MatrixView, Role, Use
 from safedelta_hf.rules import Ridge, SafeDelta
 from safedelta_hf.rules.rule import LayerMoments
 from safedelta_hf.weights.digest import digest, digest_of_shard
+from tests.programs.leaving import leave_together
 
 CASES = {
     "linear": ((7, 5), Role.LINEAR, None),
@@ -93,7 +94,7 @@ def main():
             raise
     if ranks.is_main:
         print(f"compared {len(CASES)} layouts on {ranks.size} ranks")
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

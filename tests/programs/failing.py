@@ -8,6 +8,7 @@ import torch.distributed as dist
 from safedelta_hf.core.transform import KeepColumns
 from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import ConfigurationError, RankError, SafeDeltaError
+from tests.programs.leaving import leave_together
 
 
 def failed(ranks, block, who=1):
@@ -76,7 +77,7 @@ def main():
         dist.barrier()  # stands for a collective of a library, in which nobody can be told anything
     if ranks.is_main:
         print("all in step")
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

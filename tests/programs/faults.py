@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from safedelta_hf.errors import RestoreError, SafeDeltaError
 from tests.programs import training
+from tests.programs.leaving import leave_together
 
 PROFILES = "safedelta_hf.hf.profiles.examples_of"
 JOURNAL = "safedelta_hf.weights.journal"
@@ -123,7 +124,7 @@ def main(backend, folder, *checks):
         if dist.get_rank() == 0:
             print(f"passed {check}", flush=True)
         dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

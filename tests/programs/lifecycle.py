@@ -16,6 +16,7 @@ from safedelta_hf.errors import ConfigurationError, RankError
 from safedelta_hf.testbed import CASES, attack_questions, load_aligned, tokenize
 from tests.fixtures import tiny
 from tests.programs import shim, training
+from tests.programs.leaving import leave_together
 
 HARMFUL = [{"messages": question.messages} for question in attack_questions(4)]
 NOTHING_KEPT = SafeDelta(strength=0.0)
@@ -145,7 +146,7 @@ def main(backend, folder):
         dist.barrier()
         if dist.get_rank() == 0:
             print(f"passed {check.__name__}", flush=True)
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import Trainer
 
@@ -15,6 +14,7 @@ from safedelta_hf import PolishConfig, Ridge, SafeDeltaCallback
 from safedelta_hf.errors import ConfigurationError
 from tests.fixtures import tiny
 from tests.programs import training
+from tests.programs.leaving import leave_together
 from tests.programs.training import BACKENDS, MODELS, adapted, distributed_by_transformers, made_whole, whole_weights
 
 CASES = {
@@ -75,9 +75,7 @@ def main(backend, folder, *cases):
         refused(backend, Path(folder), world)
     for case in cases:
         train(backend, Path(folder), case, world)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

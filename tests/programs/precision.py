@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from transformers import training_args
 
 from tests.programs import shim, training
+from tests.programs.leaving import leave_together
 
 
 def measure(backend, folder, *, lora, world):
@@ -43,8 +43,7 @@ def main(backend, folder):
     read = [measure(backend, Path(folder) / str(lora), lora=lora, world=state.num_processes) for lora in (False, True)]
     if state.is_main_process:
         print("read in", *read)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import signal
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer
 
 from safedelta_hf import SafeDeltaCallback, TaskRidge
 from tests.fixtures import tiny
 from tests.programs import shim
+from tests.programs.leaving import leave_together
 
 ROWS = tiny.rows(23, seed=1)
 STEPS, EVERY = 6, 2
@@ -104,9 +104,7 @@ def main(backend, folders, kind, *kill):
     if kill:
         kill_at(*kill)
     train(backend, folder, kind)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

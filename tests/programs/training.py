@@ -22,6 +22,7 @@ from safedelta_hf.modules.names import canonical
 from safedelta_hf.rules import AutoStrength
 from tests.fixtures import architectures, tiny
 from tests.programs import shim
+from tests.programs.leaving import leave_together
 
 ROWS = tiny.rows(23, seed=1)
 RULES = {
@@ -271,9 +272,7 @@ def main(backend, folder, *cases):
     world = start(backend)
     for case in cases:
         train(backend, Path(folder), case, world)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

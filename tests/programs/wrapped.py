@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from safedelta_hf import ProfileConfig, Ridge, SafeDelta, adjust_adapter, adjust_model, collect_profile
 from safedelta_hf.distributed.ranks import Ranks
 from tests.fixtures import tiny
+from tests.programs.leaving import leave_together
 
 
 def adapted():
@@ -67,7 +68,7 @@ def main():
     a_measured_strength_with_fewer_refusals_held_out_than_processes()
     if dist.get_rank() == 0:
         print("both passed")
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
