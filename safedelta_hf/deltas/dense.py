@@ -275,7 +275,7 @@ class DenseMatrix(DeltaMatrix):
 
     @override
     def column_energy(self, transform: Transform | None = None) -> Tensor:
-        rows = self._matrix if transform is None else transform(self._matrix)
+        rows = self._matrix if transform is None else self.applied(transform)
         return rows.square().sum(0)
 
     @override
@@ -291,7 +291,7 @@ class DenseMatrix(DeltaMatrix):
         Returns:
             A new float32 tensor, contiguous.
         """
-        result = transform(self._matrix)
+        result = self.applied(transform)
         if self._view.covers(self._delta.numel()):
             stored = result.T if self._view.has_inputs_first else result
             return stored.contiguous().view(self._delta.shape)
@@ -305,7 +305,18 @@ class DenseMatrix(DeltaMatrix):
         Args:
             transform: Applied to the rows.
         """
-        self._matrix.copy_(transform(self._matrix))
+        self._matrix.copy_(self.applied(transform))
+
+    def applied(self, transform: Transform) -> Tensor:
+        """The transformed rows.
+
+        Args:
+            transform: Applied to them.
+
+        Returns:
+            [rows, columns], a new tensor.
+        """
+        return transform(self._matrix)
 
 
 def figure_of(figure: Callable[..., Tensor], *values: Tensor) -> float:

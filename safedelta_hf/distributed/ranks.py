@@ -155,14 +155,14 @@ class Ranks:
                     dist.all_reduce(moved, group=group)
         return tensor
 
-    def assembled(self, rows: Tensor, start: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    def assembled(self, rows: Tensor, start: int, size: int, group: dist.ProcessGroup | None = None) -> Tensor:
         """A tensor of which each rank of a group holds some slices along the first dimension.
 
         Args:
             rows: This rank's slices, [slices, ...], of any dtype.
             start: Where they lie in the whole.
             size: Slices of the whole.
-            group: The ranks that hold one slice each of them between them.
+            group: The ranks that hold each slice once between them; all of them if None.
 
         Returns:
             The whole, on all of them, bit for bit.

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
+from safedelta_hf.deltas.replicated import ReplicatedDelta
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import BaseWeightsError
@@ -78,8 +79,10 @@ class ModelStore(WeightStore):
         weight = self._computed.get(name)
         if weight is None:
             model, shard = self._model, self._model.shard(name)
-            delta = DenseDelta(model.read(name), self._base_weight(name))
-            return delta if shard.is_whole else ShardedDelta(delta, model.shape(name), shard, model.ranks)
+            if shard.is_whole:
+                return ReplicatedDelta(model.read(name), self._base_weight(name), model.ranks)
+            own = DenseDelta(model.read(name), self._base_weight(name))
+            return ShardedDelta(own, model.shape(name), shard, model.ranks)
         return DenseDelta(weight.computed(), weight.computed(self._base_originals(name)))
 
     @override

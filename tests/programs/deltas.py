@@ -1,12 +1,15 @@
-"""Every layout of a delta, held in slices, against the whole delta; run under torchrun."""
+"""Every layout of a delta, held in slices or by all ranks, against the whole delta; run under torchrun."""
 
 import itertools
 
 import torch
 import torch.distributed as dist
 
+from safedelta_hf.core.curvature import factorise
 from safedelta_hf.core.transform import Dense
+from safedelta_hf.deltas import replicated
 from safedelta_hf.deltas.dense import DenseDelta
+from safedelta_hf.deltas.replicated import ReplicatedDelta
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
@@ -83,9 +86,40 @@ def compare(name, ranks, cut):
     assert torch.equal(sharded.zero().weight(), base[mine])
 
 
+def compare_held_by_all(name, ranks):
+    shape, role, part = CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    base, tuned = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+    use = Use(parameter="w", role=role, moment="w", view=part or role.view(shape), shape=shape)
+    whole, shared = DenseDelta(tuned, base), ReplicatedDelta(tuned, base, ranks)
+    inputs = torch.randn((50, use.view.columns), generator=generator)
+    hessian = inputs.square().mean(0) if role.is_diagonal else inputs.T @ inputs / 50
+    for rule in (Ridge(strength=0.7), SafeDelta(strength=3.0, exclude_top=0.0)):
+        state = rule.factorise(LayerMoments(safety=hessian))
+        transform = rule.transform(state, shared.matrix(use))
+        expected, adjusted = whole.transformed(use, transform), shared.transformed(use, transform)
+        torch.testing.assert_close(adjusted.values, expected.values)
+        torch.testing.assert_close(
+            shared.matrix(use).column_energy(transform), whole.matrix(use).column_energy(transform)
+        )
+        metric = Dense(matrix=hessian)
+        assert abs(adjusted.matrix(use).inner(metric) - expected.matrix(use).inner(metric)) < 1e-4
+        written = [adjusted]
+        if not role.is_diagonal:
+            factor = factorise(hessian, 0.1).factor
+            written.append(adjusted.rounded_along([(use, factor)]).rounded())
+            torch.testing.assert_close(written[-1].values, expected.rounded_along([(use, factor)]).values)
+        for one in written:
+            assert len(set(ranks.gather(digest(one.weight())))) == 1
+    torch.testing.assert_close(shared.values, whole.values)  # the tuned delta is never changed
+
+
 def main():
     dist.init_process_group("gloo")
     ranks = Ranks.of_run()
+    replicated.SHARED_WORK = 0
+    for name in CASES:
+        compare_held_by_all(name, ranks)
     for name, cut in itertools.product(CASES, (0, 1, 4)):
         try:
             compare(name, ranks, cut)
