@@ -43,7 +43,7 @@ task = collect_profile(
     purpose="task data",
     progress=False,
 )
-adjust_model(adjusted, base=base, profile=safety, task=task, progress=False)
+adjust_model(adjusted, base=base, profile=safety, task_profile=task, progress=False)
 way = interpolation(base, tuned, adjusted, metrics=[attack, skill], points=6, progress=False)
 print(way)
 way.plot("interpolation.png")

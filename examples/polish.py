@@ -12,7 +12,7 @@ from safedelta_hf import PolishConfig, SafeDeltaCallback
 from safedelta_hf.testbed import CASES, behaviour_scores, load_aligned, ordinary_data, safety_data, tokenize
 
 model, tokenizer = load_aligned()
-callback = SafeDeltaCallback(safety_data(), retention_dataset=ordinary_data(), polish=PolishConfig(steps=0.5))
+callback = SafeDeltaCallback(safety_data(), ordinary_dataset=ordinary_data(), polish=PolishConfig(steps=0.5))
 trainer = Trainer(
     model=model,
     args=TrainingArguments(

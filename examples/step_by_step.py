@@ -18,5 +18,5 @@ with tempfile.TemporaryDirectory() as folder:
     for parameter in tuned.parameters():  # stands for a fine-tuning
         parameter.data.mul_(1.01)
 
-    report = adjust_model(tuned, base=ALIGNED_MODEL, profile=profile, task=task, rule=TaskRidge())
+    report = adjust_model(tuned, base=ALIGNED_MODEL, profile=profile, task_profile=task, rule=TaskRidge())
 print(report)

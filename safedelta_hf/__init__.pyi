@@ -13,7 +13,7 @@ from .model.adjust import adjust_model, plan_model
 from .polish.config import PolishConfig
 from .polish.polish import polish_model
 from .profile.encodings import Eigenbasis
-from .profile.profile import SafetyProfile, with_retention
+from .profile.profile import SafetyProfile, with_ordinary
 from .records import Treatment
 from .report import Report
 from .rules import (
@@ -65,5 +65,5 @@ __all__ = [
     "plan_model",
     "polish_model",
     "refactor_adapter",
-    "with_retention",
+    "with_ordinary",
 ]

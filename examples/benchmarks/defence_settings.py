@@ -13,7 +13,7 @@ from functools import partial
 
 from transformers import Trainer
 
-from safedelta_hf import with_retention
+from safedelta_hf import with_ordinary
 from safedelta_hf.evaluation import refusal_likelihood
 from safedelta_hf.testbed import CASES, preference_pairs, tokenize
 from safedelta_hf.testbed.comparison import CaseScenario
@@ -35,9 +35,11 @@ def probed(scenario: CaseScenario, **settings: float) -> Training:
     return Training(make_trainer=partial(with_safety_probe(Trainer), probe=config))
 
 
-def projected(scenario: CaseScenario, retention: float = 0.0, **settings: float) -> Training:
+def projected(scenario: CaseScenario, ordinary_weight: float = 0.0, **settings: float) -> Training:
     """A Trainer whose delta is projected."""
-    profile = with_retention(scenario.profile, scenario.ordinary, retention) if retention else scenario.profile
+    profile = (
+        with_ordinary(scenario.profile, scenario.ordinary, ordinary_weight) if ordinary_weight else scenario.profile
+    )
     return Training(callbacks=(ProjectedTraining(profile=profile, **settings),))
 
 
@@ -48,8 +50,8 @@ SETTINGS: dict[str, Callable[[CaseScenario], Training]] = {
     "probe, epsilon 0.1": partial(probed, epsilon=0.1),
     "probe, beta 0.5": partial(probed, beta=0.5, epsilon=1e-3),
     "projected, 0.001": partial(projected, strength=1e-3),
-    "projected, 0.001, retention 0.3": partial(projected, retention=0.3, strength=1e-3),
-    "projected, 0.01, retention 0.3": partial(projected, retention=0.3, strength=1e-2),
+    "projected, 0.001, ordinary weight 0.3": partial(projected, ordinary_weight=0.3, strength=1e-3),
+    "projected, 0.01, ordinary weight 0.3": partial(projected, ordinary_weight=0.3, strength=1e-2),
     "hard, 0.01": partial(projected, hard=0.01),
     "hard, 0.001": partial(projected, hard=0.001),
 }

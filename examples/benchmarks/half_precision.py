@@ -100,7 +100,9 @@ def main() -> None:
                 model = copy.deepcopy(tuned)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of rounding, which the table shows
-                    report = adjust_model(model, base=base, profile=profile, task=task, rule=rule, progress=False)
+                    report = adjust_model(
+                        model, base=base, profile=profile, task_profile=task, rule=rule, progress=False
+                    )
                 told, written = report.metrics(), loss(model, base, profile) / before
                 table.add_row(
                     kind,

@@ -111,7 +111,7 @@ def main() -> None:
             base=base,
             tuned=load_tuned(f"{folder}/tuned", lora=options.lora),
             task_dataset=task,
-            retention_dataset=ordinary or None,
+            ordinary_dataset=ordinary or None,
             args=TrainingArguments(
                 output_dir=folder,
                 learning_rate=case.learning_rate,

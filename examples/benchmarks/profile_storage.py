@@ -81,13 +81,13 @@ def testbed(options: argparse.Namespace) -> Iterator[list[str]]:
     for storage in options.storage:
         (profile, size), (task, _) = through(aligned.profile, storage), through(scenario.task, storage)
         anew = copy.deepcopy(scenario.tuned.restored())
-        search = adjust_model(anew, base=aligned.model, profile=profile, task=task, progress=False).search
+        search = adjust_model(anew, base=aligned.model, profile=profile, task_profile=task, progress=False).search
         assert search is not None
         if exact is None:
             exact = (anew, search.strength, size)
         model = copy.deepcopy(scenario.tuned.restored())
         rule = TaskRidge(strength=exact[1])
-        adjust_model(model, base=aligned.model, profile=profile, task=task, rule=rule, progress=False)
+        adjust_model(model, base=aligned.model, profile=profile, task_profile=task, rule=rule, progress=False)
         scores = [scenario.measure(found) for found in (model, anew)]
         behaviours = (
             " / ".join(f"{score[name].value:.1%}" if name in score else "-" for name in BEHAVIOURS) for score in scores

@@ -441,7 +441,7 @@ def callback(
     """The fine-tuned model as a `SafeDeltaCallback` repairs it, by its name in tables and what it is given."""
 
     def candidate(cell: Cell) -> Candidate:
-        settings = {**rule.settings, "retention": 0.0}
+        settings = {**rule.settings, "ordinary_weight": 0.0}
         return Candidate(method=method or rule.name, settings=settings, make=partial(repaired, cell, given))
 
     return candidate
@@ -554,7 +554,7 @@ def main() -> None:
     )
     # One seed of everything first; a cell holds its models, and is let go before the next.
     for seed, kind, weights in itertools.product(options.seeds, options.kinds, options.weights):
-        compare([Cell(lab, kind, weights, seed)], Candidates(rules=(), retentions=(), left_out={}), file)
+        compare([Cell(lab, kind, weights, seed)], Candidates(rules=(), ordinary_weights=(), left_out={}), file)
         write_whole(options.output / "comparison.md", markdown(file))
         draw(file, options.output)
 

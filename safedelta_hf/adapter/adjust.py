@@ -35,7 +35,7 @@ def adjust_adapter(
     *,
     profile: SafetyProfile | str | Path,
     rule: Rule | str | None = None,
-    task: SafetyProfile | str | Path | None = None,
+    task_profile: SafetyProfile | str | Path | None = None,
     adapter_name: str = "default",
     new_adapter_name: str | None = None,
     base: nn.Module | str | Path | WeightReader | None = None,
@@ -52,9 +52,10 @@ def adjust_adapter(
         model: The model with the adapter on it, unmerged, opened or not. Where it is sharded, or the run has several
             processes, all of them call this; the adapter's own tensors are brought together, those of the base are not.
         profile: Profile of its base, or the folder of one.
-        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a `task`, else `Ridge()`, if
-            None.
-        task: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh them.
+        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a
+            `task_profile`, else `Ridge()`, if None.
+        task_profile: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh
+            them.
         adapter_name: The adapter.
         new_adapter_name: Name of a new adapter for the result; None to adjust in place. It is not activated.
         base: The base as it was before training, for adapters that train biases of the base itself (`bias="all"`).
@@ -70,7 +71,7 @@ def adjust_adapter(
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
     """
-    settings = opened_settings("adjust_adapter", profile, rule, task, treatment, workspace)
+    settings = opened_settings("adjust_adapter", profile, rule, task_profile, treatment, workspace)
     _require_kinds(model, adapter_name, new_adapter_name, base)
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)

@@ -27,7 +27,7 @@ def adjust_adapter_files(
     profile: SafetyProfile | str | Path,
     output: str | Path,
     rule: Rule | str | None = None,
-    task: SafetyProfile | str | Path | None = None,
+    task_profile: SafetyProfile | str | Path | None = None,
     base: nn.Module | str | Path | None = None,
     initial_adapter: str | Path | None = None,
     treatment: Treatment | None = None,
@@ -44,8 +44,9 @@ def adjust_adapter_files(
         profile: Profile of its base, or the folder of one.
         output: Folder to write; must not exist.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
-        task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
+            `TaskRidge()` with `task_profile` and else `Ridge()`, is measured. A name stands for that rule as it is by
+            default.
+        task_profile: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or the
             folder of one.
         base: The base model, or its folder or cached repository, read one weight at a time; the one that the adapter
             names if None, which need not be there unless the adapter carries parameters whole (`modules_to_save`,
@@ -71,9 +72,9 @@ def adjust_adapter_files(
     require_kind("adjust_adapter_files", "base", base, (nn.Module, str, Path, type(None)), "a model, or its folder")
     if Path(output).exists():
         raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
-    require_number(rule_of("adjust_adapter_files", rule, task))
+    require_number(rule_of("adjust_adapter_files", rule, task_profile))
     folder = AdapterFolder(adapter)
-    settings = opened_settings("adjust_adapter_files", profile, rule, task, treatment)
+    settings = opened_settings("adjust_adapter_files", profile, rule, task_profile, treatment)
     profile, rule, task = settings.profile, settings.rule, settings.task
     if initial_adapter is not None:
         folder.subtract(AdapterFolder(initial_adapter))

@@ -29,7 +29,7 @@ def refactor_adapter(
     rank: int,
     profile: SafetyProfile,
     rule: Rule | None = None,
-    task: SafetyProfile | None = None,
+    task_profile: SafetyProfile | None = None,
     adapter_name: str = "default",
     treatment: Treatment | None = None,
     progress: bool = True,
@@ -47,8 +47,8 @@ def refactor_adapter(
         rank: Its rank. The rank of the smaller side of a layer leaves nothing out.
         profile: Profile of the base.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured.
-        task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
+            `TaskRidge()` with `task_profile` and else `Ridge()`, is measured.
+        task_profile: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
         adapter_name: The adapter.
         treatment: What to do with tuned parameters other than linear weights.
         progress: Whether to show progress bars.
@@ -62,7 +62,7 @@ def refactor_adapter(
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output.
     """
-    rule = rule or default_rule(task)
+    rule = rule or default_rule(task_profile)
     require_number(rule)
     if rank < 1:
         raise AdapterError(f"rank={rank!r} must be at least 1")
@@ -88,4 +88,4 @@ def refactor_adapter(
         source="the frozen base below the adapter",
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment(), parameter_aliases(model))
-    return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
+    return adjust_weights(store, plan, profile, rule, task=task_profile, progress=progress)

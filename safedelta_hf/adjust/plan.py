@@ -124,13 +124,13 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
         return
     if task is None:
         raise ProfileError(
-            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task=collect_profile(base, task_data, "
-            "...), a profile of the same base on examples of that data"
+            f"{rule.name}: this rule weighs what the fine-tuning data uses; pass task_profile=collect_profile(base, "
+            "task_data, ...), a profile of the same base on examples of that data"
         )
     if dict(task.header.base) != dict(profile.header.base):
         raise ProfileError(
-            f"task: this profile was made of {task.header.model}, which is another base than that of the safety "
-            f"profile ({profile.header.model}), or the same in another precision; collect it again"
+            f"task_profile: made of {task.header.model}, which is another base than that of the safety profile "
+            f"({profile.header.model}), or the same in another precision; collect it again"
         )
 
 

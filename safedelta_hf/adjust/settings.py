@@ -54,7 +54,7 @@ def opened_settings(
     return Settings(
         profile=opened_profile(owner, profile),
         rule=chosen,
-        task=None if task is None else opened_profile(owner, task, "task"),
+        task=None if task is None else opened_profile(owner, task, "task_profile"),
         treatment=treatment if isinstance(treatment, Treatment) else Treatment(),
         workspace=Path(workspace) if isinstance(workspace, str | Path) else None,
     )

@@ -29,7 +29,7 @@ def adjust_checkpoint(
     output: str | Path,
     profile: SafetyProfile | str | Path,
     rule: Rule | str | None = None,
-    task: SafetyProfile | str | Path | None = None,
+    task_profile: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -45,8 +45,10 @@ def adjust_checkpoint(
         output: Folder to write; must not exist.
         profile: Profile of the base, or the folder of one.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
-        task: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or its folder.
+            `TaskRidge()` with `task_profile` and else `Ridge()`, is measured. A name stands for that rule as it is by
+            default.
+        task_profile: Profile of the same base on examples of the fine-tuning data, for rules that weigh them; or
+            its folder.
         treatment: What to do with parameters other than linear weights.
         device: Where to compute.
         progress: Whether to show progress bars.
@@ -66,7 +68,13 @@ def adjust_checkpoint(
     require_kind("adjust_checkpoint", "output", output, (str, Path), "a folder")
     with _failing_by_name(Path(output)):
         plan = plan_checkpoint(
-            base=base, tuned=tuned, output=output, profile=profile, rule=rule, task=task, treatment=treatment
+            base=base,
+            tuned=tuned,
+            output=output,
+            profile=profile,
+            rule=rule,
+            task_profile=task_profile,
+            treatment=treatment,
         )
     return adjust_planned(plan, device=place, progress=progress)
 
@@ -96,11 +104,13 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
     ):
         if not folder.is_complete:
             store, left = CheckpointStore(plan.pair, header, folder, place), plan.left(folder.finished.keys())
-            adjust_weights(store, left, plan.profile, plan.rule, task=plan.task, ranks=Ranks(), progress=progress)
+            adjust_weights(
+                store, left, plan.profile, plan.rule, task=plan.task_profile, ranks=Ranks(), progress=progress
+            )
             folder.complete(plan.copied)
     records = (folder.record(name) for name in plan.names)
     return report_of(
-        records, plan.rule, plan.profile, plan.task, architecture=header.architecture, base=plan.base.source
+        records, plan.rule, plan.profile, plan.task_profile, architecture=header.architecture, base=plan.base.source
     )
 
 
@@ -135,7 +145,7 @@ def _manifest(plan: CheckpointPlan, device: torch.device) -> dict[str, Any]:
         "base": files_identity(plan.base),
         "tuned": files_identity(plan.tuned),
         "profile": _identity(plan.profile),
-        "task": None if plan.task is None else _identity(plan.task),
+        "task": None if plan.task_profile is None else _identity(plan.task_profile),
         "further models": [source_identity(source) for source in sources],
         "device": str(device),
         "version of torch": torch.__version__,

@@ -32,7 +32,7 @@ class CheckpointPlan:
         output: Folder that will be written.
         profile: Profile of the base.
         rule: Which part of each delta will be kept.
-        task: Profile of the base on examples of the fine-tuning data, for rules that weigh them.
+        task_profile: Profile of the base on examples of the fine-tuning data, for rules that weigh them.
         treatment: What will be done with parameters other than linear weights.
         pair: The weights, matched with the profile.
         entries: What happens to each parameter if the fine-tuning moved it; those that read one moment stand together.
@@ -45,7 +45,7 @@ class CheckpointPlan:
     output: Path
     profile: SafetyProfile
     rule: Rule
-    task: SafetyProfile | None
+    task_profile: SafetyProfile | None
     treatment: Treatment
     pair: CheckpointPair
     entries: tuple[PlanEntry, ...]
@@ -118,7 +118,7 @@ def plan_checkpoint(
     output: str | Path,
     profile: SafetyProfile | str | Path,
     rule: Rule | str | None = None,
-    task: SafetyProfile | str | Path | None = None,
+    task_profile: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
 ) -> CheckpointPlan:
     """Check a model in files against its base and a profile, and decide what happens to each parameter.
@@ -131,8 +131,9 @@ def plan_checkpoint(
         output: Folder that will be written.
         profile: Profile of the base, or the folder of one.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task` and else `Ridge()`, is measured. A name stands for that rule as it is by default.
-        task: Profile of the same base on examples of the fine-tuning data; or its folder.
+            `TaskRidge()` with `task_profile` and else `Ridge()`, is measured. A name stands for that rule as it is by
+            default.
+        task_profile: Profile of the same base on examples of the fine-tuning data; or its folder.
         treatment: What to do with parameters other than linear weights.
 
     Returns:
@@ -146,11 +147,11 @@ def plan_checkpoint(
     """
     for name, value in (("base", base), ("tuned", tuned), ("output", output)):
         require_kind("adjust_checkpoint", name, value, (str, Path), "a folder")
-    require_number(rule_of("adjust_checkpoint", rule, task))
+    require_number(rule_of("adjust_checkpoint", rule, task_profile))
     output = Path(output)
-    _require_apart(output, base, tuned, profile, task)
+    _require_apart(output, base, tuned, profile, task_profile)
     require_absent(output)
-    settings = opened_settings("adjust_checkpoint", profile, rule, task, treatment)
+    settings = opened_settings("adjust_checkpoint", profile, rule, task_profile, treatment)
     check_rule(settings.rule, settings.profile, settings.task)
     tuned_files, base_files = _open_tuned(Path(tuned)), _open_base(base)
     pair = CheckpointPair(base_files, tuned_files, settings.profile.header)
@@ -162,7 +163,7 @@ def plan_checkpoint(
         output=output,
         profile=settings.profile,
         rule=settings.rule,
-        task=settings.task,
+        task_profile=settings.task,
         treatment=settings.treatment,
         pair=pair,
         entries=plan_parameters(pair.shapes, settings.profile, settings.treatment, pair.aliases).entries,

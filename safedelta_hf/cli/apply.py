@@ -48,7 +48,7 @@ def apply(
     strength: Annotated[
         str | None, typer.Option(help="Strength of the rule: a number; may be left out where the rule has one itself.")
     ] = None,
-    task: Annotated[
+    task_profile: Annotated[
         Path | None, typer.Option(help="Folder of a profile of the task data, for rules that weigh it.")
     ] = None,
     uncovered: Annotated[
@@ -61,7 +61,7 @@ def apply(
         given = context.params
         _require_one_kind(given)
         _require_place(report)
-        chosen = chosen_rule(rule, strength, task)
+        chosen = chosen_rule(rule, strength, task_profile)
         treatment = Treatment(uncovered=cast(Any, uncovered))
         if adapter is not None:
             done = adjust_adapter_files(
@@ -69,7 +69,7 @@ def apply(
                 profile=profile,
                 output=output,
                 rule=chosen,
-                task=task,
+                task_profile=task_profile,
                 base=base,
                 initial_adapter=initial_adapter,
                 treatment=treatment,
@@ -78,7 +78,13 @@ def apply(
             return
         assert base is not None and tuned is not None, "one kind is given, whole"
         plan = plan_checkpoint(
-            base=base, tuned=tuned, output=output, profile=profile, rule=chosen, task=task, treatment=treatment
+            base=base,
+            tuned=tuned,
+            output=output,
+            profile=profile,
+            rule=chosen,
+            task_profile=task_profile,
+            treatment=treatment,
         )
         if dry_run:
             typer.echo(plan.table())

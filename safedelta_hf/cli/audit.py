@@ -17,7 +17,7 @@ TOO_MANY = 3
 
 def audit(
     model: Annotated[str, typer.Option(help="Name or folder of the base (aligned) model, or of an adapter on it.")],
-    data: Annotated[Path, typer.Option(help="The fine-tuning data.")],
+    task_data: Annotated[Path, typer.Option(help="The fine-tuning data.")],
     safety_data: Annotated[Path, typer.Option(help="Harmful prompts with refusals, best the base's own.")],
     output: Annotated[
         Path, typer.Option(help="File of JSON lines to write; must not exist. A killed run goes on there.")
@@ -41,7 +41,7 @@ def audit(
         read, what = source_of(model, "--model"), f"--model {model!r}"
         tokenizer = load_tokenizer(read, what)
         loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)
-        found = audit_data(loaded, data, safety_data, tokenizer, output=output, batch_size=batch_size)
+        found = audit_data(loaded, task_data, safety_data, tokenizer, output=output, batch_size=batch_size)
         typer.echo(found.summary())
         typer.echo(f"Written: {output}")
     if fail_above is not None and found.share > fail_above:

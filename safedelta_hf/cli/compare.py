@@ -41,7 +41,7 @@ TABLE: Final = "comparison.md"
 QUESTIONS: Final = 200
 MAX_NEW_TOKENS: Final = 128
 BATCH_SIZE: Final = 8
-RETENTION: Final = 0.1
+ORDINARY_WEIGHT: Final = 0.1
 SEEDS: Final = (0, 1, 2)
 SEED_LIMIT: Final = 2**32 - 1
 
@@ -52,7 +52,7 @@ OWN_OPTIONS: Final = (
     "safety_data",
     "harmful",
     "benign",
-    "task",
+    "task_questions",
     "score",
     "task_data",
     "ordinary_data",
@@ -73,10 +73,11 @@ Strengths = Annotated[
     ),
 ]
 Grid = Annotated[int, typer.Option(help="Strengths besides, spread over each rule's range.", min=0)]
-Retention = Annotated[
+OrdinaryWeight = Annotated[
     float | None,
     typer.Option(
-        help=f"Weight of ordinary data, compared with none; default none, with --ordinary-data {RETENTION:g}.", min=0
+        help=f"Weight of ordinary data, compared with none; default none, with --ordinary-data {ORDINARY_WEIGHT:g}.",
+        min=0,
     ),
 ]
 Cases = Annotated[
@@ -119,7 +120,7 @@ def comparison(
     rule: RuleNames = None,
     strength: Strengths = None,
     grid: Grid = 0,
-    retention: Retention = None,
+    ordinary_weight: OrdinaryWeight = None,
     sort_task: Annotated[bool, typer.Option(help=SORT_TASK_HELP)] = True,
     case: Cases = None,
     seed: Seeds = None,
@@ -133,7 +134,7 @@ def comparison(
     safety_data: Annotated[Path | None, _own("Harmful prompts with refusals, for the profile.")] = None,
     harmful: Annotated[Path | None, _own("Requests that should be refused, to ask.")] = None,
     benign: Annotated[Path | None, _own("Requests that only look harmful, to ask.")] = None,
-    task: Annotated[Path | None, _own("Questions of the task, to ask; needs --score.")] = None,
+    task_questions: Annotated[Path | None, _own("Questions of the task, to ask; needs --score.")] = None,
     score: Annotated[str | None, _own("module:function of (response, row), from 0 to 1.")] = None,
     task_data: Annotated[Path | None, _own("Examples of the fine-tuning data, for the profile.")] = None,
     ordinary_data: Annotated[Path | None, _own("Ordinary prompts with the base's responses.")] = None,
@@ -153,7 +154,7 @@ def comparison(
         candidates = choose_candidates(
             rule or list(RULES),
             None if strength is None else [parsed_strength(text) for text in strength],
-            _retentions(retention, own),
+            _ordinary_weights(ordinary_weight, own),
             has_task=not own or own["task_data"] is not None,
             steps=grid,
         )
@@ -215,7 +216,7 @@ def _methods(names: Sequence[str]) -> list[str]:
 def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> tuple[list[Scenario], ComparisonFile]:
     # Everything that is small is read before anything that is large.
     score = None if own["score"] is None else load_function(own["score"], "--score")
-    questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task"], score=score)
+    questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task_questions"], score=score)
     read = source_of(own["tuned"], "--tuned", own["base"])
     if own["base"] is None and read.adapter is None:
         _refuse(["base"], "needed to compare rules on a model of your own, unless --tuned is an adapter that names it")
@@ -249,11 +250,11 @@ def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: Compari
     typer.echo(f"Written: {', '.join(map(str, [output / RESULTS, output / TABLE, *figures]))}")
 
 
-def _retentions(given: float | None, own: Mapping[str, Any]) -> list[float]:
+def _ordinary_weights(given: float | None, own: Mapping[str, Any]) -> list[float]:
     has_ordinary = not own or own["ordinary_data"] is not None
     if given and not has_ordinary:
-        raise ConfigurationError("--retention has no effect without --ordinary-data")
-    weight = given if given is not None else RETENTION if own and has_ordinary else 0.0
+        raise ConfigurationError("--ordinary-weight has no effect without --ordinary-data")
+    weight = given if given is not None else ORDINARY_WEIGHT if own and has_ordinary else 0.0
     return [0.0, weight] if weight else [0.0]
 
 

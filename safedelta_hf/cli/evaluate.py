@@ -21,7 +21,7 @@ def evaluate(
     harmful: Annotated[Path | None, typer.Option(help="Requests that should be refused.")] = None,
     benign: Annotated[Path | None, typer.Option(help="Requests that look harmful and should not be refused.")] = None,
     refusals: Annotated[Path | None, typer.Option(help="Prompts with the refusals whose likelihood counts.")] = None,
-    task: Annotated[Path | None, typer.Option(help="Questions of your task; needs --score.")] = None,
+    task_questions: Annotated[Path | None, typer.Option(help="Questions of your task; needs --score.")] = None,
     score: Annotated[str | None, typer.Option(help="module:function of (response, row), from 0 to 1.")] = None,
     judge: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def evaluate(
             harmful=harmful,
             benign=benign,
             refusals=refusals,
-            task=task,
+            task=task_questions,
             score=None if score is None else load_function(score, "--score"),
             judge=_judge(judge, guard, guard_template, batch_size),
             harness=_harness(lm_eval, lm_eval_include, lm_eval_limit),

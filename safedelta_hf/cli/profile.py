@@ -20,7 +20,7 @@ from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.folders import require_absent
 from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
 from safedelta_hf.profile.encodings import ENCODINGS, Encoding, encoding_of
-from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_retention
+from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_ordinary
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 STORAGES: Final = ", ".join(f"{name}:RANK" if name == "eigenbasis" else name for name in ENCODINGS)
@@ -114,7 +114,7 @@ def profile(
             weight = ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight
             how |= {"config": replace(config, holdout=0.0), "digests": found.header.base}
             ordinary = collect_profile(loaded, ordinary_data, tokenizer, purpose="ordinary data", **how)
-            found = with_retention(found, ordinary, weight)
+            found = with_ordinary(found, ordinary, weight)
         found.save(output, encoding)
         typer.echo(_summary(found, output))
         if task_data is not None and sorted_by is None:

@@ -17,16 +17,16 @@ NEEDS_DENSE: Final = "it needs whole weights, and an adapter keeps its rank; mer
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The rules that take part, at each strength, with and without retention.
+    """The rules that take part, at each strength, with and without ordinary data.
 
     Attributes:
         rules: Each rule at one strength.
-        retentions: Weights of the ordinary data; 0 is without.
+        ordinary_weights: Weights of the ordinary data; 0 is without.
         left_out: Rules that do not take part, with the reason.
     """
 
     rules: tuple[Rule, ...]
-    retentions: tuple[float, ...]
+    ordinary_weights: tuple[float, ...]
     left_out: Mapping[str, str]
 
     def on(self, scenario: Scenario) -> Iterator[Candidate]:
@@ -39,15 +39,15 @@ class Candidates:
             Candidates, rule by rule.
         """
         for rule in filter(scenario.takes, self.rules):
-            # Where nothing is read from the moments, retention changes nothing.
-            for weight in self.retentions if rule.reads_moments else (0.0,):
+            # Where nothing is read from the moments, ordinary data changes nothing.
+            for weight in self.ordinary_weights if rule.reads_moments else (0.0,):
                 yield scenario.adjusted(rule, weight)
 
 
 def choose_candidates(
     names: Sequence[str],
     strengths: Sequence[float | Literal["auto"]] | None,
-    retentions: Sequence[float],
+    ordinary_weights: Sequence[float],
     *,
     has_task: bool,
     steps: int = 0,
@@ -58,7 +58,7 @@ def choose_candidates(
         names: Rules, out of `RULES`.
         strengths: Numbers or "auto"; None for "auto" and the rule's own default, where that is a number (of
             `SafeDelta` it is the published one).
-        retentions: Weights of the ordinary data; 0 is without.
+        ordinary_weights: Weights of the ordinary data; 0 is without.
         has_task: Whether there are task data.
         steps: How many strengths to take besides, spread over each rule's search range.
 
@@ -85,7 +85,7 @@ def choose_candidates(
     if not rules:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ConfigurationError(f"no rule can take part ({reasons})")
-    return Candidates(rules=tuple(rules), retentions=tuple(dict.fromkeys(retentions)), left_out=left_out)
+    return Candidates(rules=tuple(rules), ordinary_weights=tuple(dict.fromkeys(ordinary_weights)), left_out=left_out)
 
 
 def grid(rule: type[Rule], count: int) -> list[float]:

@@ -86,14 +86,14 @@ def label_of(point: Point) -> str:
         point: The point.
 
     Returns:
-        The method; of a rule with its strength, unless that was measured, and its retention.
+        The method; of a rule with its strength, unless that was measured, and the weight of ordinary data.
     """
     parts = [f"{point.method} (interpolation)" if point.method == Scale.name else point.method]
     if "strength" in point.settings and point.search is None:
         strength = point.settings["strength"]
         parts.append(f"published {strength:g}" if _is_published(point.method, strength) else f"strength {strength:g}")
-    if point.settings.get("retention"):
-        parts.append(f"retention {point.settings['retention']:g}")
+    if point.settings.get("ordinary_weight"):
+        parts.append(f"ordinary weight {point.settings['ordinary_weight']:g}")
     return ", ".join(parts)
 
 
@@ -191,7 +191,7 @@ def _is_default(point: Point, file: ComparisonFile) -> bool:
     return (
         default is not None
         and point.method == default.name
-        and {**point.settings} == {**default.settings, "retention": 0.0}
+        and {**point.settings} == {**default.settings, "ordinary_weight": 0.0}
     )
 
 

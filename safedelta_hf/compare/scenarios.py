@@ -22,7 +22,7 @@ from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
 from safedelta_hf.evaluation.result import Score
 from safedelta_hf.model.adjust import adjust_model
-from safedelta_hf.profile.profile import SafetyProfile, with_retention
+from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
@@ -178,7 +178,7 @@ class Scenario(ABC):
     def adjusted(
         self,
         rule: Rule,
-        retention: float = 0.0,
+        ordinary_weight: float = 0.0,
         *,
         tuned: Callable[[], TunedModel] | None = None,
         task: Callable[[], SafetyProfile] | None = None,
@@ -188,7 +188,7 @@ class Scenario(ABC):
 
         Args:
             rule: The rule.
-            retention: Weight of the ordinary data; 0 is without.
+            ordinary_weight: Weight of the ordinary data; 0 is without.
             tuned: Another fine-tuned model of the same base and task.
             task: Another profile of the task data, for rules that weigh them.
             method: What it is called; the rule's name if None.
@@ -199,9 +199,9 @@ class Scenario(ABC):
 
         def make() -> CandidateModel:
             model, profile = (tuned() if tuned else self.tuned).restored(), self.profile
-            if retention:
+            if ordinary_weight:
                 assert self.ordinary is not None, "checked before anything was made"
-                profile = with_retention(profile, self.ordinary, retention)
+                profile = with_ordinary(profile, self.ordinary, ordinary_weight)
             weighed = (task() if task else self.task) if rule.needs_task else None
             applied = rule if weighed is not None or not rule.needs_task else rule.without_task()
             started = time.perf_counter()
@@ -209,7 +209,9 @@ class Scenario(ABC):
             seconds = time.perf_counter() - started
             return CandidateModel(model, seconds, None if report.search is None else asdict(report.search))
 
-        return Candidate(method=method or rule.name, settings={**rule.settings, "retention": retention}, make=make)
+        return Candidate(
+            method=method or rule.name, settings={**rule.settings, "ordinary_weight": ordinary_weight}, make=make
+        )
 
 
 def _adjust(
@@ -219,7 +221,7 @@ def _adjust(
     with warnings.catch_warnings():
         # The table says so.
         warnings.filterwarnings("ignore", message=".*Even the strictest strength.*")
-        return adjust(model, base=base, profile=profile, rule=rule, task=task, progress=False)
+        return adjust(model, base=base, profile=profile, rule=rule, task_profile=task, progress=False)
 
 
 def _has_adapter(model: PreTrainedModel) -> bool:
@@ -238,7 +240,7 @@ class ModelScenario(Scenario):
         questions: What every model is asked, harmful prompts among them.
         safety_data: Harmful prompts with refusals.
         task_data: Examples of the fine-tuning data, for rules that weigh them.
-        ordinary_data: Ordinary prompts with the base's responses, for retention.
+        ordinary_data: Ordinary prompts with the base's responses, to protect them too.
         sort_task: Whether examples that the base would refuse are left out of the task.
         settings: How responses are made.
 

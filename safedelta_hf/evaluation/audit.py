@@ -128,8 +128,8 @@ class Audit:
 
 def audit_data(
     model: nn.Module,
-    data: Source,
-    safety_data: Source,
+    task_dataset: Source,
+    safety_dataset: Source,
     processing_class: ProcessingClass | None = None,
     *,
     output: str | Path | None = None,
@@ -143,8 +143,8 @@ def audit_data(
 
     Args:
         model: The base (aligned) model, on any device; adapters on it are disabled meanwhile.
-        data: The data set: rows of any form that `read_safety_data` takes, or where they are.
-        safety_data: Harmful prompts with the responses of a safe model, best the base's own.
+        task_dataset: The fine-tuning data: rows of any form that `read_safety_data` takes, or where they are.
+        safety_dataset: Harmful prompts with the responses of a safe model, best the base's own.
         processing_class: Tokenizer or processor; not needed for tokenised rows.
         output: File of JSON lines to write, one for each row, in their order. It appears once it is complete; a run
             that was killed goes on where it stopped. None writes nothing.
@@ -161,11 +161,11 @@ def audit_data(
     """
     if batch_size < 1:
         raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
-    refusals = read_safety_data(safety_data, processing_class)
+    refusals = read_safety_data(safety_dataset, processing_class)
     try:
-        rows = read_rows(data)
+        rows = read_rows(task_dataset)
     except DataError as error:
-        raise error.at("data") from error
+        raise error.at("task data") from error
     read = [_read(row, place, processing_class) for place, row in rows]
     questions = asked([one for one in read if isinstance(one, SafetySequence)], refusals, processing_class)
     if not questions.openings:

@@ -129,7 +129,7 @@ class Questions:
                 "evaluation: nothing to ask; give at least one of harmful, benign, refusals, task, and tasks of lm_eval"
             )
         if (self.task is None) != (self.score is None):
-            raise ConfigurationError("evaluation: task and score belong together; give both or neither")
+            raise ConfigurationError("evaluation: task questions and score belong together; give both or neither")
         if self.judge is not None and self.harmful is None:
             raise ConfigurationError("evaluation: a judge judges the responses to harmful prompts; give harmful too")
 

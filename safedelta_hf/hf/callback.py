@@ -87,9 +87,9 @@ class SafeDeltaCallback(TrainerCallback):
             measured.
         config: How the data is read, and which linear weights are adjusted; `ProfileConfig()` if None.
         profile: A profile made before, or the folder of one, instead of `safety_dataset`.
-        retention_dataset: Ordinary prompts with the base model's responses: what the model could do is protected beside
+        ordinary_dataset: Ordinary prompts with the base model's responses: what the model could do is protected beside
             its refusals.
-        retention_weight: Weight of that data against the safety data.
+        ordinary_weight: Weight of that data against the safety data.
         task_dataset: Examples of the fine-tuning data, for rules that weigh them; drawn from the Trainer's own if None.
         task_examples: Number of examples to draw from the Trainer's own.
         sort_task: Whether those of them that the base would refuse are left out; if none is left, the rule is used
@@ -101,13 +101,13 @@ class SafeDeltaCallback(TrainerCallback):
         processing_class: Tokenizer or processor for the safety data; the Trainer's own if None.
         polish: Whether, and how, the adjusted model is polished: some steps in which it learns from the base how to
             refuse (`safety_dataset`, which may then stand beside a `profile`) and to answer ordinary prompts
-            (`retention_dataset`), and from the fine-tuned model what was taught (`task_dataset`). None for no polish.
+            (`ordinary_dataset`), and from the fine-tuned model what was taught (`task_dataset`). None for no polish.
 
     Attributes:
         report: What was done; None until training has ended.
         profile: The safety profile; None until training has started, unless it was given.
-        task: The profile of the fine-tuning data, if the rule weighs it; None until training has started, and where
-            the base would refuse all of it.
+        task_profile: The profile of the fine-tuning data, if the rule weighs it; None until training has started, and
+            where the base would refuse all of it.
 
     Raises:
         ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or an argument is of another
@@ -123,8 +123,8 @@ class SafeDeltaCallback(TrainerCallback):
         *,
         config: ProfileConfig | None = None,
         profile: SafetyProfile | str | Path | None = None,
-        retention_dataset: Source | None = None,
-        retention_weight: float = 0.1,
+        ordinary_dataset: Source | None = None,
+        ordinary_weight: float = 0.1,
         task_dataset: Source | None = None,
         task_examples: int = 256,
         sort_task: bool = True,
@@ -143,8 +143,8 @@ class SafeDeltaCallback(TrainerCallback):
         require_kind(OWNER, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
         require_kind(OWNER, "keep_tuned", keep_tuned, (str, Path, type(None)), "a folder")
         require_processing_class(OWNER, processing_class)
-        if profile is not None and retention_dataset is not None and polish is None:
-            raise ConfigurationError("SafeDeltaCallback: retention_dataset has no effect beside a profile made before")
+        if profile is not None and ordinary_dataset is not None and polish is None:
+            raise ConfigurationError("SafeDeltaCallback: ordinary_dataset has no effect beside a profile made before")
         if task_dataset is not None and not self._rule.needs_task and polish is None:
             raise ConfigurationError(
                 f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
@@ -152,11 +152,11 @@ class SafeDeltaCallback(TrainerCallback):
         self.report: Report | None = None
         self._given_profile = None if profile is None else opened_profile(OWNER, profile)
         self.profile = self._given_profile
-        self.task: SafetyProfile | None = None
+        self.task_profile: SafetyProfile | None = None
         self._data = RunData(
             safety=safety_dataset,
-            retention=retention_dataset,
-            retention_weight=retention_weight,
+            ordinary=ordinary_dataset,
+            ordinary_weight=ordinary_weight,
             task=task_dataset,
             task_examples=task_examples,
             sort_task=sort_task,
@@ -219,7 +219,7 @@ class SafeDeltaCallback(TrainerCallback):
             warn_of_other_data(profile, state)
             remember(run, state, profile.header.data)
             entries = entries_of_trained(opened, profile, self._treatment)
-            check_entries(entries, profile, self._fitting(self._rule), self.task, is_dense=trains_dense(opened))
+            check_entries(entries, profile, self._fitting(self._rule), self.task_profile, is_dense=trains_dense(opened))
 
     def on_train_end(
         self,
@@ -288,7 +288,7 @@ class SafeDeltaCallback(TrainerCallback):
             BaseWeightsError: The callback has not seen the start of the training.
             ConfigurationError: The model was adjusted already, and its fine-tuned weights were not kept.
         """
-        chosen = self._rule if rule is None else rule_of(OWNER, rule, self.task)
+        chosen = self._rule if rule is None else rule_of(OWNER, rule, self.task_profile)
         run, profile = self._started()
         opened = open_model(bare(model, OWNER))
         adapter = trained_adapter(opened.model, OWNER)
@@ -304,7 +304,7 @@ class SafeDeltaCallback(TrainerCallback):
                 base=run.weights,
                 profile=profile,
                 rule=self._fitting(chosen),
-                task=self.task,
+                task_profile=self.task_profile,
                 treatment=self._treatment,
                 workspace=workspace,
                 progress=progress,
@@ -329,7 +329,7 @@ class SafeDeltaCallback(TrainerCallback):
     ) -> None:
         # What belonged to the model before is let go first: copies of its weights, and its moments.
         self._run, self._model = None, None
-        self.profile, self.task, self._nothing_left = self._given_profile, None, None
+        self.profile, self.task_profile, self._nothing_left = self._given_profile, None, None
         adapter = trained_adapter(model.model, OWNER)
         if adapter is not None:
             require_adjustable(model.model, adapter)
@@ -359,7 +359,7 @@ class SafeDeltaCallback(TrainerCallback):
 
     def _read_task(self, collector: ProfileCollector, train_dataset: Any, profile: SafetyProfile) -> None:  # noqa: ANN401
         try:
-            self.task = collector.task(self._data, train_dataset, profile)
+            self.task_profile = collector.task(self._data, train_dataset, profile)
         except NothingLeftError as error:
             assert isinstance(error.sorting, TaskSorting), "it was raised by what sorts"
             self._nothing_left = error.sorting

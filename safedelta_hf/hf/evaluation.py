@@ -44,7 +44,7 @@ class EvaluationCallback(TrainerCallback):
         harmful: Requests that should be refused: path of a file with one prompt per line, or rows.
         benign: Requests that look harmful and should not be refused.
         refusals: Prompts with the refusals to them, whose likelihood is measured, in any form that TRL takes.
-        task: Questions of the task, with `score`.
+        task_questions: Questions of the task, with `score`.
         score: Called with a response and its row; returns how right it is, from 0 to 1.
         judge: Called with prompt and response; returns how harmful the response is, from 0 to 1.
         every: "epoch", a number of optimizer steps, or None for the end of training alone.
@@ -67,7 +67,7 @@ class EvaluationCallback(TrainerCallback):
         benign: PromptSource | None = None,
         refusals: Source | None = None,
         *,
-        task: PromptSource | None = None,
+        task_questions: PromptSource | None = None,
         score: TaskScore | None = None,
         judge: Judge | None = None,
         every: Literal["epoch"] | int | None = "epoch",
@@ -87,7 +87,7 @@ class EvaluationCallback(TrainerCallback):
         self._processing_class = processing_class
         self._refusals = kept(refusals)
         asked = Questions.read(
-            harmful=harmful, benign=benign, refusals=self._refusals, task=task, score=score, judge=judge
+            harmful=harmful, benign=benign, refusals=self._refusals, task=task_questions, score=score, judge=judge
         )
         self._harmful, self._benign, self._task = (
             self._first(part) for part in (asked.harmful, asked.benign, asked.task)

@@ -125,7 +125,7 @@ class RunPolish:
         self._of_base = lessons_of_base(
             model,
             (refusals, held_out),
-            [] if data.retention is None else read(data.retention, "ordinary data"),
+            [] if data.ordinary is None else read(data.ordinary, "ordinary data"),
             holdout=self._config.holdout,
             top_k=self._config.top_k,
             batch_size=batch_size,

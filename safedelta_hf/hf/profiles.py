@@ -23,7 +23,7 @@ from safedelta_hf.data.rows import kept
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError, NothingLeftError, SafeDeltaWarning, require_kind
-from safedelta_hf.profile.profile import SafetyProfile, with_retention
+from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
 from safedelta_hf.rules.rule import require_number
 
 logger = logging.get_logger(__name__)
@@ -38,8 +38,8 @@ class RunData:
 
     Attributes:
         safety: Harmful prompts with the responses of a safe model; None if there is a profile of it already.
-        retention: Ordinary prompts with the base model's responses, to protect them beside the refusals.
-        retention_weight: Weight of that data's Hessians.
+        ordinary: Ordinary prompts with the base model's responses, to protect them beside the refusals.
+        ordinary_weight: Weight of that data's Hessians.
         task: Examples of the fine-tuning data; None for the Trainer's own.
         task_examples: Number of examples to take of the Trainer's own.
         sort_task: Whether examples that the base would refuse are left out of the task.
@@ -50,8 +50,8 @@ class RunData:
     """
 
     safety: Source | None
-    retention: Source | None = None
-    retention_weight: float = 0.1
+    ordinary: Source | None = None
+    ordinary_weight: float = 0.1
     task: Source | None = None
     task_examples: int = 256
     sort_task: bool = True
@@ -59,10 +59,10 @@ class RunData:
     def __post_init__(self) -> None:
         if type(self.task_examples) is not int or self.task_examples < 1:
             raise ConfigurationError(f"task_examples={self.task_examples!r} must be a whole number of at least 1")
-        weight, owner = self.retention_weight, "SafeDeltaCallback"
+        weight, owner = self.ordinary_weight, "SafeDeltaCallback"
         require_kind(owner, "sort_task", self.sort_task, bool, "True or False")
-        require_number(owner, "retention_weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
-        for name in ("safety", "retention", "task"):
+        require_number(owner, "ordinary_weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
+        for name in ("safety", "ordinary", "task"):
             # An iterator would be empty for the second model of a sweep.
             object.__setattr__(self, name, kept(getattr(self, name)))
             if getattr(self, name) is not None:
@@ -117,9 +117,9 @@ class ProfileCollector:
         if self.is_measured and holdout is None:
             holdout = DEFAULT_HOLDOUT
         profile = self._collect(data.safety, SAFETY_DATA, holdout=holdout)
-        if data.retention is None:
+        if data.ordinary is None:
             return profile
-        return with_retention(profile, self._collect(data.retention, "ordinary data"), data.retention_weight)
+        return with_ordinary(profile, self._collect(data.ordinary, "ordinary data"), data.ordinary_weight)
 
     def task(self, data: RunData, train_dataset: Any, profile: SafetyProfile) -> SafetyProfile:  # noqa: ANN401
         """The profile of the fine-tuning data.

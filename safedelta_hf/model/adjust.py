@@ -28,7 +28,7 @@ def adjust_model(
     base: nn.Module | str | Path | WeightReader,
     profile: SafetyProfile | str | Path,
     rule: Rule | str | None = None,
-    task: SafetyProfile | str | Path | None = None,
+    task_profile: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
     workspace: str | Path | None = None,
     progress: bool = True,
@@ -40,9 +40,10 @@ def adjust_model(
             call this; each adjusts what it holds.
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
         profile: Profile of that base, or the folder of one.
-        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a `task`, else `Ridge()`, if
-            None.
-        task: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh them.
+        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a
+            `task_profile`, else `Ridge()`, if None.
+        task_profile: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh
+            them.
         treatment: What to do with parameters other than linear weights.
         workspace: Folder with room for a temporary copy of the changed weights; None for the system's default.
         progress: Whether to show progress bars.
@@ -53,7 +54,7 @@ def adjust_model(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
-    settings = opened_settings("adjust_model", profile, rule, task, treatment, workspace)
+    settings = opened_settings("adjust_model", profile, rule, task_profile, treatment, workspace)
     require_kind("adjust_model", "model", model, (nn.Module, ShardedModel), "a model")
     if not (hasattr(base, "read") and hasattr(base, "source")):
         require_kind("adjust_model", "base", base, (nn.Module, str, Path), "a model, or the folder of one")

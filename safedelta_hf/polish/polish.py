@@ -38,7 +38,7 @@ def polish_model(
     base: nn.Module | str | Path | None = None,
     tuned: nn.Module | str | Path | None = None,
     task_dataset: Source | None = None,
-    retention_dataset: Source | None = None,
+    ordinary_dataset: Source | None = None,
     config: PolishConfig | None = None,
     processing_class: ProcessingClass | None = None,
     max_length: int | None = None,
@@ -58,7 +58,7 @@ def polish_model(
         tuned: The fine-tuned model or its folder, before it was adjusted; with `task_dataset`.
         task_dataset: Examples of the fine-tuning data, taught by the fine-tuned model. Leave out what the base would
             refuse: the fine-tuned model hands on what it does there.
-        retention_dataset: Ordinary prompts with the base's responses, taught by the base.
+        ordinary_dataset: Ordinary prompts with the base's responses, taught by the base.
         config: How; `PolishConfig()` if None. Its `steps` are a share of `args.max_steps`, unless a whole number.
         processing_class: Tokenizer or processor; not needed for tokenised data.
         max_length: Rows are cut to this many tokens; None leaves them whole.
@@ -89,7 +89,7 @@ def polish_model(
         raise DataError(f"{OWNER}: the refusals are too few, or all about one thing, so that none can be held out")
     with foreign_errors_named("polishing the weights"):
         teacher = opened if base is None else open_model(_loaded(base, "base"))
-        ordinary = read(retention_dataset, "ordinary data")
+        ordinary = read(ordinary_dataset, "ordinary data")
         lessons = lessons_of_base(
             teacher,
             (refusals, held_out),

@@ -214,7 +214,7 @@ def opened_profile(owner: str, profile: object, setting: str = "profile") -> Saf
     return SafetyProfile.load(profile) if isinstance(profile, str | Path) else cast(SafetyProfile, profile)
 
 
-def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> SafetyProfile:
+def with_ordinary(profile: SafetyProfile, ordinary: SafetyProfile, weight: float) -> SafetyProfile:
     """A profile that protects ordinary behaviour together with the refusals: its Hessians are `H + weight * R`.
 
     Where the moments are in the memory of several processes, all of them call this.
@@ -229,17 +229,19 @@ def with_retention(profile: SafetyProfile, ordinary: SafetyProfile, weight: floa
 
     Raises:
         ConfigurationError: The weight is not positive.
-        ProfileError: The profiles are of different base models, or the first has a retention already.
+        ProfileError: The profiles are of different base models, or the first protects ordinary data already.
     """
-    require_number("retention", "weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
+    require_number("with_ordinary", "weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
     if dict(profile.header.base) != dict(ordinary.header.base):
         raise ProfileError(
-            f"retention: the profile of the ordinary data was made of {ordinary.header.model}, which is another base "
+            f"with_ordinary: the ordinary data's profile was made of {ordinary.header.model}, which is another base "
             f"than that of the safety profile ({profile.header.model}), or the same in another precision; collect it "
             "again"
         )
     if profile.header.retention is not None:
-        raise ProfileError("retention: the safety profile protects ordinary data already; start from one that does not")
+        raise ProfileError(
+            "with_ordinary: the safety profile protects ordinary data already; start from one that does not"
+        )
     seen = ordinary.header
     retention = Retention(data=seen.data, sequences=seen.sequences, tokens=seen.tokens, weight=weight)
     return replace(

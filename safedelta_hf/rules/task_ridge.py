@@ -49,7 +49,9 @@ class TaskRidge(Shrinking):
     @override
     def factorise(self, moments: LayerMoments) -> Transform:
         if moments.task is None:
-            raise ProfileError("TaskRidge needs the moments of the task data; pass task=<a profile of the task data>")
+            raise ProfileError(
+                "TaskRidge needs the moments of the task data; pass task_profile=<a profile of the task data>"
+            )
         if not moments.task.any() and number(self.strength) > 0:
             # The task does not depend on this layer, so any price is too high; what safety never uses is free.
             safety = moments.safety

@@ -201,7 +201,7 @@ def _polished(scenario: CaseScenario) -> Iterator[Candidate]:
     # As a user does it: one callback, from the first step to the last.
     def trained() -> tuple[PreTrainedModel, float]:
         ordinary = ordinary_data(ORDINARY_ROWS)
-        callback = SafeDeltaCallback(safety_data(), retention_dataset=ordinary, polish=PolishConfig())
+        callback = SafeDeltaCallback(safety_data(), ordinary_dataset=ordinary, polish=PolishConfig())
         return scenario.trained(training=Training(callbacks=(callback,)))
 
     yield _candidate(f"{TaskRidge.name}, then polished", scenario.case, trained)

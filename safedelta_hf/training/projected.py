@@ -33,7 +33,7 @@ from safedelta_hf.errors import AdapterError, BaseWeightsError, ConfigurationErr
 from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.modules.adapters import trained_adapter
 from safedelta_hf.modules.names import bare
-from safedelta_hf.profile.profile import SafetyProfile, with_retention
+from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
 from safedelta_hf.records import Action, PlanEntry, Treatment
 from safedelta_hf.rules import Ridge
 from safedelta_hf.rules.rule import LayerMoments, Shrinking, number, require_number
@@ -83,9 +83,9 @@ class ProjectedTraining(TrainerCallback):
         hard: Instead of `strength`, the share of each Hessian's trace that is left to the delta, in [0, 1]; 1 is plain
             training. Applied once more when training has ended.
         every_n_steps: After which optimiser steps the delta is projected.
-        retention_dataset: Ordinary prompts with the base model's responses, protected beside the refusals:
+        ordinary_dataset: Ordinary prompts with the base model's responses, protected beside the refusals:
             `H + rho R`.
-        retention_weight: `rho`.
+        ordinary_weight: `rho`.
         config: How the data is read, and which linear weights are projected; all of it, nothing held out, if None.
         base: The base model or its folder, if it is not what the model holds when training starts, as in a run that was
             resumed. Adapters have theirs below them.
@@ -109,8 +109,8 @@ class ProjectedTraining(TrainerCallback):
         strength: float | None = None,
         hard: float | None = None,
         every_n_steps: int = 1,
-        retention_dataset: Source | None = None,
-        retention_weight: float = 0.1,
+        ordinary_dataset: Source | None = None,
+        ordinary_weight: float = 0.1,
         config: ProfileConfig | None = None,
         base: nn.Module | str | Path | None = None,
         treatment: Treatment | None = None,
@@ -118,8 +118,8 @@ class ProjectedTraining(TrainerCallback):
     ) -> None:
         if (safety_dataset is None) == (profile is None):
             raise ConfigurationError("ProjectedTraining: pass either safety_dataset or profile")
-        if profile is not None and retention_dataset is not None:
-            raise ConfigurationError("ProjectedTraining: retention_dataset has no effect beside a profile made before")
+        if profile is not None and ordinary_dataset is not None:
+            raise ConfigurationError("ProjectedTraining: ordinary_dataset has no effect beside a profile made before")
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ConfigurationError(
                 f"ProjectedTraining: every_n_steps={every_n_steps!r} must be a whole number of at least 1"
@@ -127,7 +127,7 @@ class ProjectedTraining(TrainerCallback):
         self._rule = _rule_of(strength, hard)
         self._every = every_n_steps
         self._safety = safety_dataset
-        self._retention, self._retention_weight = retention_dataset, retention_weight
+        self._ordinary, self._ordinary_weight = ordinary_dataset, ordinary_weight
         self._config = config or ProfileConfig(holdout=0.0)
         self._given_base = base
         self._treatment = treatment or Treatment()
@@ -258,10 +258,10 @@ class ProjectedTraining(TrainerCallback):
             )
 
         profile = read(self._safety, self._config, SAFETY_DATA)
-        if self._retention is None:
+        if self._ordinary is None:
             return profile
-        ordinary = read(self._retention, replace(self._config, holdout=0.0), "ordinary data")
-        return with_retention(profile, ordinary, self._retention_weight)
+        ordinary = read(self._ordinary, replace(self._config, holdout=0.0), "ordinary data")
+        return with_ordinary(profile, ordinary, self._ordinary_weight)
 
 
 def _rule_of(strength: float | None, hard: float | None) -> Ridge | NullSpace:

@@ -60,7 +60,7 @@ def drift(profile, model):
 
 
 def adjust(model, profile, rule, task=None):
-    return adjust_model(model, base=refusing.base(), profile=profile, task=task, rule=rule, progress=False)
+    return adjust_model(model, base=refusing.base(), profile=profile, task_profile=task, rule=rule, progress=False)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -186,11 +186,11 @@ def with_lora():
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_an_adapter_is_measured_as_it_runs(profile, task, rule):
     model, again = with_lora(), with_lora()
-    search = adjust_adapter(model, profile=profile, task=task, rule=rule, progress=False).search
+    search = adjust_adapter(model, profile=profile, task_profile=task, rule=rule, progress=False).search
     assert search.outcome == "found"
     found = drift(profile, model)
     assert found.lost == 0 and found.probability_lost <= AUTO.share
-    adjust_adapter(again, profile=profile, task=task, rule=rule.at(search.strength), progress=False)
+    adjust_adapter(again, profile=profile, task_profile=task, rule=rule.at(search.strength), progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(again))
 
 

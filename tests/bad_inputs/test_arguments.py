@@ -29,7 +29,7 @@ from safedelta_hf import (
     adjust_checkpoint,
     adjust_model,
     collect_profile,
-    with_retention,
+    with_ordinary,
 )
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, ProfileError, SafeDeltaError
 from tests.bad_inputs import right_or_named
@@ -164,9 +164,9 @@ CALLBACKS = {
     "no task examples": ({"safety_dataset": ROWS, "task_examples": 0}, "task_examples=0"),
     "half a task example": ({"safety_dataset": ROWS, "task_examples": 0.5}, "task_examples=0.5"),
     "true task examples": ({"safety_dataset": ROWS, "task_examples": True}, "task_examples=True"),
-    "a weight in words": ({"safety_dataset": ROWS, "retention_weight": "much"}, "retention_weight='much'"),
-    "no weight": ({"safety_dataset": ROWS, "retention_weight": None}, "retention_weight=None"),
-    "infinite weight": ({"safety_dataset": ROWS, "retention_weight": math.inf}, "retention_weight=inf"),
+    "a weight in words": ({"safety_dataset": ROWS, "ordinary_weight": "much"}, "ordinary_weight='much'"),
+    "no weight": ({"safety_dataset": ROWS, "ordinary_weight": None}, "ordinary_weight=None"),
+    "infinite weight": ({"safety_dataset": ROWS, "ordinary_weight": math.inf}, "ordinary_weight=inf"),
     "a task that is not weighed": ({"safety_dataset": ROWS, "task_dataset": ROWS, "rule": Ridge()}, "does not weigh"),
 }
 
@@ -195,7 +195,7 @@ def test_the_callback_refuses_data_that_cannot_be_when_it_is_made(data, told):
     refused(lambda: SafeDeltaCallback(data), kind=DataError, told=told)
 
 
-@pytest.mark.parametrize("name", ["retention_dataset", "task_dataset"])
+@pytest.mark.parametrize("name", ["ordinary_dataset", "task_dataset"])
 def test_the_callback_refuses_further_data_that_cannot_be_when_it_is_made(name):
     refused(lambda: SafeDeltaCallback(ROWS, **{name: 3}), kind=DataError, told=f"{name}: a int holds no rows")
 
@@ -330,7 +330,7 @@ def test_a_measured_strength_on_files_is_refused(profile, tmp_path):
 
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf, "much", None, True])
 def test_a_weight_of_ordinary_data_that_is_none_is_refused(weight, profile):
-    refused(lambda: with_retention(profile, profile, weight), told="weight=")
+    refused(lambda: with_ordinary(profile, profile, weight), told="weight=")
 
 
 @pytest.mark.parametrize("source", ["", "no-folder", "/no/folder", "a/b/c", "./here"])

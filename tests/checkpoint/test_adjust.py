@@ -102,8 +102,8 @@ def test_the_output_is_the_adjusted_model_as_save_pretrained_writes_it(kind, cas
 def test_every_kind_of_rule_gives_what_it_gives_in_memory(rule, case, tmp_path):
     task = collect_profile(MODELS["untied"](), tiny.rows(8, seed=4), config=ProfileConfig(holdout=0.0), progress=False)
     task.save(tmp_path / "task")
-    case.adjust(rule=rule, task=tmp_path / "task")
-    expected(case, tmp_path / "expected", rule=rule, task=task)
+    case.adjust(rule=rule, task_profile=tmp_path / "task")
+    expected(case, tmp_path / "expected", rule=rule, task_profile=task)
     assert weight_files(case.output) == weight_files(tmp_path / "expected")
 
 

@@ -36,7 +36,7 @@ def test_a_measured_strength_is_refused_before_anything_is_read(case):
 
 
 def test_a_rule_that_weighs_the_task_needs_its_profile(case):
-    with pytest.raises(ProfileError, match="pass task="):
+    with pytest.raises(ProfileError, match="pass task_profile="):
         case.adjust(rule=TaskRidge(strength=1.0))
     assert not case.work.exists()
 

@@ -81,7 +81,7 @@ def test_a_base_and_an_initial_adapter_are_passed_on(folder):
 
 
 def test_the_default_rule_is_that_of_every_entry_and_needs_a_number_here(folder):
-    for options, rule in (([], "ridge"), (["--task", folder / "profile"], "task_ridge")):
+    for options, rule in (([], "ridge"), (["--task-profile", folder / "profile"], "task_ridge")):
         result = apply(folder, *options)
         assert result.exit_code == 1 and len(result.output.splitlines()) == 1
         assert result.output.startswith(f"safedelta: {rule}: strength='auto'") and "--strength on the" in result.output

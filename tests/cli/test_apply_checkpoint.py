@@ -44,7 +44,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(case):
 
 
 def test_a_task_profile_and_a_treatment_are_passed_on(case):
-    result = apply(case, "--rule", "task_ridge", "--strength", 1, "--task", case.folder / "profile")
+    result = apply(case, "--rule", "task_ridge", "--strength", 1, "--task-profile", case.folder / "profile")
     assert result.exit_code == 0, result.output
     result = apply(case, "--strength", 1, "--uncovered", "magic", output=case.folder / "other")
     assert result.exit_code == 1 and "uncovered='magic' is not one of ['error', 'keep', 'reset']" in result.output
@@ -60,8 +60,8 @@ def test_a_task_profile_and_a_treatment_are_passed_on(case):
         (["--dry-run", "--device", "cpu"], {"tuned": None, "adapter": "x"}, "--device, --dry-run: only with --tuned"),
         (["--strength", "auto"], {}, "strength='auto' measures a model in memory"),
         ([], {}, "ridge: strength='auto' measures a model in memory, and there is none here; give a number"),
-        (["--task", "{profile}"], {}, "task_ridge: strength='auto'"),
-        (["--rule", "task_ridge", "--strength", "1"], {}, "pass task="),
+        (["--task-profile", "{profile}"], {}, "task_ridge: strength='auto'"),
+        (["--rule", "task_ridge", "--strength", "1"], {}, "pass task_profile="),
         (["--device", "abacus", "--strength", "1"], {}, "device='abacus' cannot be used here"),
     ],
 )

@@ -19,7 +19,7 @@ def files(tmp_path):
 
 
 def run(files, *options, model=ALIGNED_MODEL):
-    given = [f"--model={model}", f"--data={files / 'train.jsonl'}", f"--safety-data={files / 'refusals.jsonl'}"]
+    given = [f"--model={model}", f"--task-data={files / 'train.jsonl'}", f"--safety-data={files / 'refusals.jsonl'}"]
     return CliRunner().invoke(app, ["audit", *given, f"--output={files / 'audit.jsonl'}", *options])
 
 

@@ -23,7 +23,7 @@ from safedelta_hf.testbed import (
 )
 from tests.fixtures import adapters, tiny
 
-SMALL = ["--case=harmful", "--seed=0", "--weights=full", "--questions=12", "--method=none", "--retention=0.1"]
+SMALL = ["--case=harmful", "--seed=0", "--weights=full", "--questions=12", "--method=none", "--ordinary-weight=0.1"]
 SMALL += ["--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
 LORA = [
     "--case=harmful",
@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 def test_rules_and_baselines_are_measured_on_the_same_fine_tuning(whole):
     attack = {}
     for row in points(whole[0]):
-        name = (row["method"], row["settings"].get("strength") == 1e-5, row["settings"].get("retention", 0.0))
+        name = (row["method"], row["settings"].get("strength") == 1e-5, row["settings"].get("ordinary_weight", 0.0))
         attack.setdefault(name, []).append(row["scores"]["attack_success"]["value"])
     assert all(len(values) == 1 for values in attack.values()) and len(attack) == 8
     ((aligned,), (tuned,)) = attack["aligned", False, 0.0], attack["fine-tuned", False, 0.0]
@@ -145,7 +145,7 @@ def of_files(files):
 
 def test_a_model_of_ones_own_is_compared_from_files(files, tmp_path):
     more = [
-        f"--task={files / 'task.jsonl'}",
+        f"--task-questions={files / 'task.jsonl'}",
         f"--task-data={files / 'task.jsonl'}",
         f"--benign={files / 'benign.jsonl'}",
         f"--ordinary-data={files / 'ordinary.jsonl'}",
@@ -165,7 +165,8 @@ def test_a_model_of_ones_own_is_compared_from_files(files, tmp_path):
     assert found["scale", 1e3] == [aligned] and found["scale", 0.0] == [tuned]
     assert len(found["task_ridge", 0.0]) == 2 and found["task_ridge", 0.0] == [tuned, tuned]
     assert all(
-        name in result.output for name in ("over refusal", "task accuracy", "retention 0.1", "comparison-full.png")
+        name in result.output
+        for name in ("over refusal", "task accuracy", "ordinary weight 0.1", "comparison-full.png")
     )
 
 
@@ -217,9 +218,9 @@ def test_what_needs_data_that_are_not_there_is_named(files, tmp_path):
         (["--strength=-1"], "strength=-1.0 must be a number at least 0"),
         (["--base=somewhere"], "--tuned, --safety-data, --harmful: needed"),
         (["--case=harmful", "--tuned=somewhere"], "--case: on the testbed alone"),
-        (["--retention=1", "{own}"], "--retention has no effect without --ordinary-data"),
+        (["--ordinary-weight=1", "{own}"], "--ordinary-weight has no effect without --ordinary-data"),
         (["--rule=task_ridge", "{own}"], "no rule can take part (task_ridge"),
-        (["{own}", "--task={files}/task.jsonl"], "task and score belong together"),
+        (["{own}", "--task-questions={files}/task.jsonl"], "task questions and score belong together"),
         (["{own}", "--tuned=no-such-folder"], "--tuned 'no-such-folder' cannot be loaded"),
         (["{own}", "--harmful={files}/bad.jsonl"], "bad.jsonl line 2 begins with a brace but is not JSON"),
         (["{own}", "--safety-data={files}/harmful.jsonl"], "must end with a non-empty assistant turn"),

@@ -84,7 +84,7 @@ def test_what_needs_whole_weights_takes_no_part_with_an_adapter_and_the_file_say
 
 def test_retention_is_compared_where_moments_are_read():
     candidates = choose_candidates(["ridge", "scale"], [1.0], [0.0, 0.5], has_task=False)
-    settings = [(one.method, one.settings["retention"]) for one in candidates.on(TinyScenario())]
+    settings = [(one.method, one.settings["ordinary_weight"]) for one in candidates.on(TinyScenario())]
     assert settings == [("ridge", 0.0), ("ridge", 0.5), ("scale", 0.0)]
 
 

@@ -58,7 +58,7 @@ def test_low_attack_success_is_spread_out(tmp_path, monkeypatch):
 
 
 def test_attack_success_is_drawn_alone_or_beside_a_cost_and_the_default_is_marked(tmp_path, monkeypatch):
-    usual = {**TaskRidge().settings, "retention": 0.0, "search": search(2.0)}
+    usual = {**TaskRidge().settings, "ordinary_weight": 0.0, "search": search(2.0)}
     alone = comparison(tmp_path / "a", point("aligned", 0.0, old=None), point("task_ridge", 0.1, old=None, **usual))
     _, ((panel,),) = drawn(alone, tmp_path, monkeypatch)
     assert [text.get_text() for text in panel.get_yticklabels()] == ["aligned", "task_ridge"]

@@ -18,7 +18,7 @@ def test_what_was_kept_is_there_again_with_its_command_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"scenario": "benign"}, {"weights": "lora"}, {"strength": 2.0}, {"retention": 0.1}]
+    "changes", [{"seed": 1}, {"scenario": "benign"}, {"weights": "lora"}, {"strength": 2.0}, {"ordinary_weight": 0.1}]
 )
 def test_points_differ_by_whatever_they_were_made_with(changes):
     assert point("ridge", 0.1, **{"strength": 1.0} | changes).key != point("ridge", 0.1, strength=1.0).key

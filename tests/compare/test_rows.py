@@ -35,10 +35,10 @@ def test_a_model_is_judged_beside_those_of_which_the_same_was_trained(tmp_path):
 
 
 def test_rows_come_in_their_order_and_one_is_the_default(tmp_path):
-    usual = {**TaskRidge().settings, "retention": 0.0}
+    usual = {**TaskRidge().settings, "ordinary_weight": 0.0}
     points = [
         point("task_ridge", 0.0, search=search(2.0), **usual),
-        point("task_ridge", 0.0, search=search(2.0), **{**usual, "retention": 0.1}),
+        point("task_ridge", 0.0, search=search(2.0), **{**usual, "ordinary_weight": 0.1}),
         point("scale", 0.0, search=search(2.0), strength="auto"),
         point("re-tuned", 0.0),
         *BEFORE,
@@ -51,7 +51,7 @@ def test_rows_come_in_their_order_and_one_is_the_default(tmp_path):
         ("re-tuned", "training"),
         ("scale (interpolation)", "merge"),
         ("task_ridge", "rule"),
-        ("task_ridge, retention 0.1", "rule"),
+        ("task_ridge, ordinary weight 0.1", "rule"),
     ]
     assert [row.label for row in rows if row.is_default] == ["task_ridge"]
     assert [(one.scenario, one.seed) for one in rows[2].points] == [("mixed", 0), ("benign", 1)]

@@ -36,7 +36,7 @@ def test_seeds_are_one_row_with_their_mean_their_range_and_a_mark_for_each_goal(
 
 
 def test_several_scenarios_have_an_overview_by_marks_alone(tmp_path):
-    settings = {**TaskRidge().settings, "retention": 0.0}
+    settings = {**TaskRidge().settings, "ordinary_weight": 0.0}
     benign = (point("aligned", 0.0, scenario="benign"), point("fine-tuned", 1.0, old=0.99, scenario="benign"))
     default = point("task_ridge", 0.0, 0.9, 0.6, search=search(2.0), **settings)
     text = markdown(comparison(tmp_path, *BEFORE, *benign, default, default=TaskRidge()))
@@ -50,7 +50,7 @@ def test_several_scenarios_have_an_overview_by_marks_alone(tmp_path):
 def test_every_table_has_a_rule_and_as_many_cells_in_each_line(tmp_path):
     lora = [point(one.method, 0.5, 0.2, weights="lora") for one in BEFORE]
     other = [point(one.method, 0.5, scenario="benign") for one in BEFORE]
-    file = comparison(tmp_path, *BEFORE, *lora, *other, point("ridge", 0.3, strength=3.0, retention=0.1))
+    file = comparison(tmp_path, *BEFORE, *lora, *other, point("ridge", 0.3, strength=3.0, ordinary_weight=0.1))
     file.left_out = {"ties": "it needs more models"}
     text = markdown(file)
     found = tables(text)
@@ -58,4 +58,4 @@ def test_every_table_has_a_rule_and_as_many_cells_in_each_line(tmp_path):
     assert "safedelta compare --seed 0" in text and "## Fine-tuned: a LoRA" in text
     for lines in found:
         assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) <= set("|-: ")
-    assert rows(text, "ridge, strength 3, retention 0.1")
+    assert rows(text, "ridge, strength 3, ordinary weight 0.1")

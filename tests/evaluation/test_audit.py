@@ -121,12 +121,17 @@ def test_where_much_is_refused_the_summary_says_what_it_looks_like(loaded, monke
     ("changes", "error", "message"),
     [
         ({"batch_size": 0}, ConfigurationError, "batch_size"),
-        ({"safety_data": [{"text": "i cannot"}]}, ConfigurationError, "how a refusal begins"),
-        ({"safety_data": []}, DataError, "safety data: it is empty"),
-        ({"data": "nowhere.jsonl"}, DataError, "data: there is no file"),
+        ({"safety_dataset": [{"text": "i cannot"}]}, ConfigurationError, "how a refusal begins"),
+        ({"safety_dataset": []}, DataError, "safety data: it is empty"),
+        ({"task_dataset": "nowhere.jsonl"}, DataError, "task data: there is no file"),
     ],
 )
 def test_what_cannot_be_audited_is_a_named_error(loaded, changes, error, message):
-    given = {"data": ROWS[:3], "safety_data": safety_data(8), "processing_class": loaded[1], **SETTINGS} | changes
+    given = {
+        "task_dataset": ROWS[:3],
+        "safety_dataset": safety_data(8),
+        "processing_class": loaded[1],
+        **SETTINGS,
+    } | changes
     with pytest.raises(error, match=message):
         audit_data(loaded[0], **given)

@@ -179,8 +179,8 @@ def test_results_name_prompts_settings_and_scorers(loaded, tmp_path):
     ("given", "message"),
     [
         ({}, "nothing to ask"),
-        ({"harmful": ["a"], "score": final_answer}, "task and score belong together"),
-        ({"task": ["a"]}, "task and score belong together"),
+        ({"harmful": ["a"], "score": final_answer}, "task questions and score belong together"),
+        ({"task": ["a"]}, "task questions and score belong together"),
         ({"benign": ["a"], "judge": lambda *_: True}, "give harmful too"),
     ],
 )

@@ -201,7 +201,7 @@ def test_what_cannot_be_evaluated_stops_before_training(tmp_path):
         ({"harmful": ["a"], "examples": 0}, "examples=0"),
         ({"harmful": ["a"], "max_new_tokens": 0}, "max_new_tokens=0"),
         ({"harmful": ["a"], "batch_size": 0}, "batch_size=0"),
-        ({"task": ["a"]}, "task and score"),
+        ({"task_questions": ["a"]}, "task questions and score"),
     ],
 )
 def test_bad_settings_stop_at_once(given, message):

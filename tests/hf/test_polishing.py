@@ -18,7 +18,7 @@ def run(tmp_path, polish=POLISH, model=None, **changes):
     given = {
         "safety_dataset": tiny.rows(24, seed=1),
         "rule": RULE,
-        "retention_dataset": tiny.rows(17, seed=9),
+        "ordinary_dataset": tiny.rows(17, seed=9),
     } | changes
     callback = SafeDeltaCallback(**given, polish=polish)
     return callback, tiny.trainer(model or tiny.llama(), callback, tmp_path)
@@ -120,7 +120,7 @@ def test_a_profile_made_before_and_its_refusals_serve_as_well(tmp_path):
 def test_what_a_polish_needs_is_said_before_training(tmp_path, monkeypatch):
     profile = collect_profile(tiny.llama(), tiny.rows(24, seed=1), progress=False)
     with pytest.raises(ConfigurationError, match="which a profile does not hold; pass safety_dataset too"):
-        run(tmp_path, safety_dataset=None, retention_dataset=None, profile=profile)
+        run(tmp_path, safety_dataset=None, ordinary_dataset=None, profile=profile)
     with pytest.raises(ConfigurationError, match="polish=True must be a PolishConfig"):
         run(tmp_path, True)
     with pytest.raises(DataError, match="give at least 16 refusals"):

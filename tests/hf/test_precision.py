@@ -71,7 +71,7 @@ def test_a_run_that_changes_nothing_measures_no_drift(kind, lora, tmp_path):
     assert found.held_out == expected.held_out
     readings = found.held_out.read(open_model(model))
     assert tuple(fmean(reading.losses) for reading in readings) == found.held_out.losses
-    for data in (found, callback.task):
+    for data in (found, callback.task_profile):
         plain = (
             expected
             if data is found

@@ -14,7 +14,7 @@ from safedelta_hf import (
     TaskRidge,
     adjust_model,
     collect_profile,
-    with_retention,
+    with_ordinary,
 )
 from safedelta_hf.errors import ConfigurationError, DataError, ProfileError, SafeDeltaWarning
 from safedelta_hf.evaluation import sorting
@@ -41,32 +41,32 @@ def test_the_task_is_read_off_the_trainers_own_data(tmp_path):
     task = collect_profile(
         tiny.llama(), [data[n] for n in range(len(data))], config=ProfileConfig(holdout=0.0), progress=False
     )
-    assert callback.task.header.data == task.header.data
+    assert callback.task_profile.header.data == task.header.data
     profile = collect_profile(tiny.llama(), ROWS, progress=False)
-    adjust_model(reference, base=tiny.llama(), profile=profile, task=task, rule=RULE, progress=False)
+    adjust_model(reference, base=tiny.llama(), profile=profile, task_profile=task, rule=RULE, progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(reference))
 
 
 def test_given_task_data_replaces_the_trainers(tmp_path):
     callback = SafeDeltaCallback(ROWS, RULE, task_dataset=iter(ORDINARY))
     tiny.trainer(tiny.llama(), callback, tmp_path / "run").train()
-    assert callback.task.header.sequences == len(ORDINARY)
+    assert callback.task_profile.header.sequences == len(ORDINARY)
 
 
 def test_as_many_examples_are_drawn_as_asked_for(tmp_path):
     callback = SafeDeltaCallback(ROWS, RULE, task_examples=5)
     tiny.trainer(tiny.llama(), callback, tmp_path / "run").train()
-    assert callback.task.header.sequences == 5
+    assert callback.task_profile.header.sequences == 5
 
 
 def test_ordinary_data_is_protected_with_its_weight(tmp_path):
-    callback = SafeDeltaCallback(ROWS, Ridge(strength=2.0), retention_dataset=ORDINARY, retention_weight=0.5)
+    callback = SafeDeltaCallback(ROWS, Ridge(strength=2.0), ordinary_dataset=ORDINARY, ordinary_weight=0.5)
     model = tiny.llama()
     tiny.trainer(model, callback, tmp_path / "run").train()
     assert callback.profile.header.retention.weight == 0.5
     reference, _ = tuned_alone(tmp_path)
     ordinary = collect_profile(tiny.llama(), ORDINARY, config=ProfileConfig(holdout=0.0), progress=False)
-    profile = with_retention(collect_profile(tiny.llama(), ROWS, progress=False), ordinary, 0.5)
+    profile = with_ordinary(collect_profile(tiny.llama(), ROWS, progress=False), ordinary, 0.5)
     adjust_model(reference, base=tiny.llama(), profile=profile, rule=Ridge(strength=2.0), progress=False)
     assert tiny.same(tiny.weights(model), tiny.weights(reference))
 
@@ -93,8 +93,8 @@ def test_too_little_safety_data_to_measure_by_stops_before_training(tmp_path):
     [
         ({"task_dataset": ORDINARY, "rule": SafeDelta()}, "does not weigh the task"),
         ({"task_examples": 0}, "task_examples=0"),
-        ({"retention_weight": 0.0}, "retention_weight"),
-        ({"retention_weight": float("nan")}, "retention_weight"),
+        ({"ordinary_weight": 0.0}, "ordinary_weight"),
+        ({"ordinary_weight": float("nan")}, "ordinary_weight"),
     ],
 )
 def test_settings_without_effect_or_out_of_range_are_named_errors(settings, complaint):
@@ -104,8 +104,8 @@ def test_settings_without_effect_or_out_of_range_are_named_errors(settings, comp
 
 def test_retention_beside_a_profile_made_before_is_a_named_error():
     profile = collect_profile(tiny.llama(), ROWS, progress=False)
-    with pytest.raises(ConfigurationError, match="retention_dataset has no effect"):
-        SafeDeltaCallback(profile=profile, retention_dataset=ORDINARY)
+    with pytest.raises(ConfigurationError, match="ordinary_dataset has no effect"):
+        SafeDeltaCallback(profile=profile, ordinary_dataset=ORDINARY)
 
 
 def test_task_data_that_cannot_be_read_says_where_it_comes_from(tmp_path):
@@ -128,7 +128,7 @@ def test_a_processor_whose_template_takes_parts_reads_what_an_ordinary_tokenizer
         processing_class=templates.processor(templates.PARTS),
     )
     tiny.trainer(tiny.llama(), callback, tmp_path / "run").train()
-    assert callback.profile.header.data == callback.task.header.data == plain.header.data
+    assert callback.profile.header.data == callback.task_profile.header.data == plain.header.data
 
 
 def test_images_in_the_trainers_rows_say_what_to_pass(tmp_path):
@@ -198,7 +198,7 @@ def test_a_stream_that_does_not_begin_again_is_left_whole_for_the_training(tmp_p
     trainer = tiny.trainer(tiny.llama(), callback, tmp_path / "given", max_steps=2)
     trainer.train_dataset = kind(tiny.rows(40, seed=2, length=10))
     trainer.train()
-    assert callback.task.header.sequences == len(ORDINARY)
+    assert callback.task_profile.header.sequences == len(ORDINARY)
 
 
 def test_a_measured_strength_reuses_a_saved_profile(tmp_path):
@@ -251,8 +251,8 @@ def test_what_the_base_would_refuse_leaves_the_task_and_report_and_log_say_so(tm
     refusing(monkeypatch, CONTESTED)
     callback = SafeDeltaCallback(REFUSALS, RULE)
     trainer = run(tmp_path / "run", callback)
-    assert equal(callback.task, task_of(TRAINED[3:]))
-    assert callback.report.sorting.left_out == 3 and callback.report.sorting == callback.task.header.sorting
+    assert equal(callback.task_profile, task_of(TRAINED[3:]))
+    assert callback.report.sorting.left_out == 3 and callback.report.sorting == callback.task_profile.header.sorting
     assert "would refuse 3 of 16 examples; 3 left out" in callback.report.summary()
     assert "row 0 (0.900)" in callback.report.table()
     logged = next(entry for entry in trainer.state.log_history if "safedelta/task_left_out" in entry)
@@ -264,7 +264,7 @@ def test_a_task_that_is_not_sorted_is_what_it_was_bit_for_bit(tmp_path, monkeypa
     callback = SafeDeltaCallback(REFUSALS, RULE, sort_task=False)
     run(tmp_path / "run", callback)
     whole = task_of(TRAINED)
-    assert callback.task.header == whole.header and equal(callback.task, whole)
+    assert callback.task_profile.header == whole.header and equal(callback.task_profile, whole)
     assert callback.report.sorting is None and "safedelta/task_examples" not in callback.report.metrics()
 
 
@@ -274,7 +274,7 @@ def test_where_nothing_is_left_the_rule_is_used_without_a_task_and_the_report_sa
     callback, model, reference = SafeDeltaCallback(REFUSALS, RULE), tiny.llama(), tiny.llama()
     with pytest.warns(SafeDeltaWarning, match="Nothing is left"):
         run(tmp_path / "run", callback, model=model)
-    assert callback.task is None and callback.report.rule.name == "ridge"
+    assert callback.task_profile is None and callback.report.rule.name == "ridge"
     assert "Nothing is left" in callback.report.warning
     run(tmp_path / "plain", None, model=reference)
     profile = collect_profile(tiny.llama(), REFUSALS, progress=False)

@@ -130,7 +130,7 @@ def test_what_a_trainer_keeps_of_its_rows_is_read_as_question_and_good_response(
 def test_the_default_callback_reads_preferences(kind, tmp_path):
     callback = SafeDeltaCallback(REFUSALS, TaskRidge(strength=1.0))
     any_trainer(kind, tmp_path, [callback]).train()
-    assert callback.task.header.sequences == 4 and set(callback.report.outcomes) == {"adjusted"}
+    assert callback.task_profile.header.sequences == 4 and set(callback.report.outcomes) == {"adjusted"}
 
 
 @pytest.mark.parametrize("kind", WITHOUT_RESPONSES)

@@ -31,7 +31,7 @@ def polished(model, tmp_path, *, base, tuned=None, ordinary=True, **changes):
         base=base,
         tuned=tuned,
         task_dataset=None if tuned is None else DATA["task"],
-        retention_dataset=DATA["ordinary"] if ordinary else None,
+        ordinary_dataset=DATA["ordinary"] if ordinary else None,
         config=PolishConfig(**settings),
         progress=False,
     )

@@ -189,7 +189,7 @@ def held(losses=(0.5,), labels=(-100, 2), ids=(1, 2)):
     return HeldOut(sequences=(SafetySequence(input_ids=ids, labels=labels),), losses=losses)
 
 
-def with_retention(**changes):
+def with_ordinary(**changes):
     settings = {"data": "4", "sequences": 1, "tokens": 2, "weight": 0.1} | changes
     return replace(HEADER, retention=Retention(**settings))
 
@@ -202,8 +202,8 @@ def with_retention(**changes):
         ({"header": replace(HEADER, dtypes={**HEADER.dtypes, "c": "float32"})}, "'c' has a digest and no data type"),
         ({"header": replace(HEADER, dtypes={"w": "float32", "b": "load"})}, "'b' is of the data type 'load'"),
         ({"header": replace(HEADER, packed=("c",))}, "'c' is quantised, and no parameter of the base"),
-        ({"header": with_retention(weight=0.0)}, "weighs ordinary data by nothing"),
-        ({"header": with_retention(sequences=0)}, "counts no sequences"),
+        ({"header": with_ordinary(weight=0.0)}, "weighs ordinary data by nothing"),
+        ({"header": with_ordinary(sequences=0)}, "counts no sequences"),
         ({"files": {"other": StoredFile(bytes=500, digest="0" * 64)}}, "'other' is no name of a file"),
         ({"files": {FILE: StoredFile(bytes=500, digest="0" * 63)}}, "has no digest or no size"),
         ({"files": {FILE: StoredFile(bytes=-1, digest="0" * 64)}}, "has no digest or no size"),

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safedelta_hf import ProfileConfig, Ridge, SafeDelta, SafetyProfile, adjust_model, collect_profile, with_retention
+from safedelta_hf import ProfileConfig, Ridge, SafeDelta, SafetyProfile, adjust_model, collect_profile, with_ordinary
 from safedelta_hf.core.low_rank import dense
 from safedelta_hf.errors import ConfigurationError, OutputError, ProfileError
 from safedelta_hf.profile import files
@@ -145,7 +145,7 @@ def profiles():
 
 def test_hessians_are_the_weighted_sum(profiles):
     safety, ordinary = profiles
-    both = with_retention(safety, ordinary, 0.3)
+    both = with_ordinary(safety, ordinary, 0.3)
     for use in safety.uses:
         expected = safety.moments[use.moment].hessian(CPU) + 0.3 * ordinary.moments[ordinary.key_of(use)].hessian(CPU)
         torch.testing.assert_close(both.moments[use.moment].hessian(CPU), expected)
@@ -154,7 +154,7 @@ def test_hessians_are_the_weighted_sum(profiles):
 
 def test_the_header_says_so_and_survives_the_disk(profiles, tmp_path):
     safety, ordinary = profiles
-    both = with_retention(safety, ordinary, 0.3)
+    both = with_ordinary(safety, ordinary, 0.3)
     header = ordinary.header
     assert both.header.retention == Retention(data=header.data, sequences=20, tokens=header.tokens, weight=0.3)
     both.save(tmp_path / "both")
@@ -169,7 +169,7 @@ def test_keys_need_not_be_the_same(profiles):
     apart = collect_profile(
         tiny.llama(), tiny.rows(20, seed=2), config=ProfileConfig(holdout=0.0, share_moments=False), progress=False
     )
-    found, expected = with_retention(safety, apart, 1.0), with_retention(safety, profiles[1], 1.0)
+    found, expected = with_ordinary(safety, apart, 1.0), with_ordinary(safety, profiles[1], 1.0)
     for key in safety.moments:
         torch.testing.assert_close(found.moments[key].total, expected.moments[key].total)
 
@@ -177,7 +177,7 @@ def test_keys_need_not_be_the_same(profiles):
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_a_weight_that_is_not_positive_is_a_named_error(profiles, weight):
     with pytest.raises(ConfigurationError, match="weight="):
-        with_retention(*profiles, weight)
+        with_ordinary(*profiles, weight)
 
 
 def test_profiles_of_different_bases_are_a_named_error(profiles):
@@ -185,6 +185,6 @@ def test_profiles_of_different_bases_are_a_named_error(profiles):
         tiny.perturbed(tiny.llama()), tiny.rows(4, seed=1), config=ProfileConfig(holdout=0.0), progress=False
     )
     with pytest.raises(ProfileError, match="another base"):
-        with_retention(profiles[0], other, 0.1)
+        with_ordinary(profiles[0], other, 0.1)
     with pytest.raises(ProfileError, match="already"):
-        with_retention(with_retention(*profiles, 0.1), profiles[1], 0.1)
+        with_ordinary(with_ordinary(*profiles, 0.1), profiles[1], 0.1)

@@ -27,7 +27,7 @@ from safedelta_hf.distributed.ranks import Ranks, is_shared
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError, RankError, SafeDeltaError
 from safedelta_hf.evaluation.sorting import sort_task
 from safedelta_hf.profile.moments import ShardedMoments
-from safedelta_hf.profile.profile import with_retention
+from safedelta_hf.profile.profile import with_ordinary
 from tests.fixtures import architectures, tiny
 from tests.programs.leaving import leave_together
 
@@ -236,14 +236,14 @@ def what_is_uploaded_is_whole_and_of_the_main_process(profile, ranks, expected):
 def retention_is_that_of_a_single_process(shard, ranks, loaded, expected):
     rows, ordinary = tiny.rows(23, seed=2), tiny.rows(6, seed=4)
     apart = alone(mixtral(), ordinary, share_moments=False)
-    summed = with_retention(expected, apart, 0.3)
+    summed = with_ordinary(expected, apart, 0.3)
     own = collect(shard(mixtral()), rows, holdout=0.2)
     other = collect(shard(mixtral()), ordinary, share_moments=False)
     # Moments that are shared in one profile and not in the other stand under other keys, on other ranks.
     moved = {use.moment for use in own.uses if own.moments.owner(use.moment) != owner_in(other, use)}
     assert moved
     for safety, kept in ((own, other), (loaded, other), (own, apart)):
-        found = with_retention(safety, kept, 0.3)
+        found = with_ordinary(safety, kept, 0.3)
         assert isinstance(found.moments, ShardedMoments)
         agree_on_moments(found.moments, summed.moments, ranks)
 

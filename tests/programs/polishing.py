@@ -40,7 +40,7 @@ def trainer(backend, folder, world, *, name="llama", lora=None, bf16=False, **po
     callback = SafeDeltaCallback(
         training.ROWS,
         Ridge(strength=2.0),
-        retention_dataset=tiny.rows(17, seed=9),
+        ordinary_dataset=tiny.rows(17, seed=9),
         polish=PolishConfig(**POLISH | polish),
     )
     return callback, Trainer(

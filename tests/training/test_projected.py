@@ -8,7 +8,7 @@ from safedelta_hf import Ridge, SafeDeltaCallback, Treatment, adjust_adapter, ad
 from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.errors import AdapterError, BaseWeightsError, ConfigurationError, CoverageError, ProfileError
-from safedelta_hf.profile.profile import with_retention
+from safedelta_hf.profile.profile import with_ordinary
 from safedelta_hf.training import ProjectedTraining
 from tests.fixtures import adapters, oracles, tiny
 
@@ -163,12 +163,12 @@ def test_a_profile_is_collected_of_the_base_before_the_first_step(profile, tmp_p
 
 def test_ordinary_data_is_protected_beside_the_refusals(profile, tmp_path):
     ordinary = tiny.rows(8, seed=9)
-    both = with_retention(profile, collect_profile(tiny.llama(), ordinary, progress=False), 0.3)
+    both = with_ordinary(profile, collect_profile(tiny.llama(), ordinary, progress=False), 0.3)
     given, collected = tiny.llama(), tiny.llama()
     run(given, ProjectedTraining(profile=both, strength=0.3), tmp_path)
     run(
         collected,
-        ProjectedTraining(ROWS, strength=0.3, retention_dataset=ordinary, retention_weight=0.3),
+        ProjectedTraining(ROWS, strength=0.3, ordinary_dataset=ordinary, ordinary_weight=0.3),
         tmp_path,
     )
     assert tiny.same(tiny.weights(given), tiny.weights(collected))
@@ -283,7 +283,7 @@ def test_a_weight_that_the_data_never_reaches_is_named(tmp_path):
         ({"hard": 1.5}, "hard=1.5"),
         ({"strength": 1, "every_n_steps": 0}, "every_n_steps=0"),
         ({"strength": 1, "safety_dataset": ROWS}, "either safety_dataset"),
-        ({"strength": 1, "retention_dataset": ROWS}, "no effect"),
+        ({"strength": 1, "ordinary_dataset": ROWS}, "no effect"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings, said, profile):
