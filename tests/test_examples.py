@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import safedelta_hf
+from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.evaluation import (
     Questions,
     attack_success_rate,
@@ -229,6 +230,16 @@ def test_the_prompts_of_the_testbed_are_files_for_an_evaluation(tmp_path):
     questions = Questions.read(**files, score=final_answer)
     assert [len(part) for part in (questions.harmful, questions.benign, questions.task)] == [100, 100, 100]
     assert evaluate_model(*load_aligned(), questions, progress=False).scores["attack_success"].value <= 0.05
+
+
+def test_the_files_for_other_trainers_hold_the_same_conversations_in_each_form(tmp_path):
+    run(tmp_path, EXAMPLES / "training_files.py", "work")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "work" / "model")
+    names = ("train.jsonl", "data/alpaca.json", "data/sharegpt.json", "refusals.jsonl", "preferences.jsonl")
+    found = [read_safety_data(tmp_path / "work" / name, tokenizer) for name in names]
+    assert found[0] == found[1] == found[2] and len(found[3]) == 128 and len(found[4]) == 100
+    described = json.loads((tmp_path / "work" / "data" / "dataset_info.json").read_text())
+    assert all((tmp_path / "work" / "data" / one["file_name"]).exists() for one in described.values())
 
 
 def test_a_probed_run_is_saved_and_measured(tmp_path):

@@ -1,5 +1,6 @@
 """The forms that rows come in, and the few that they are read in."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
@@ -183,7 +184,8 @@ def turns_of_row(row: Mapping[str, Any], place: str) -> list[Turn] | None:
     """The conversation in a row that holds one as a whole.
 
     Args:
-        row: The row, with `messages`, `conversations` (ShareGPT), or `instruction` (Alpaca).
+        row: The row, with `messages`, `conversations` (ShareGPT), or `instruction` (Alpaca); `system` beside any of
+            them, and Alpaca's `history`, as in LLaMA-Factory's data sets.
         place: Where the row stands, for messages.
 
     Returns:
@@ -192,17 +194,39 @@ def turns_of_row(row: Mapping[str, Any], place: str) -> list[Turn] | None:
     Raises:
         DataError: It holds something else there.
     """
-    for name in ("messages", "conversations"):
-        if row.get(name) is not None:
-            return turns_of(row[name], place, repr(name))
-    if row.get("instruction") is None:
+    name = next((name for name in ("messages", "conversations", "instruction") if row.get(name) is not None), None)
+    if name is None:
         return None
+    turns = _alpaca(row, place) if name == "instruction" else turns_of(row[name], place, repr(name))
+    system = row.get("system")
+    if system is None or (isinstance(system, str) and not system):
+        return turns
+    if not isinstance(system, str):
+        raise DataError(f"{place}: 'system' has to be text")
+    if turns and turns[0]["role"] == "system":
+        raise DataError(f"{place} has a system prompt twice, under 'system' and as the first of its {name!r}")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _alpaca(row: Mapping[str, Any], place: str) -> list[Turn]:
     asked = [part for part in (row["instruction"], row.get("input")) if part not in (None, "")]
     said = [row["output"]] if row.get("output") is not None else []
-    if not all(isinstance(part, str) for part in (*asked, *said)):
-        raise DataError(f"{place}: 'instruction', 'input' and 'output' have to be text")
-    user = {"role": "user", "content": "\n\n".join(asked)}
-    return [user, *({"role": "assistant", "content": text} for text in said)]
+    before = _said_before(row.get("history"), place)
+    if not all(isinstance(part, str) for part in (*before, *asked, *said)):
+        raise DataError(f"{place}: 'instruction', 'input', 'output' and 'history' have to be text")
+    texts = [*before, "\n\n".join(asked), *said]
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(itertools.cycle(("user", "assistant")), texts, strict=False)
+    ]
+
+
+def _said_before(history: Any, place: str) -> list[Any]:  # noqa: ANN401 - whatever a source holds
+    history = history.tolist() if hasattr(history, "tolist") else history or []
+    pairs = [history, *history] if isinstance(history, list | tuple) else [history]
+    if not all(isinstance(pair, list | tuple) for pair in pairs) or any(len(pair) != 2 for pair in history):
+        raise DataError(f"{place}: 'history' has to be a list of pairs, of what was asked and what was answered")
+    return [text for pair in history for text in pair]
 
 
 def turns_of(value: Any, place: str, what: str) -> list[Turn]:  # noqa: ANN401 - whatever a source holds

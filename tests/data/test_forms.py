@@ -66,6 +66,50 @@ def test_prompts_come_in_the_same_forms(form):
     assert " ".join(asked.text.split()) == ASK["content"] and len(asked.messages) == 1
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+WHOLE = [SYSTEM, ASK, COMPLY, ASK, REFUSE]
+"""Of what LLaMA-Factory's data sets hold, the conversation as a whole."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": SYSTEM["content"], "messages": WHOLE[1:]},
+        {
+            "system": SYSTEM["content"],
+            "conversations": [*SHAREGPT[:1], {"from": "gpt", "value": "yes sure"}, *SHAREGPT],
+        },
+        {
+            "system": SYSTEM["content"],
+            "history": [[ASK["content"], COMPLY["content"]]],
+            "instruction": ASK["content"],
+            "output": REFUSE["content"],
+        },
+    ],
+    ids=["messages", "sharegpt", "alpaca"],
+)
+def test_what_stands_beside_a_conversation_is_part_of_it(row):
+    assert read_safety_data([row], TOKENIZER) == read_safety_data([{"messages": WHOLE}], TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({"system": 3, "messages": WHOLE[1:]}, "'system' has to be text"),
+        ({"system": "be rude", "messages": WHOLE}, "a system prompt twice"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "'history' has to be a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": 3}, "'history' has to be a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' has to be a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": ["cd"]}, "'history' has to be a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": [["c", 3]]}, "have to be text"),
+    ],
+)
+def test_what_stands_beside_a_conversation_and_is_none_of_it_is_named(row, told):
+    with pytest.raises(DataError) as caught:
+        read_safety_data([row], TOKENIZER)
+    assert told in str(caught.value)
+
+
 def test_undesirable_responses_are_left_out():
     rows = [{"prompt": [ASK], "completion": [COMPLY], "label": label} for label in (False, "False", numpy.False_)]
     rows.append({"prompt_ids": [3], "completion_ids": [4], "label": False})
