@@ -6,7 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-
+import yaml
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -95,7 +96,7 @@ def test_a_page_that_is_left_out_here_is_run_elsewhere(page, test):
 
 
 @pytest.mark.filterwarnings("ignore::safedelta_hf.errors.SafeDeltaWarning")
-@pytest.mark.parametrize("page", filter(page_runs, CODE))
+@pytest.mark.parametrize("page", [page for page in CODE if page_runs(page)])
 def test_code_of_a_page_runs(page, fine_tuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -143,12 +144,16 @@ def lay_out(folder, tuned, code):
         "harmful": [question_row(question) for question in attack_questions(8)],
         "benign": [question_row(question) for question in skill_questions(4, skills=("make",))],
         "harmless": [question_row(question) for question in skill_questions(8, seed=3, skills=("make",))],
+        "normal": [question_row(question) for question in skill_questions(48, skills=("make",))],
+        "malicious": safety_data(48),
         "task": [question_row(question) for question in new_skill_questions(4)],
         "questions": [question_row(question) for question in new_skill_questions(4)],
         "ordinary": ordinary_data(24),
         "train": CASES["mixed"].examples()[:24],
     }
     for name, rows in files.items():
+        if f"--output {name}.jsonl" in code:
+            continue  # the page makes it
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -191,7 +196,7 @@ PREPARED = {
     "refusals": lambda: safety_data(24),
     "ordinary": lambda: ordinary_data(24),
     "examples": few_examples,
-    "data": lambda: tokenize(few_examples(), load_aligned()[1]),
+    "data": lambda: Dataset.from_list(tokenize(few_examples(), load_aligned()[1])),
     "dataset": lambda: preference_pairs(4),
     "args": arguments,
     "training_arguments": arguments,

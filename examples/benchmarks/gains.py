@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 CASES = {
     "benign": "500 harmless examples,\nin another manner",
@@ -58,7 +59,7 @@ def told(share: float) -> str:
 
 def draw(points: dict, look: dict) -> Figure:
     """The figure: a row for each case, a panel for each score."""
-    figure = Figure(figsize=(9.6, 4.9), layout="constrained", facecolor=look["back"])
+    figure = Figure(figsize=(9.6, 5.1), layout="constrained", facecolor=look["back"])
     panels = figure.subplots(1, len(SCORES), sharey=True)
     for axes, (score, title) in zip(panels, SCORES.items(), strict=True):
         dress(axes, look, title, "less is better" if score == "attack_success" else "more is better")
@@ -81,8 +82,10 @@ def draw(points: dict, look: dict) -> Figure:
 def dress(axes: object, look: dict, title: str, better: str) -> None:
     """Title, limits and colours of a panel."""
     axes.set(facecolor=look["back"], xlim=(0, 1.2), xticks=())
-    axes.set_title(title, loc="left", color=look["text"], fontsize=11, fontweight="bold")
-    axes.set_title(better, loc="right", color=look["faint"], fontsize=9)
+    axes.set_title(title, loc="left", color=look["text"], fontsize=11, fontweight="bold", pad=18)
+    axes.annotate(
+        better, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=look["faint"], fontsize=9
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.spines["left"].set(visible=True, color=look["faint"])
@@ -99,9 +102,8 @@ def bars(axes: object, look: dict, points: dict, row: int, case: str, score: str
         values, height = points[case, method, score], row + (place - 1) * (HEIGHT + 0.02)
         axes.barh(height, fmean(values), HEIGHT, color=colour)
         axes.plot([min(values), max(values)], [height] * 2, color=look["text"], linewidth=1)
-        axes.text(
-            max(*values, 0) + 0.02, height, told(fmean(values)), color=look["text"], fontsize=8.5, va="center_baseline"
-        )
+        label = axes.text(max(values) + 0.02, height, told(fmean(values)), color=look["text"], fontsize=8.5)
+        label.set(va="center_baseline", path_effects=[withStroke(linewidth=3, foreground=look["back"])])
 
 
 if __name__ == "__main__":
