@@ -5,6 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import safedelta_hf
+from safedelta_hf import errors
 
 ROOT = Path(__file__).parents[1]
 PLACES = (ROOT, ROOT / "safedelta_hf", ROOT / "tests" / "distributed", ROOT / "tests" / "rules")
@@ -44,7 +48,8 @@ def test_each_word_of_the_vocabulary_is_where_it_says():
 
 @pytest.mark.parametrize("page", LINKING)
 def test_links_between_pages_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", read(page)):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", read(page))
+    for link in links + re.findall(r'\bsrc(?:set)?="([^"]+)"', read(page)):
         if "://" not in link:
             assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
@@ -72,3 +77,34 @@ def test_the_picture_has_the_same_floors_from_top_to_bottom():
     for y, room in re.findall(r'<text class="n" x="\d+" y="(\d+)">(\w+)</text>', read("docs/architecture.svg")):
         floors.setdefault(int(y), set()).add(room)
     assert [floors[y] for y in sorted(floors)] == layers()
+
+
+def test_every_error_has_a_place_that_says_what_to_do():
+    named = re.findall(r"^## `(\w+)`$", read("docs/troubleshooting.md"), re.MULTILINE)
+    classes = [
+        name for name, thing in vars(errors).items() if isinstance(thing, type) and thing.__module__ == errors.__name__
+    ]
+    assert sorted(named) == sorted(classes)
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = [
+        re.findall(r"^::: ([\w.]+)$", read(f"docs/api/{page.name}"), re.MULTILINE) for page in ROOT.glob("docs/api/*")
+    ]
+    modules = [f"safedelta_hf.{name}" for name in ("evaluation", "training", "testbed", "errors")]
+    names = [f"safedelta_hf.{name}" for name in safedelta_hf.__all__ if name != "__version__"]
+    assert sorted(sum(shown, [])) == sorted([*names, *modules])
+
+
+def places(entry):
+    """The pages that an entry of the navigation leads to."""
+    return [entry] if isinstance(entry, str) else [page for part in entry for page in places(part_of(part))]
+
+
+def part_of(part):
+    return next(iter(part.values())) if isinstance(part, dict) else part
+
+
+def test_every_page_is_in_the_navigation_once():
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(places(yaml.safe_load(read("mkdocs.yml"))["nav"])) == sorted(pages)
