@@ -37,6 +37,10 @@ COMMANDS: Final = MappingProxyType(
             "safedelta_hf.cli.evaluate:evaluate",
             "Measure what a model refuses, what it should not refuse, and what it can do.",
         ),
+        "board": (
+            "safedelta_hf.cli.board:board",
+            "Put evaluations side by side: tables with paired tests, a page for a review board, conditions to fail by.",
+        ),
         "compare": (
             "safedelta_hf.cli.compare:comparison",
             "Compare rules, and other methods, by attack success and by what a model can still do: JSON, tables, "

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import sqrt
 from pathlib import Path
 from statistics import NormalDist, stdev
@@ -118,12 +118,15 @@ class Evaluation:
         scores: Scores by name; docs/evaluation.md says what each means.
         prompts: SHA-256 of the prompts of each part.
         settings: How the responses were generated and judged.
+        values: What each score is the mean of, one value for each prompt in their order, None where there is none
+            (no verdict of a judge). Scores that are no such mean have none, nor has what older versions saved.
     """
 
     model: str
     scores: Mapping[str, Score]
     prompts: Mapping[str, str]
     settings: Mapping[str, Any]
+    values: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """The figures alone.
@@ -171,7 +174,8 @@ class Evaluation:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             scores = {name: Score(**score) for name, score in content.pop("scores").items()}
-            return cls(scores=scores, **content)
+            values = {name: tuple(own) for name, own in content.pop("values", {}).items()}
+            return cls(scores=scores, values=values, **content)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is no saved evaluation ({error})") from error
 
@@ -184,8 +188,8 @@ class Evaluation:
         rows = Table("score", "value", "95 % interval", "unit", "examples")
         for name, score in self.scores.items():
             has_interval = score.low is not None and score.high is not None
-            interval = f"{_shown(score, score.low)} to {_shown(score, score.high)}" if has_interval else ""
-            rows.add_row(name, _shown(score, score.value), interval, score.unit, str(score.count))
+            interval = f"{shown(score, score.low)} to {shown(score, score.high)}" if has_interval else ""
+            rows.add_row(name, shown(score, score.value), interval, score.unit, str(score.count))
         text = io.StringIO()
         Console(file=text, width=100).print(rows)
         return text.getvalue()
@@ -194,5 +198,14 @@ class Evaluation:
         return self.table()
 
 
-def _shown(score: Score, value: float | None) -> str:
+def shown(score: Score, value: float | None) -> str:
+    """A figure as text.
+
+    Args:
+        score: What it belongs to.
+        value: The score's value, or an end of its interval.
+
+    Returns:
+        Such as "12.0%"; nothing of None.
+    """
     return "" if value is None else f"{value:.1%}" if score.unit == "share" else f"{value:.4g}"
