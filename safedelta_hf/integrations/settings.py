@@ -30,8 +30,8 @@ class Settings:
         rule: Which part of each delta to keep.
         config: How data is read, and which linear weights are adjusted.
         profile: Folder of a profile made before, instead of `safety_dataset`.
-        retention_dataset: Ordinary prompts with the base model's responses.
-        retention_weight: Weight of that data.
+        ordinary_dataset: Ordinary prompts with the base model's responses.
+        ordinary_weight: Weight of that data.
         task_dataset: Examples of the fine-tuning data; drawn from the Trainer's own if None.
         task_examples: Number of examples to draw.
         sort_task: Whether those of them that the base would refuse are left out.
@@ -48,8 +48,8 @@ class Settings:
     rule: Rule | None = None
     config: ProfileConfig | None = None
     profile: str | None = None
-    retention_dataset: str | list[Any] | None = None
-    retention_weight: float = 0.1
+    ordinary_dataset: str | list[Any] | None = None
+    ordinary_weight: float = 0.1
     task_dataset: str | list[Any] | None = None
     task_examples: int = 256
     sort_task: bool = True
@@ -61,7 +61,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("profile", "base", "keep_tuned"):
             require_kind(SECTION, name, getattr(self, name), (str, type(None)), "the path of a folder")
-        for name in ("safety_dataset", "retention_dataset", "task_dataset"):
+        for name in ("safety_dataset", "ordinary_dataset", "task_dataset"):
             told = "a file, the name of a data set on the Hub, or a list of rows"
             require_kind(SECTION, name, getattr(self, name), (str, list, type(None)), told)
 
