@@ -1,4 +1,5 @@
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from safedelta_hf.compare import draw
@@ -95,7 +96,7 @@ def test_nothing_overlaps_however_long_the_name_and_few_the_scores(tmp_path, mon
     alone = [point(one.method, 0.3, old=None, scenario=name) for one in BEFORE]
     _, ((panel,),) = drawn(comparison(tmp_path, *alone), tmp_path, monkeypatch)
     band = panel.figure
-    renderer = band.figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(band.figure).get_renderer()
     boxes = [one.get_window_extent(renderer) for one in (band._suptitle, panel.title, panel._left_title)]
     boxes += [band.figure.legends[0].get_window_extent(renderer), panel.xaxis.get_tightbbox(renderer)]
     boxes = [box for box in boxes if box.width]
