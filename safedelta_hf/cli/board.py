@@ -43,7 +43,7 @@ def board(
         int, typer.Option(help="Prompts of each kind in the page on which answers differ, at most.", min=0)
     ] = page.EXAMPLES,
 ) -> None:
-    """Put evaluations side by side, test whether they differ, and stop a pipeline where they do too much."""  # noqa: DOC501 - a status
+    """Put evaluations side by side: tables with paired tests, a page for a review board, conditions to fail by."""  # noqa: DOC501 - a status
     with one_line_errors():
         shown = Board.read(_named(results), subject)
         verdicts = [judged(condition, shown) for condition in fail_if or ()]

@@ -245,7 +245,7 @@ def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: Compari
     compare(scenarios, candidates, file)
     text = markdown(file)
     write_whole(output / TABLE, text)
-    figures = draw(file, output)
+    figures = draw(file, output, {name: case.description for name, case in CASES.items()})
     typer.echo(text)
     typer.echo(f"Written: {', '.join(map(str, [output / RESULTS, output / TABLE, *figures]))}")
 

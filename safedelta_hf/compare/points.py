@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.result import Score
@@ -12,6 +12,9 @@ from safedelta_hf.folders import RunLog
 from safedelta_hf.rules import Rule
 
 RESULTS = "results.jsonl"
+
+_FORMERLY: Final = {"retention": "ordinary_weight"}
+"""Names of settings in files of earlier versions."""
 
 Key = tuple[str, str, int | None, str, str]
 """Scenario, what was trained, seed, method, and its settings."""
@@ -126,4 +129,5 @@ def _parsed(line: Mapping[str, Any]) -> Point | str:
         return str(line["command"])
     row = line["point"]
     scores = {name: Score(**score) for name, score in row["scores"].items()}
-    return Point(**{**row, "scores": scores})
+    settings = {_FORMERLY.get(name, name): value for name, value in row["settings"].items()}
+    return Point(**{**row, "scores": scores, "settings": settings})

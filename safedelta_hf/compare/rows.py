@@ -22,10 +22,11 @@ ALIGNED_ATTACK: Final = 0.5
 _ROUNDING: Final = 1e-9
 
 KINDS: Final = {
-    "reference": "not repaired",
-    "training": "trained otherwise",
-    "merge": "between both models, no safety data",
-    "rule": "rule that reads the safety data",
+    "reference": "before and after fine-tuning, not repaired",
+    "training": "trained in another way",
+    "merge": "mixed from both models, without safety data",
+    "rule": "repaired by a rule that reads the safety data",
+    "both": "repaired by such a rule, and trained as well",
 }
 """What a row shows, in words, in the order of the rows."""
 
@@ -182,7 +183,7 @@ def _kind(point: Point) -> str:
     if point.method in (ALIGNED, FINE_TUNED):
         return "reference"
     if point.method not in RULES:
-        return "training"
+        return "both" if any(part in RULES for part in point.method.split(", then ")) else "training"
     return "rule" if RULES[point.method].reads_moments else "merge"
 
 

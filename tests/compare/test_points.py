@@ -24,6 +24,14 @@ def test_points_differ_by_whatever_they_were_made_with(changes):
     assert point("ridge", 0.1, **{"strength": 1.0} | changes).key != point("ridge", 0.1, strength=1.0).key
 
 
+def test_points_of_earlier_versions_are_those_of_today(tmp_path):
+    kept = point("ridge", 0.1, strength=1.0, ordinary_weight=0.1)
+    comparison(tmp_path, kept)
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text().replace('"ordinary_weight"', '"retention"'))
+    assert comparison(tmp_path).points == (kept,)
+
+
 def test_the_order_of_settings_makes_no_other_point():
     one, other = {"x": 1, "y": 2}, {"y": 2, "x": 1}
     assert key_of("a", "full", 0, "ridge", one) == key_of("a", "full", 0, "ridge", other)

@@ -25,12 +25,12 @@ def test_a_base_that_does_not_refuse_sets_no_goal_for_attacks_and_the_table_says
 def test_seeds_are_one_row_with_their_mean_their_range_and_a_mark_for_each_goal(tmp_path):
     others = (point("aligned", 0.02, 0.1, 1.0, seed=1), point("fine-tuned", 1.0, 0.9, 0.4, seed=1))
     rules = (
-        point("ridge", 0.0, 0.82, 1.0, strength="auto", search=search(2.0)),
-        point("ridge", 0.5, 0.9, 0.9, strength="auto", search=search(100.0, "strictest fails", 9), seed=1),
+        point("ridge", 0.0, 0.88, 1.0, strength="auto", search=search(2.0)),
+        point("ridge", 0.5, 0.9, 0.85, strength="auto", search=search(100.0, "strictest fails", 9), seed=1),
     )
     text = markdown(comparison(tmp_path, *BEFORE, *others, *rules))
     assert rows(text, "ridge") == [
-        ["25.0% (0.0 to 50.0) (✓)", "86.0% (82.0 to 90.0) ✓", "95.0% (90.0 to 100.0) (✓)", "2 / 100!", "1.5"]
+        ["25.0% (0.0 to 50.0) (✓)", "89.0% (88.0 to 90.0) ✓", "92.5% (85.0 to 100.0) (✓)", "2 / 100!", "1.5"]
     ]
     assert rows(text, "fine-tuned")[0][:3] == ["100.0% ✗", "90.0% ✓", "40.0% ✗"]
 

@@ -11,7 +11,7 @@ WIDTH: Final = 5.6
 """Inches; a phone shows it at three fifths of that and still legibly."""
 ROW: Final = 0.27
 """Inches between two models."""
-PANEL: Final = 0.78
+PANEL: Final = 0.86
 """Inches of a panel's height for title and axis."""
 FOOT: Final = 0.3
 """Inches below the panels."""
@@ -71,13 +71,12 @@ def _figure(board: Board, look: Look) -> Any:  # noqa: ANN401 - matplotlib's
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    scores = [name for name in board.scores if meaning_of(name).is_chief] or list(board.scores)
-    present = {name: [one for one in board.results if name in one.scores] for name in scores}
+    present = {name: [one for one in board.results if name in one.scores] for name in board.chief}
     heights = [PANEL + ROW * len(own) for own in present.values()]
     height = sum(heights) + FOOT
-    layout = ConstrainedLayoutEngine(hspace=0.03, rect=(0, FOOT / height, 1, 1 - FOOT / height))
+    layout = ConstrainedLayoutEngine(h_pad=0.09, rect=(0, FOOT / height, 1, 1 - FOOT / height))
     figure = Figure(figsize=(WIDTH, height), layout=layout)
-    panels = figure.subplots(len(scores), 1, squeeze=False, height_ratios=heights)[:, 0]
+    panels = figure.subplots(len(present), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, own) in zip(panels, present.items(), strict=True):
         _panel(axes, board, name, own, look)
     told = "Dot: measured. Line: 95 % interval for the prompts asked."

@@ -63,7 +63,7 @@ JUDGED: Final = ("attack_success_by_judge", "judge_undecided")
 RESERVED: Final = ("upper", "lower")
 """Words of gates, which are no names of results."""
 
-_OPTIONS: Final = {"reference": "--base", "decoding": "decoding"}
+_OPTIONS: Final = {"reference": "--base", "decoding": "decoding", "task": "--task-questions"}
 
 
 def meaning_of(score: str) -> Meaning:
@@ -177,6 +177,11 @@ class Board:
         there = dict.fromkeys(name for one in self.results for name in one.scores)
         return tuple([name for name in MEANINGS if name in there] + [name for name in there if name not in MEANINGS])
 
+    @property
+    def chief(self) -> tuple[str, ...]:
+        """Names of those that say most, or of all where none of these was measured."""
+        return tuple(name for name in self.scores if meaning_of(name).is_chief) or self.scores
+
     @cached_property
     def differences(self) -> tuple[Difference, ...]:
         """How each model differs from the first, and the one that is judged from every other, in each score."""
@@ -265,7 +270,7 @@ def _require_alike(one: NamedResult, other: NamedResult) -> None:
         if first.prompts[part] != second.prompts[part]:
             raise DataError(
                 f"{where}: they were asked other {part} prompts, or through another chat template; measure both with "
-                f"the same --{part}"
+                f"the same {_OPTIONS.get(part, '--' + part)}"
             )
         _require_settings(where, part, SETTINGS.get(part, ()), first, second)
     shared = first.scores.keys() & second.scores.keys()

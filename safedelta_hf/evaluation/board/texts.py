@@ -1,7 +1,7 @@
 """A board as text: for a terminal, as Markdown, as plain values, and as JUnit's XML."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Final
 from xml.etree import ElementTree
 
@@ -52,7 +52,7 @@ def score_rows(board: Board) -> list[list[str]]:
     return [[name, *(cell(one.scores.get(name)) for one in board.results)] for name in board.scores]
 
 
-def difference_rows(board: Board) -> list[list[str]]:
+def difference_rows(board: Board, scores: Container[str] | None = None) -> list[list[str]]:
     """How the models differ.
 
     Where each answer counts yes or no, the last column has on how many prompts only the one model has it, on how many
@@ -60,6 +60,7 @@ def difference_rows(board: Board) -> list[list[str]]:
 
     Args:
         board: The results.
+        scores: Which scores; None for all.
 
     Returns:
         A row for each difference, under `DIFFERENCE_HEADS`.
@@ -73,6 +74,7 @@ def difference_rows(board: Board) -> list[list[str]]:
             _parted(one),
         ]
         for one in board.differences
+        if scores is None or one.score in scores
     ]
 
 
@@ -112,13 +114,13 @@ def table(board: Board, verdicts: Sequence[Verdict] = (), width: int = 120) -> s
         width: Columns of the terminal.
 
     Returns:
-        Tables of scores and differences, what else is to be known, and a line for each condition.
+        Tables of all scores, and of differences in the chief ones; what else is to be known; a line for each condition.
     """
     text = io.StringIO()
     console = Console(file=text, width=width, highlight=False, markup=False)
     for title, heads, rows in (
         (SCORES, ("score", *board.names), score_rows(board)),
-        (DIFFERENCES, DIFFERENCE_HEADS, difference_rows(board)),
+        (DIFFERENCES, DIFFERENCE_HEADS, difference_rows(board, board.chief)),
     ):
         shown_table = Table(*(Column(head, overflow="fold") for head in heads), title=title, title_justify="left")
         shown_table.box, before = SIMPLE_HEAD, ""

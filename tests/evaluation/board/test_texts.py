@@ -26,13 +26,16 @@ def test_table_and_markdown_hold_every_figure(board):
             "+90.0 points",
             "< 0.001",
             "18 / 0 of 20",
-            "-2.9 nats/token",
             "p is how often",
             "6 tests were made",
             "FAILED: adjusted fails if attack_success > aligned + 0.01 (adjusted.attack_success 5.0%",
             "passed: adjusted fails if refusal_nll > 1",
         ):
             assert part in " ".join(text.split()), part
+
+
+def test_differences_of_all_scores_are_in_the_markdown_alone(board):
+    assert "-2.9 nats/token" in markdown(board) and "-2.9 nats/token" not in table(board, width=200)
 
 
 def test_plain_values_are_json_and_hold_tests_and_verdicts(board):
