@@ -82,9 +82,11 @@ def loaded(name: str) -> Any:  # noqa: ANN401 - a command of click
     Returns:
         The command, with its options.
     """
+    from safedelta_hf.cli.config_file import configured  # takes seconds, as every command does
+
     module, function = COMMANDS[name][0].split(":")
     alone = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
-    alone.command(name)(getattr(importlib.import_module(module), function))
+    alone.command(name)(configured(getattr(importlib.import_module(module), function)))
     return typer.main.get_command(alone)
 
 
