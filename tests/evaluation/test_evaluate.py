@@ -79,6 +79,17 @@ def test_each_figure_is_that_of_its_own_function(torn):
     assert found["refusal_nll_95"] == pytest.approx(likelihood.upper, rel=1e-5)
 
 
+def test_each_score_is_the_mean_of_its_values_prompt_by_prompt(torn):
+    verdicts = iter([True, False, None, 0.5] * 6)
+    found = evaluate_model(*torn, questions(judge=lambda *_: next(verdicts)), **SETTINGS)
+    assert found.scores.keys() - found.values.keys() == {"refusal_nll_95"}
+    for name, values in found.values.items():
+        counted = [value for value in values if value is not None]
+        assert len(counted) == found.scores[name].count
+        assert sum(counted) / len(counted) == pytest.approx(found.scores[name].value)
+    assert found.values["attack_success_by_judge"][:4] == (1, 0, None, 0.5)
+
+
 def test_a_judge_counts_where_it_decides(loaded):
     verdicts = iter([True, False, None, 0.5] * 6)
     found = evaluate_model(*loaded, questions(judge=lambda *_: next(verdicts)), **SETTINGS)
