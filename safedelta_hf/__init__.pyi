@@ -29,6 +29,7 @@ from .rules import (
     TaskRidge,
     Ties,
 )
+from .saved.adjust import adjust_saved
 
 __version__: str
 
@@ -59,6 +60,7 @@ __all__ = [
     "adjust_adapter_files",
     "adjust_checkpoint",
     "adjust_model",
+    "adjust_saved",
     "collect_profile",
     "plan_adapter",
     "plan_checkpoint",

@@ -56,6 +56,7 @@ CHECKS = {
 
 ELSEWHERE = {
     "docs/profiles.md": "tests/test_profiles_page.py",
+    "docs/start.md": "tests/test_start_page.py",
     "docs/training/data.md": "tests/training/test_data_page.py",
     "docs/rules/safe_patching.md": "tests/rules/test_safe_patching_page.py",
 }
@@ -134,7 +135,7 @@ def lay_out(folder, tuned, code):
         (folder / name).symlink_to(ALIGNED_MODEL)
     for name in ("tuned-model", "tuned", "TUNED", "adjusted"):
         (folder / name).symlink_to(tuned)
-    if "--adapter tuned-adapter" in code:
+    if "--tuned tuned-adapter" in code:
         prepared_profile("safety").save(folder / "profile")
         tiny_adapter().save_pretrained(folder / "tuned-adapter")
     (folder / "examples").symlink_to(ROOT / "examples")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from safedelta_hf.adjust.loop import adjust_weights, report_of
+from safedelta_hf.adjust.plan import require_number
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.checkpoint.store import CheckpointStore
@@ -18,7 +19,7 @@ from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.rules import MergeRule, Rule
+from safedelta_hf.rules import MergeRule, Rule, rule_of
 from safedelta_hf.weights.digest import Identity, files_identity, profile_identity, source_identity
 
 
@@ -65,6 +66,7 @@ def adjust_checkpoint(
             for the next run.
     """
     place = _usable_device(device)
+    require_number(rule_of("adjust_checkpoint", rule, task_profile))
     require_kind("adjust_checkpoint", "output", output, (str, Path), "a folder")
     with _failing_by_name(Path(output)):
         plan = plan_checkpoint(
@@ -91,12 +93,13 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
         What was done to each parameter.
 
     Raises:
-        ConfigurationError: There is no such device.
+        ConfigurationError: The strength is no number, or there is no such device.
         CheckpointError: The output exists, or is being written, or was begun otherwise.
         AdjustmentError: A file could not be read or written.
         SafeDeltaError: Named by parameter. Whatever was raised, there is no output; finished weights stay beside it
             for the next run.
     """
+    require_number(plan.rule)
     place, header = _usable_device(device), plan.profile.header
     with (
         _failing_by_name(plan.output),

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from safedelta_hf.adjust.plan import check_rule, plan_parameters, require_number
+from safedelta_hf.adjust.plan import check_rule, plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import other_files
@@ -18,7 +18,7 @@ from safedelta_hf.errors import BaseWeightsError, CheckpointError, Configuration
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Plan, PlanEntry, Treatment
-from safedelta_hf.rules import Rule, rule_of
+from safedelta_hf.rules import Rule
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
@@ -130,9 +130,8 @@ def plan_checkpoint(
         tuned: Folder of the fine-tuned model.
         output: Folder that will be written.
         profile: Profile of the base, or the folder of one.
-        rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
-            `TaskRidge()` with `task_profile` and else `Ridge()`, is measured. A name stands for that rule as it is by
-            default.
+        rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with `task_profile`, else
+            `Ridge()`, if None.
         task_profile: Profile of the same base on examples of the fine-tuning data; or its folder.
         treatment: What to do with parameters other than linear weights.
 
@@ -140,20 +139,19 @@ def plan_checkpoint(
         The plan.
 
     Raises:
-        ConfigurationError: The strength is to be measured, or the output lies in an input.
+        ConfigurationError: The output lies in an input.
         CheckpointError: The fine-tuned files are malformed, or not those of the profile's model; or the output exists.
         BaseWeightsError: The files of the base are malformed, or not those of the profile's model.
         ProfileError: The profile is malformed.
     """
     for name, value in (("base", base), ("tuned", tuned), ("output", output)):
         require_kind("adjust_checkpoint", name, value, (str, Path), "a folder")
-    require_number(rule_of("adjust_checkpoint", rule, task_profile))
     output = Path(output)
     _require_apart(output, base, tuned, profile, task_profile)
     require_absent(output)
     settings = opened_settings("adjust_checkpoint", profile, rule, task_profile, treatment)
     check_rule(settings.rule, settings.profile, settings.task)
-    tuned_files, base_files = _open_tuned(Path(tuned)), _open_base(base)
+    tuned_files, base_files = open_tuned_files(Path(tuned)), open_base_files(base)
     pair = CheckpointPair(base_files, tuned_files, settings.profile.header)
     index = [] if tuned_files.index is None else [tuned_files.index.name]
     copied, left_out = other_files(Path(tuned), frozenset([*tuned_files.paths, *index]))
@@ -172,14 +170,36 @@ def plan_checkpoint(
     )
 
 
-def _open_base(source: str | Path) -> SafetensorsFiles:
+def open_base_files(source: str | Path) -> SafetensorsFiles:
+    """Open the weights of a base.
+
+    Args:
+        source: Folder or cached repository.
+
+    Returns:
+        Its files, of which headers were read.
+
+    Raises:
+        BaseWeightsError: They are missing or malformed.
+    """
     try:
         return SafetensorsFiles(source)
     except CheckpointError as error:
         raise BaseWeightsError(f"base: {error}") from error
 
 
-def _open_tuned(folder: Path) -> SafetensorsFiles:
+def open_tuned_files(folder: Path) -> SafetensorsFiles:
+    """Open the weights of a fine-tuned model.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        Its files, of which headers were read.
+
+    Raises:
+        CheckpointError: They are missing or malformed, or those of an adapter.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"tuned: {str(folder)!r} is no folder; give the folder of the fine-tuned model")
     try:

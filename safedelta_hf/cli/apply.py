@@ -1,110 +1,129 @@
 """`safedelta apply`: adjust a saved adapter or a whole model, files to files."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
 import typer
+from transformers.utils import logging
 
-from safedelta_hf.adapter.files import adjust_adapter_files
-from safedelta_hf.checkpoint.adjust import adjust_planned
+from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.checkpoint.plan import plan_checkpoint
-from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, chosen_rule, one_line_errors
+from safedelta_hf.cli.options import (
+    DEFAULT_RULE_HELP,
+    ORDINARY_WEIGHT,
+    RULE_HELP,
+    SORT_TASK_HELP,
+    STRENGTH_HELP,
+    chosen_rule,
+    one_line_errors,
+)
 from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
+from safedelta_hf.rules import Rule
+from safedelta_hf.saved.adjust import adjust_saved
 
-_OF_ADAPTER: Final = "A saved adapter"
-_OF_MODEL: Final = "A whole model"
+_DATA: Final = "What is read with the base"
+_PROFILES: Final = "Profiles made before, instead"
+
+
+def _data(text: str, **settings: Any) -> Any:  # noqa: ANN401 - what Annotated takes
+    return typer.Option(help=text, rich_help_panel=_DATA, **settings)
+
+
+def _profile(text: str) -> Any:  # noqa: ANN401 - what Annotated takes
+    return typer.Option(help=text, rich_help_panel=_PROFILES)
 
 
 def apply(
-    context: typer.Context,
-    profile: Annotated[Path, typer.Option(help="Folder of the safety profile of the base.")],
+    tuned: Annotated[
+        Path,
+        typer.Option(
+            "--tuned", "--adapter", help="Folder of the fine-tuned model, in safetensors, or of a LoRA that PEFT saved."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="Folder of a LoRA adapter that PEFT saved.", rich_help_panel=_OF_ADAPTER)
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that was fine-tuned; of an adapter, the one that it names if left out."),
+    ] = None,
+    safety_data: Annotated[Path | None, _data("Harmful prompts with the base's refusals.")] = None,
+    task_data: Annotated[Path | None, _data("The fine-tuning data, for rules that weigh the task.")] = None,
+    ordinary_data: Annotated[
+        Path | None, _data("Ordinary prompts with the base's responses, to protect as well.")
+    ] = None,
+    ordinary_weight: Annotated[float | None, _data(f"Weight of --ordinary-data; default {ORDINARY_WEIGHT:g}.")] = None,
+    task_examples: Annotated[int, _data("Rows to draw of --task-data, at most.", min=1)] = 256,
+    sort_task: Annotated[bool, _data(SORT_TASK_HELP)] = True,
+    batch_size: Annotated[int, _data("Sequences of one length per forward pass, at most.", min=1)] = 8,
+    max_length: Annotated[int | None, _data("Cut sequences to this many tokens.", min=1)] = None,
+    save_profile: Annotated[
+        Path | None, _data("Folder to keep the safety profile in, for other fine-tunes of this base.")
+    ] = None,
+    profile: Annotated[Path | None, _profile("Folder of a safety profile of the base (safedelta profile).")] = None,
+    task_profile: Annotated[Path | None, _profile("Folder of a profile of the task data.")] = None,
+    rule: Annotated[str | None, typer.Option(help=f"{RULE_HELP} {DEFAULT_RULE_HELP}")] = None,
+    strength: Annotated[
+        str | None, typer.Option(help=f"{STRENGTH_HELP} Default: what the rule has, mostly auto.")
     ] = None,
     initial_adapter: Annotated[
         Path | None,
-        typer.Option(
-            help="The adapter before training, if it was initialised from the base (PiSSA, ...).",
-            rich_help_panel=_OF_ADAPTER,
-        ),
-    ] = None,
-    tuned: Annotated[
-        Path | None, typer.Option(help="Folder of the fine-tuned model, in safetensors.", rich_help_panel=_OF_MODEL)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute, such as cuda; default cpu.", rich_help_panel=_OF_MODEL)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, from headers alone.", rich_help_panel=_OF_MODEL)
-    ] = False,
-    base: Annotated[
-        str | None, typer.Option(help="Base model; of an adapter, the one that it names if left out.")
-    ] = None,
-    rule: Annotated[str | None, typer.Option(help=f"{RULE_HELP} {DEFAULT_RULE_HELP}")] = None,
-    strength: Annotated[
-        str | None, typer.Option(help="Strength of the rule: a number; may be left out where the rule has one itself.")
-    ] = None,
-    task_profile: Annotated[
-        Path | None, typer.Option(help="Folder of a profile of the task data, for rules that weigh it.")
+        typer.Option(help="The adapter before training, if it was initialised from the base (PiSSA, ...)."),
     ] = None,
     uncovered: Annotated[
         str, typer.Option(help="Tuned parameters that no rule covers: error, keep (as tuned) or reset (to the base).")
     ] = "error",
+    device: Annotated[str, typer.Option(help="Device, or device map of transformers: cpu, cuda:0, auto, ...")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan for a model, from headers alone; needs --profile.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="File for the whole report, as JSON.")] = None,
 ) -> None:
-    """Adjust a saved adapter (--adapter) or a model (--base and --tuned), files to files."""
+    """Adjust a fine-tuned model or adapter in its folder.
+
+    Reads data with the base, measures the strength in memory, and writes the output files to files.
+    """  # noqa: DOC501 - ends in one line
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
-        given = context.params
-        _require_one_kind(given)
         _require_place(report)
-        chosen = chosen_rule(rule, strength, task_profile)
-        treatment = Treatment(uncovered=cast(Any, uncovered))
-        if adapter is not None:
-            done = adjust_adapter_files(
-                adapter,
-                profile=profile,
-                output=output,
-                rule=chosen,
-                task_profile=task_profile,
-                base=base,
-                initial_adapter=initial_adapter,
-                treatment=treatment,
-            )
-            _finish(done, output, report)
+        if ordinary_weight is not None and ordinary_data is None:
+            raise ConfigurationError("--ordinary-weight has no effect without --ordinary-data")
+        task = task_data if task_profile is None else task_profile
+        chosen, treatment = chosen_rule(rule, strength, task), Treatment(uncovered=cast(Any, uncovered))
+        if dry_run:
+            if base is None or profile is None:
+                raise ConfigurationError("--dry-run needs --base and --profile, and the --tuned of a whole model")
+            typer.echo(_plan(base, tuned, output, profile, task_profile, chosen, treatment))
             return
-        assert base is not None and tuned is not None, "one kind is given, whole"
-        plan = plan_checkpoint(
-            base=base,
+        done = adjust_saved(
             tuned=tuned,
             output=output,
+            base=base,
+            safety_dataset=safety_data,
             profile=profile,
-            rule=chosen,
+            task_dataset=task_data,
             task_profile=task_profile,
+            ordinary_dataset=ordinary_data,
+            ordinary_weight=ORDINARY_WEIGHT if ordinary_weight is None else ordinary_weight,
+            task_examples=task_examples,
+            sort_task=sort_task,
+            rule=chosen,
+            config=ProfileConfig(batch_size=batch_size, max_length=max_length),
             treatment=treatment,
+            initial_adapter=initial_adapter,
+            save_profile=save_profile,
+            device=device,
         )
-        if dry_run:
-            typer.echo(plan.table())
-            return
-        if plan.left_out:
-            typer.echo(f"Not copied: {', '.join(plan.left_out)}")
-        _finish(adjust_planned(plan, device=device or "cpu"), output, report)
+        if left_out := sorted(path.name for path in tuned.iterdir() if not (output / path.name).exists()):
+            typer.echo(f"Not copied: {', '.join(left_out)}")
+        _finish(done, output, report)
 
 
-def _require_one_kind(given: Mapping[str, Any]) -> None:
-    if (given["adapter"] is None) == (given["tuned"] is None):
-        raise ConfigurationError("give --adapter for an adapter, or --base and --tuned for a whole model")
-    if given["adapter"] is None and given["base"] is None:
-        raise ConfigurationError("--tuned needs --base, the model that the fine-tuning started from")
-    own, kind = (
-        (("tuned", "device", "dry_run"), "--tuned") if given["tuned"] is None else (("initial_adapter",), "--adapter")
-    )
-    if strangers := [name for name in own if given[name]]:
-        options = ", ".join("--" + name.replace("_", "-") for name in strangers)
-        raise ConfigurationError(f"{options}: only with {kind}")
+def _plan(
+    base: str, tuned: Path, output: Path, profile: Path, task_profile: Path | None, rule: Rule, treatment: Treatment
+) -> str:
+    how: dict[str, Any] = {"rule": rule, "task_profile": task_profile, "treatment": treatment}
+    return plan_checkpoint(base=base, tuned=tuned, output=output, profile=profile, **how).table()
 
 
 def _require_place(report: Path | None) -> None:

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Final
 import typer
 from transformers.utils import logging
 
-from safedelta_hf.cli.options import RULE_HELP, SORT_TASK_HELP, load_function, one_line_errors, one_of, parsed_strength
+from safedelta_hf.cli.options import (
+    ORDINARY_WEIGHT,
+    RULE_HELP,
+    SORT_TASK_HELP,
+    load_function,
+    one_line_errors,
+    one_of,
+    parsed_strength,
+)
 from safedelta_hf.compare import (
     LORA,
     WEIGHTS,
@@ -41,7 +49,6 @@ TABLE: Final = "comparison.md"
 QUESTIONS: Final = 200
 MAX_NEW_TOKENS: Final = 128
 BATCH_SIZE: Final = 8
-ORDINARY_WEIGHT: Final = 0.1
 SEEDS: Final = (0, 1, 2)
 SEED_LIMIT: Final = 2**32 - 1
 

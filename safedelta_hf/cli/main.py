@@ -31,7 +31,7 @@ COMMANDS: Final = MappingProxyType(
         ),
         "apply": (
             "safedelta_hf.cli.apply:apply",
-            "Adjust a saved adapter (--adapter) or a model (--base and --tuned), files to files.",
+            "Adjust a fine-tuned model or adapter in its folder: read data with the base, measure the strength, write.",
         ),
         "eval": (
             "safedelta_hf.cli.evaluate:evaluate",

@@ -22,6 +22,7 @@ DEFAULT_RULE_HELP = (
     f"Default {default_rule('a task').name} where task data are at hand, else {default_rule(None).name}."
 )
 SORT_TASK_HELP = "Leave out of the task what the base would refuse, as it refuses the safety data."
+ORDINARY_WEIGHT: Final = 0.1
 STRENGTH_HELP = "Strength of the rule: a number, or 'auto' to measure."
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from safedelta_hf.capture.collect import Checkpointing, collect_profile
 from safedelta_hf.capture.config import ALL_LINEAR, ProfileConfig
-from safedelta_hf.cli.options import one_line_errors, one_of
+from safedelta_hf.cli.options import ORDINARY_WEIGHT, one_line_errors, one_of
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.errors import ConfigurationError, ProfileError
@@ -24,7 +24,6 @@ from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_or
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 STORAGES: Final = ", ".join(f"{name}:RANK" if name == "eigenbasis" else name for name in ENCODINGS)
-ORDINARY_WEIGHT: Final = 0.1
 
 _READING: Final = "How the data is read"
 _HUB: Final = "Hub"

@@ -37,6 +37,7 @@ class RunData:
     """The data behind the profiles of a run.
 
     Attributes:
+        owner: What has the data, for errors.
         safety: Harmful prompts with the responses of a safe model; None if there is a profile of it already.
         ordinary: Ordinary prompts with the base model's responses, to protect them beside the refusals.
         ordinary_weight: Weight of that data's Hessians.
@@ -49,6 +50,7 @@ class RunData:
         DataError: Something is no data.
     """
 
+    owner: str = "SafeDeltaCallback"
     safety: Source | None
     ordinary: Source | None = None
     ordinary_weight: float = 0.1
@@ -59,7 +61,7 @@ class RunData:
     def __post_init__(self) -> None:
         if type(self.task_examples) is not int or self.task_examples < 1:
             raise ConfigurationError(f"task_examples={self.task_examples!r} must be a whole number of at least 1")
-        weight, owner = self.ordinary_weight, "SafeDeltaCallback"
+        weight, owner = self.ordinary_weight, self.owner
         require_kind(owner, "sort_task", self.sort_task, bool, "True or False")
         require_number(owner, "ordinary_weight", weight, "positive and finite", lambda value: 0 < value < math.inf)
         for name in ("safety", "ordinary", "task"):
@@ -74,10 +76,10 @@ class RunData:
         Raises:
             DataError: There is not.
         """
-        found = None if self.safety is None else require_source("SafeDeltaCallback", "safety_dataset", self.safety)
+        found = None if self.safety is None else require_source(self.owner, "safety_dataset", self.safety)
         if found is not None and found < FEWEST_HELD_OUT_OF:
             raise DataError(
-                f"SafeDeltaCallback: give at least {FEWEST_HELD_OUT_OF} refusals (you gave {found}): a part of them is "
+                f"{self.owner}: give at least {FEWEST_HELD_OUT_OF} refusals (you gave {found}): a part of them is "
                 "held out, for the strength to be measured by. With fewer, give a rule whose strength is a number, "
                 "such as rule=Ridge(strength=1.0), or config=ProfileConfig(holdout=0.25)"
             )

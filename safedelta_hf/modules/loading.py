@@ -79,9 +79,9 @@ def load_model(
     source = source_of(name, option, base)
     model = load_base(source, f"{option} {name!r}", device_map="auto")
     if source.adapter is not None:
-        model = _with_adapter(model, source.adapter, f"{option} {name!r}", merged=merged)
+        model = with_adapter(model, source.adapter, f"{option} {name!r}", merged=merged)
     if adapter is not None:
-        model = _with_adapter(model, adapter, f"--adapter {adapter!r}", merged=merged)
+        model = with_adapter(model, adapter, f"--adapter {adapter!r}", merged=merged)
     if merged and getattr(model, "peft_config", None):
         raise ConfigurationError(f"{option} {name!r} holds a model and an adapter; merge them (merge_and_unload) first")
     return model, load_tokenizer(source, f"{option} {name!r}")
@@ -128,7 +128,21 @@ def load_tokenizer(source: Source, what: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str, what: str, *, merged: bool) -> PreTrainedModel:
+def with_adapter(model: PreTrainedModel, adapter: str, what: str, *, merged: bool = False) -> PreTrainedModel:
+    """Put a saved adapter on a model.
+
+    Args:
+        model: The model.
+        adapter: Name or folder of a PEFT adapter.
+        what: What to call it in errors.
+        merged: Whether it is added to the weights, so that a plain model comes back.
+
+    Returns:
+        The model, of a class of PEFT unless the adapter was merged.
+
+    Raises:
+        ConfigurationError: It cannot be loaded on it.
+    """
     with _named(f"{what} cannot be loaded on the model"):
         from peft import PeftModel
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
 from safedelta_hf.cli import apply as command
 from safedelta_hf.cli.main import app
-from tests.fixtures import adapters, tiny
+from tests.fixtures import adapters, refusing, tiny
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_errors_end_with_one_line_and_status_1(folder):
 
 def test_a_report_that_cannot_be_written_is_found_before_the_work(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(command, "adjust_adapter_files", lambda *_, **__: pytest.fail("the work was done"))
+        patch.setattr(command, "adjust_saved", lambda *_, **__: pytest.fail("the work was done"))
         for report in (folder / "absent" / "report.json", folder):
             result = apply_safe_delta(folder, "--report", report)
             assert result.exit_code == 1 and f"--report {str(report)!r}" in result.output, result.output
@@ -80,12 +80,31 @@ def test_a_base_and_an_initial_adapter_are_passed_on(folder):
     assert result.exit_code == 0 and "15 adjusted" in result.output, result.output
 
 
-def test_the_default_rule_is_that_of_every_entry_and_needs_a_number_here(folder):
+def test_the_default_rule_is_that_of_every_entry_and_is_measured(folder):
     for options, rule in (([], "ridge"), (["--task-profile", folder / "profile"], "task_ridge")):
         result = apply(folder, *options)
         assert result.exit_code == 1 and len(result.output.splitlines()) == 1
-        assert result.output.startswith(f"safedelta: {rule}: strength='auto'") and "--strength on the" in result.output
+        assert result.output.startswith(f"safedelta: {rule}: strength='auto'") and "was held out" in result.output
     assert not (folder / "output").exists()
     result = apply(folder, "--strength", 2, "--report", folder / "report.json")
     assert result.exit_code == 0, result.output
     assert json.loads((folder / "report.json").read_text())["rule"] == {"name": "ridge", "settings": {"strength": 2}}
+
+
+def test_data_are_read_with_the_base_and_the_strength_is_measured(tmp_path):
+    refusing.base().save_pretrained(tmp_path / "base")
+    refusing.fine_tuned().save_pretrained(tmp_path / "tuned")
+    data = {"safety": refusing.REFUSALS, "task": refusing.TASK, "ordinary": tiny.rows(9, seed=8)}
+    for name, rows in data.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [f"--{name}={tmp_path / name}" for name in ("base", "tuned", "output")]
+    read = [f"--{name}-data={tmp_path / name}.jsonl" for name in data]
+    more = ["--ordinary-weight=0.2", "--no-sort-task", "--batch-size=3", "--max-length=9", "--device=cpu"]
+    kept = f"--save-profile={tmp_path / 'profile'}"
+    result = CliRunner().invoke(app, ["apply", *paths, *read, *more, kept, f"--report={tmp_path / 'report.json'}"])
+    assert result.exit_code == 0 and result.output.rstrip().endswith(f"Written: {tmp_path / 'output'}"), result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rule"]["name"] == "task_ridge" and report["search"]["trials"] and report["sorting"] is None
+    header = SafetyProfile.load(tmp_path / "profile").header
+    assert (header.retention.weight, header.tokens) == (0.2, 9 * header.sequences)
+    assert load_file(tmp_path / "output" / "model.safetensors").keys() == refusing.base().state_dict().keys()

@@ -1,0 +1,1 @@
+"""What a folder holds, a model or an adapter: all of an adjustment in one call."""
