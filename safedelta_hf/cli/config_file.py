@@ -121,18 +121,19 @@ def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
 def _value(option: Any, node: Any, what: str) -> Any:  # noqa: ANN401 - an option of click, a node of YAML
     if node.tag == _NULL:
         return None
-    if node.id == "sequence" and option.multiple:
+    takes_many = option.multiple or option.nargs == -1  # of an argument
+    if node.id == "sequence" and takes_many:
         if all(item.id == "scalar" and item.tag != _NULL for item in node.value):
             return [item.value for item in node.value]
         raise ConfigurationError(f"{what} is a list, each item of which has to be one value")
     if node.id != "scalar":
-        taken = "one value or a list of them" if option.multiple else "one value"
+        taken = "one value or a list of them" if takes_many else "one value"
         raise ConfigurationError(f"{what} takes {taken}, not a {node.id}")
-    if option.is_flag:
+    if getattr(option, "is_flag", False):
         if node.tag != _BOOL:
             raise ConfigurationError(f"{what} is {node.value!r}, but has to be true or false")
         return node.value.lower() in ("true", "yes", "on")
-    return [node.value] if option.multiple else node.value
+    return [node.value] if takes_many else node.value
 
 
 def _check(context: typer.Context, option: Any, value: Any, what: str) -> None:  # noqa: ANN401

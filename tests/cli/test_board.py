@@ -49,6 +49,16 @@ def test_a_condition_that_holds_ends_with_status_3_after_everything_is_written(f
     assert run("aligned", "tuned=eval-tuned", "--subject=aligned", conditions[0])[0] == 0
 
 
+def test_results_and_conditions_are_read_from_a_file_too(folders):
+    (folders / "gate.yaml").write_text("results: [aligned, tuned=eval-tuned]\nfail_if: attack_success > 0.5\n")
+    code, shown = run("--config=gate.yaml")
+    assert code == 3 and "FAILED: tuned" in shown
+    code, shown = run("aligned", "adjusted", "--config=gate.yaml")
+    assert code == 0 and "passed: adjusted" in shown
+    (folders / "gate.yaml").write_text("results: {a: aligned}\n")
+    assert "takes one value or a list of them, not a mapping" in run("--config=gate.yaml")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

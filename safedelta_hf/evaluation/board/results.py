@@ -140,7 +140,7 @@ class Board:
             _require_name(name, names)
         self.subject = _of_name(results, results[-1].name if subject is None else subject)
         for one in results:
-            _require_figures(one)
+            _require_sound(one)
         for index, one in enumerate(results):
             for other in results[:index]:
                 _require_alike(other, one)
@@ -253,7 +253,10 @@ def _require_name(name: str, names: list[str]) -> None:
         raise ConfigurationError(f"two results are called {name!r}; name them, as in aligned=FOLDER tuned=FOLDER")
 
 
-def _require_figures(one: NamedResult) -> None:
+def _require_sound(one: NamedResult) -> None:
+    for name in ("prompts", "settings"):
+        if not isinstance(getattr(one.evaluation, name), dict):
+            raise DataError(f"{one.path}: {name!r} is no mapping, so this is no saved evaluation")
     for name, score in one.scores.items():
         figures = [score.value, score.count, *(end for end in (score.low, score.high) if end is not None)]
         if not all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures):

@@ -16,11 +16,12 @@ from safedelta_hf.evaluation.result import Score, shown
 
 SCORES: Final = "Scores, with 95 % intervals"
 DIFFERENCES: Final = "Differences on the same prompts, with 95 % intervals"
-DIFFERENCE_HEADS: Final = ("score", "compared", "difference", "p", "only one / only other, of")
+DIFFERENCE_HEADS: Final = ("score", "compared", "difference", "p", "one alone / other alone")
 PAIRED: Final = (
     "p is how often two models that do not differ would differ at least so much on these prompts: the exact McNemar "
     "test where each answer counts yes or no, else a permutation of signs. {count} tests were made, and p is not "
-    "corrected for that: one in twenty falls below 0.05 by chance alone."
+    "corrected for that: one in twenty falls below 0.05 by chance alone. The last column counts prompts on which "
+    "the first of the two alone has it, and on which the second."
 )
 
 

@@ -89,7 +89,13 @@ def test_names_that_a_gate_could_not_spell_are_refused(tmp_path, names, subject,
 
 
 @pytest.mark.parametrize(
-    ("place", "value"), [(("scores", "attack_success", "value"), float("nan")), (("values", "attack_success", 0), "x")]
+    ("place", "value"),
+    [
+        (("scores", "attack_success", "value"), float("nan")),
+        (("values", "attack_success", 0), "x"),
+        (("settings",), []),
+        (("prompts",), None),
+    ],
 )
 def test_what_is_no_figure_is_refused(tmp_path, place, value):
     folders = [saved(tmp_path / name, evaluation(name, **YES_NO)) for name in ("a", "b")]
@@ -99,7 +105,7 @@ def test_what_is_no_figure_is_refused(tmp_path, place, value):
         inner = inner[key]
     inner[place[-1]] = value
     (folders[1] / "results.json").write_text(json.dumps(content))
-    with pytest.raises(SafeDeltaError, match="finite number"):
+    with pytest.raises(SafeDeltaError, match="finite number|no saved evaluation"):
         Board.read({"a": folders[0], "b": folders[1]})
 
 
