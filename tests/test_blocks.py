@@ -42,6 +42,7 @@ REASONS = {
     "needs several processes",
     "takes minutes or hours",
     "part of another project",
+    "needs a file that the reader writes",
 }
 """Why a block may not be run."""
 
@@ -104,10 +105,12 @@ def test_code_of_a_page_runs(page, fine_tuned, tmp_path, monkeypatch):
     lay_out(tmp_path, fine_tuned, "".join(block.text for block in CODE[page]))
     names = {"__name__": "page"}
     for block in CODE[page]:
+        if block.file:
+            Path(block.file).write_text(block.text, encoding="utf-8")
         if block.reason is None and block.language == "python":
             blocks.run_python(block, names, PREPARED)
         elif block.reason is None and block.language == "bash":
-            blocks.run_shell(block, tmp_path)
+            monkeypatch.chdir(blocks.run_shell(block, tmp_path))
 
 
 def test_what_does_not_exist_is_found(tmp_path):
@@ -121,7 +124,7 @@ def test_what_does_not_exist_is_found(tmp_path):
         ("bash", "needs a GPU", 4),
         ("python", None, 8),
     ]
-    failing = blocks.Block(page, "bash", "python -c 'raise KeyError(3)'", 1, None)
+    failing = blocks.Block(page, "bash", "python -c 'raise KeyError(3)'", 1)
     with pytest.raises(AssertionError, match="KeyError: 3"):
         blocks.run_shell(failing, tmp_path)
 
