@@ -73,17 +73,9 @@ def adjust_adapter_files(
     if Path(output).exists():
         raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
     require_number(rule_of("adjust_adapter_files", rule, task_profile))
-    folder = AdapterFolder(adapter)
+    folder = opened_adapter(adapter, initial_adapter)
     settings = opened_settings("adjust_adapter_files", profile, rule, task_profile, treatment)
     profile, rule, task = settings.profile, settings.rule, settings.task
-    if initial_adapter is not None:
-        folder.subtract(AdapterFolder(initial_adapter))
-    elif initialised_from_base(folder.config):
-        raise AdapterError(
-            f"adapter: init_lora_weights={folder.config.init_lora_weights!r} took a part of the base into the adapter, "
-            "so its delta is relative to what it started from; pass initial_adapter=<the adapter as save_pretrained "
-            "wrote it right after get_peft_model> (--initial-adapter on the command line)"
-        )
     reader = _Base(base, folder, profile.header, progress=progress)
     shapes = {use.parameter: use.shape for use in profile.uses}
     store = AdapterInFiles(
@@ -95,6 +87,31 @@ def adjust_adapter_files(
     )
     plan = plan_parameters(store.shapes, profile, treatment or Treatment())
     return adjust_weights(store, plan, profile, rule, task=task, progress=progress)
+
+
+def opened_adapter(adapter: str | Path, initial_adapter: str | Path | None) -> AdapterFolder:
+    """Open a saved adapter as one on the original base.
+
+    Args:
+        adapter: Its folder.
+        initial_adapter: Folder of the adapter before training, if its initialisation took a part of the base with it.
+
+    Returns:
+        The adapter; of twice the rank where it was initialised from the base.
+
+    Raises:
+        AdapterError: The folder cannot be read or has no delta `s B A`, or what it was before training is missing.
+    """
+    folder = AdapterFolder(adapter)
+    if initial_adapter is not None:
+        folder.subtract(AdapterFolder(initial_adapter))
+    elif initialised_from_base(folder.config):
+        raise AdapterError(
+            f"adapter: init_lora_weights={folder.config.init_lora_weights!r} took a part of the base into the adapter, "
+            "so its delta is relative to what it started from; pass initial_adapter=<the adapter as save_pretrained "
+            "wrote it right after get_peft_model> (--initial-adapter on the command line)"
+        )
+    return folder
 
 
 class _Base:

@@ -147,7 +147,7 @@ def plan_checkpoint(
     for name, value in (("base", base), ("tuned", tuned), ("output", output)):
         require_kind("adjust_checkpoint", name, value, (str, Path), "a folder")
     output = Path(output)
-    _require_apart(output, base, tuned, profile, task_profile)
+    require_apart(output, base, tuned, profile, task_profile)
     require_absent(output)
     settings = opened_settings("adjust_checkpoint", profile, rule, task_profile, treatment)
     check_rule(settings.rule, settings.profile, settings.task)
@@ -211,7 +211,16 @@ def open_tuned_files(folder: Path) -> SafetensorsFiles:
         raise CheckpointError(f"tuned: {error}{hint}") from error
 
 
-def _require_apart(output: Path, *inputs: SafetyProfile | str | Path | None) -> None:
+def require_apart(output: Path, *inputs: SafetyProfile | str | Path | None) -> None:
+    """Make sure that nothing is written into what is only read.
+
+    Args:
+        output: The folder to write.
+        *inputs: What is read; only folders are looked at.
+
+    Raises:
+        ConfigurationError: The output lies in one of them.
+    """
     for source in inputs:
         if isinstance(source, str | Path) and output.resolve().is_relative_to(Path(source).resolve()):
             raise ConfigurationError(

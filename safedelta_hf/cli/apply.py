@@ -84,6 +84,7 @@ def apply(
     Reads data with the base, measures the strength in memory, and writes the output files to files.
     """  # noqa: DOC501 - ends in one line
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with one_line_errors():
         _require_place(report)
         if ordinary_weight is not None and ordinary_data is None:

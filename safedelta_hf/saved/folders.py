@@ -16,10 +16,16 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from safedelta_hf.adapter.adjust import adjust_adapter
-from safedelta_hf.adapter.files import adjust_adapter_files
+from safedelta_hf.adapter.files import adjust_adapter_files, opened_adapter
 from safedelta_hf.checkpoint.adjust import adjust_planned
-from safedelta_hf.checkpoint.plan import CheckpointPlan, open_base_files, open_tuned_files, plan_checkpoint
-from safedelta_hf.deltas.lora_folder import AdapterFolder
+from safedelta_hf.checkpoint.folder import require_absent
+from safedelta_hf.checkpoint.plan import (
+    CheckpointPlan,
+    open_base_files,
+    open_tuned_files,
+    plan_checkpoint,
+    require_apart,
+)
 from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.errors import AdapterError, BaseWeightsError, CheckpointError, ConfigurationError, SafeDeltaWarning
 from safedelta_hf.model.adjust import adjust_model
@@ -144,6 +150,8 @@ class SavedModel(SavedTuned):
     runs_on_base = False
 
     def __init__(self, tuned: Path, output: Path, *, base: str, device: str) -> None:
+        require_apart(output, base, tuned)
+        require_absent(output)
         self.base = Source(base)
         self.files = open_tuned_files(tuned)
         self.dtype = _data_type(self.files)
@@ -179,7 +187,7 @@ class SavedAdapter(SavedTuned):
         device: Where to measure.
 
     Raises:
-        AdapterError: The output exists.
+        AdapterError: The output exists, or the adapter has no delta that can be adjusted.
     """
 
     runs_on_base = True
@@ -190,6 +198,7 @@ class SavedAdapter(SavedTuned):
     ) -> None:
         if output.exists():
             raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
+        opened_adapter(tuned, initial_adapter)  # what cannot be adjusted is found before anything is read
         self.base = source_of(str(tuned), "tuned", base)
         try:
             self.files = SafetensorsFiles(self.base.base, self.base.revision)
@@ -220,9 +229,7 @@ class SavedAdapter(SavedTuned):
             yield self._tuned
             return
         with tempfile.TemporaryDirectory(prefix="safedelta-") as parent:
-            adapter = AdapterFolder(self._tuned)
-            adapter.subtract(AdapterFolder(self._initial))
-            adapter.write(Path(parent) / "adapter", {})
+            opened_adapter(self._tuned, self._initial).write(Path(parent) / "adapter", {})
             yield Path(parent) / "adapter"
 
 

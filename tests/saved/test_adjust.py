@@ -22,6 +22,7 @@ from safedelta_hf import (
     with_ordinary,
 )
 from safedelta_hf.errors import (
+    AdapterError,
     BaseWeightsError,
     CheckpointError,
     ConfigurationError,
@@ -64,8 +65,7 @@ def folder(made, tmp_path):
 
 def adjust(folder, tuned="tuned", **settings):
     given = {"safety_dataset": refusing.REFUSALS, "config": HELD_OUT, "device": "cpu", "progress": False} | settings
-    given.setdefault("base", folder / "base")
-    return adjust_saved(tuned=folder / tuned, output=folder / "output", **given)
+    return adjust_saved(**{"tuned": folder / tuned, "output": folder / "output", "base": folder / "base"} | given)
 
 
 def safety():
@@ -219,6 +219,20 @@ def test_what_cannot_be_done_is_a_named_error(folder, changes, error, message):
     with pytest.raises(error, match=message):
         adjust_saved(**given | changes)
     assert not (folder / "output").exists()
+
+
+def test_what_stands_in_the_way_is_found_before_anything_is_read(folder, monkeypatch):
+    monkeypatch.setattr("safedelta_hf.saved.adjust.read_safety_data", lambda *_, **__: pytest.fail("it was read"))
+    (folder / "output").mkdir()
+    for tuned, error in (("tuned", CheckpointError), ("adapter", AdapterError)):
+        with pytest.raises(error, match="exists already"):
+            adjust(folder, tuned)
+    (folder / "output").rmdir()
+    with pytest.raises(ConfigurationError, match="is only read"):
+        adjust(folder, output=folder / "tuned" / "inner")
+    get_peft_model(refusing.base(), adapters.config(use_dora=True)).save_pretrained(folder / "dora")
+    with pytest.raises(AdapterError, match="use_dora"):
+        adjust(folder, "dora")
 
 
 def test_a_base_of_another_size_is_found_before_it_is_read(folder):
