@@ -170,7 +170,7 @@ class AdapterFolder:
         self.settings |= doubled
         self.is_converted = True
 
-    def write(self, output: Path, replaced: Mapping[str, Tensor], report: Report) -> None:
+    def write(self, output: Path, replaced: Mapping[str, Tensor], report: Report | None) -> None:
         """Write the adapter; complete or not there at all.
 
         Everything else that stands beside it is copied, but for subfolders, which hold other adapters or checkpoints.
@@ -178,7 +178,7 @@ class AdapterFolder:
         Args:
             output: A folder that does not exist.
             replaced: New values of some of its tensors, by name; cast to their data types.
-            report: What was done to them.
+            report: What was done to them; None if they were not adjusted.
         """
         with complete_or_absent(output) as unfinished:
             for path in self.folder.iterdir():
@@ -193,7 +193,8 @@ class AdapterFolder:
             with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
                 metadata = file.metadata()
             save_file(tensors, unfinished / TENSOR_FILE, metadata=metadata)
-            write_provenance(unfinished, report)
+            if report is not None:
+                write_provenance(unfinished, report)
 
 
 class LoraTensors:
