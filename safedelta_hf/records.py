@@ -1,5 +1,6 @@
 """The data that flows between rooms: plain, frozen, without tensors."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -423,6 +424,16 @@ class ProfileHeader:
         """What to call the base in messages."""
         return self.architecture if self.name is None else f"{self.name} ({self.architecture})"
 
+    @property
+    def address(self) -> str:
+        """Repository and commit of the base on the Hub, as far as they are known."""
+        return "@".join(filter(None, (self.name, self.revision)))
+
+    @property
+    def digest(self) -> str:
+        """One digest of all base weights."""
+        return digest_of(self.base)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanEntry:
@@ -609,6 +620,10 @@ class ReadingNoise:
     probability_lost: float | None
 
 
+AS_LIKELY: Final = 0.005
+"""Share of their probability below which refusals count as none the less likely in words; figures are exact."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StrengthSearch:
     """How the strength of a rule was found.
@@ -652,25 +667,32 @@ class StrengthSearch:
     def summary(self) -> str:
         """The outcome, and what is certain of it, in a few sentences."""
         told = {
-            "found": f"Strength {self.strength:.3g} found in {len(self.trials)} evaluations",
-            "nothing needed": "The rule at its mildest loses no more refusals than is allowed",
-            "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough",
+            "found": f"Strength {self.strength:.3g}, measured in {len(self.trials)} trials.",
+            "nothing needed": "The rule at its mildest loses no more refusals than is allowed.",
+            "strictest fails": f"Even the strictest strength, {self.strength:.3g}, is not enough.",
         }
         tuned, last = self.trials[0], self.applied
-        before = "" if tuned is last else f"{tuned.lost} before; "
+        before = "" if tuned is last else f"; {tuned.lost} before"
         return (
-            f"{told[self.outcome]}: {last.lost} of {self.examples} held-out refusals are lost "
-            f"({before}{self.allowed} may be), and {_percent(last.probability_lost)} of sampled ones "
-            f"({_percent(self.share)} may be){self._noise_told}. {self.promise}"
+            f"Refusals: {self._likelihood} (limit {percent(self.share)} less); {last.lost} of {self.examples} held-out "
+            f"ones lost (limit {self.allowed}{before}){self._noise_told}. {told[self.outcome]} {self.promise}"
         )
+
+    @property
+    def _likelihood(self) -> str:
+        lost = self.applied.probability_lost
+        # NaN is not as likely as anything.
+        if lost < AS_LIKELY:
+            return "as likely as in the base"
+        return f"{percent(lost)} less likely than in the base"
 
     @property
     def promise(self) -> str:
         """What the held-out refusals show, and what would show more."""
-        bound = _percent(self.bound)
-        told = f"With {_percent(self.confidence)} confidence at most {bound} of refusals like these are lost."
+        bound = percent(self.bound)
+        told = f"With {percent(self.confidence)} confidence at most {bound} of refusals like these are lost."
         if self.more:
-            told += f" {self.more} more held out, none of them lost, would bring that down to {_percent(self.share)}."
+            told += f" {self.more} more held out, none of them lost, would bring that down to {percent(self.share)}."
         if self.others:
             told += (
                 f" {self.others} held-out refusals the base itself does not begin so, or is not sure of; they are not "
@@ -696,7 +718,7 @@ class StrengthSearch:
             if noise.lost > self.allowed or noise.probability_lost > self.share:
                 advice += (
                     f" Rounding in {noise.precision} alone, by which this model was read, loses {noise.lost} of them, "
-                    f"and {_percent(noise.probability_lost)} of sampled ones: allow more, or fine-tune from weights in "
+                    f"and {percent(noise.probability_lost)} of sampled ones: allow more, or fine-tune from weights in "
                     "float32."
                 )
         return "THE STRICTEST STRENGTH WAS APPLIED, and more refusals are lost than are allowed." + advice
@@ -708,9 +730,30 @@ class StrengthSearch:
             return ""
         if noise.lost is None or noise.probability_lost is None:
             return f", read in {noise.precision}"
-        sampled = _percent(noise.probability_lost)
+        sampled = percent(noise.probability_lost)
         return f"; noise of reading in {noise.precision}: {noise.lost}, and {sampled} of sampled ones"
 
 
-def _percent(share: float) -> str:
-    return f"{share * 100:.3g} %"
+def digest_of(digests: Mapping[str, str]) -> str:
+    """One digest of many named ones.
+
+    Args:
+        digests: Digests by name.
+
+    Returns:
+        SHA-256 over names and digests, in the order of the names.
+    """
+    return hashlib.sha256("".join(f"{name}{value}" for name, value in sorted(digests.items())).encode()).hexdigest()
+
+
+def percent(share: float, digits: int = 3) -> str:
+    """Set a share as people read it.
+
+    Args:
+        share: 1 for all.
+        digits: That count.
+
+    Returns:
+        Such as "42 %".
+    """
+    return f"{share * 100:.{digits}g} %"

@@ -82,7 +82,11 @@ def adjust_adapter(
     require_base(opened, header, but={delta.parameter for delta in in_place})
     with _copied_to(opened, config, adapter_name, new_adapter_name) as (tuned, name):
         store = AdapterInMemory(
-            [*lora_deltas(tuned, name), *in_place], tuned, settings.workspace, architecture=class_name(tuned.model)
+            [*lora_deltas(tuned, name), *in_place],
+            tuned,
+            settings.workspace,
+            name=name,
+            architecture=class_name(tuned.model),
         )
         plan = plan_parameters(store.shapes, settings.profile, settings.treatment, parameter_aliases(tuned.model))
         return adjust_weights(store, plan, settings.profile, settings.rule, task=settings.task, progress=progress)

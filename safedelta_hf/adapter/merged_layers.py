@@ -21,6 +21,8 @@ from safedelta_hf.errors import AdapterError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.modules.names import ADAPTER_PREFIX
 from safedelta_hf.modules.quantised import is_quantised
+from safedelta_hf.report import Report
+from safedelta_hf.report.provenance import write_provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,11 @@ def _holds(layer: Any, adapter: str) -> bool:  # noqa: ANN401
 
 
 def write_lora(
-    output: Path, deltas: Sequence[LoraDelta], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    output: Path,
+    deltas: Sequence[LoraDelta],
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    report: Report,
 ) -> None:
     """Write the folder of a LoRA; complete or not there at all.
 
@@ -170,10 +176,12 @@ def write_lora(
         deltas: What it was made of.
         settings: Further fields of its configuration.
         tensors: Its tensors.
+        report: What was done to them.
     """
     with complete_or_absent(output) as unfinished:
         _config(deltas, settings, tensors).save_pretrained(str(unfinished))
         save_file(dict(tensors), unfinished / TENSOR_FILE, metadata={"format": "pt"})
+        write_provenance(unfinished, report)
 
 
 def _config(deltas: Sequence[LoraDelta], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401

@@ -13,6 +13,8 @@ from safedelta_hf.deltas.dense import Delta, require_finite
 from safedelta_hf.deltas.lora_deltas import LoraDelta, by_parameter
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import AdapterError
+from safedelta_hf.report import Report
+from safedelta_hf.report.saving import follow_saving
 from safedelta_hf.weights.journal import Journal
 
 
@@ -78,14 +80,16 @@ class AdapterInMemory(AdapterStore):
         deltas: What the adapter does to each parameter; its tensors go by their names in the model.
         model: The model that has the adapter.
         workspace: Folder with room for a temporary copy of the adapter; None for the system's default.
+        name: Name of the adapter.
         architecture: Class name of the base model.
     """
 
     def __init__(
-        self, deltas: Sequence[LoraDelta], model: ShardedModel, workspace: Path | None, *, architecture: str
+        self, deltas: Sequence[LoraDelta], model: ShardedModel, workspace: Path | None, *, name: str, architecture: str
     ) -> None:
         super().__init__(deltas, architecture=architecture, source="the frozen base below the adapter")
         self.running = self._model = model
+        self._name = name
         self._journal = Journal(workspace, model.ranks)
 
     @override
@@ -98,6 +102,10 @@ class AdapterInMemory(AdapterStore):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._journal.__exit__(kind, error, trace)
+
+    @override
+    def conclude(self, report: Report) -> None:
+        follow_saving(self._model.model, report, adapter=self._name, writes=self._model.ranks.is_main)
 
     @override
     def restore(self) -> None:
@@ -113,7 +121,7 @@ class AdapterInFiles(AdapterStore):
 
     Args:
         deltas: What the adapter does to each parameter.
-        finish: Writes the folder, given every tensor that was replaced, by name.
+        finish: Writes the folder, given every tensor that was replaced, by name, and what was done.
         architecture: Class name of the base model.
         source: Where the base weights are, for the report.
         unverified: As in `WeightStore`.
@@ -122,7 +130,7 @@ class AdapterInFiles(AdapterStore):
     def __init__(
         self,
         deltas: Sequence[LoraDelta],
-        finish: Callable[[dict[str, Tensor]], None],
+        finish: Callable[[dict[str, Tensor], Report], None],
         *,
         architecture: str,
         source: str,
@@ -132,6 +140,7 @@ class AdapterInFiles(AdapterStore):
         self.unverified = unverified
         self._finish = finish
         self._replaced: dict[str, Tensor] = {}
+        self._report: Report | None = None
 
     @override
     def __enter__(self) -> "AdapterInFiles":
@@ -142,7 +151,12 @@ class AdapterInFiles(AdapterStore):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._finish(self._replaced)
+            assert self._report is not None, "concluded within the block"
+            self._finish(self._replaced, self._report)
+
+    @override
+    def conclude(self, report: Report) -> None:
+        self._report = report
 
     @override
     def restore(self) -> None:

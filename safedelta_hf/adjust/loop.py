@@ -1,5 +1,6 @@
 """The only loop over parameters: check all, then adjust all of them or none."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +8,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.adjust.plan import check_entries, check_rule, require_number
@@ -20,9 +20,13 @@ from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import SafeDeltaError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, StrengthSearch, Use
+from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, StrengthSearch, Trial, Use
 from safedelta_hf.report import Report
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
+
+EXPECTED_TRIALS = 8
+"""Strengths that a search tries, about: what a progress bar reckons with."""
 
 REUSED_BYTES = 2 << 30
 """Moments that a search holds, with what the rule made of them, from one strength to the next."""
@@ -53,18 +57,26 @@ class Adjustment:
         task: SafetyProfile | None,
         *,
         ranks: Ranks,
-        progress: bool,
+        bar: Any,  # noqa: ANN401 - of tqdm
     ) -> None:
         check_rule(rule, profile, task)
         self._store, self._plan, self._profile = store, plan, profile
         self._task = task if rule.needs_task else None
-        self._ranks, self._progress = ranks, progress and ranks.is_main
-        entries = tqdm(plan.entries, desc="Checking weights", unit="weight", disable=not self._progress)
-        tuned = [entry for entry in entries if self._is_left_for_later(entry, rule) or store.is_tuned(entry.parameter)]
+        self._ranks, self._bar = ranks, bar
+        tuned = [
+            entry
+            for entry in self._counted()
+            if self._is_left_for_later(entry, rule) or store.is_tuned(entry.parameter)
+        ]
         self._merging = check_entries(tuned, profile, rule, task, is_dense=store.is_dense)
         self._tuned = {entry.parameter: entry for entry in tuned}
         if plan.entries and not tuned:
             store.require_base()
+
+    def _counted(self) -> Iterator[PlanEntry]:
+        for entry in self._plan.entries:
+            yield entry
+            self._bar.update()
 
     def _is_left_for_later(self, entry: PlanEntry, rule: Rule) -> bool:
         # But for what may be an error of a weight that was moved, and of no other.
@@ -88,8 +100,7 @@ class Adjustment:
         """
         factors = factors or self._factors()
         records = []
-        description = f"Adjusting ({rule.name})"
-        for entry in tqdm(self._plan.entries, desc=description, unit="weight", disable=not self._progress):
+        for entry in self._counted():
             if self._is_left_for_later(entry, rule) and not self._store.is_tuned(entry.parameter):
                 del self._tuned[entry.parameter]
                 if not self._tuned:
@@ -128,12 +139,20 @@ class Adjustment:
         self._put_base()
         base, noise = held_out.read_again(running)
 
+        number = itertools.count(1)
+
+        def tell(trial: Trial) -> None:
+            found = f"{trial.strength:.3g} {'passes' if trial.passed else 'fails'}"
+            self._bar.total = max(self._bar.total, self._bar.n + len(self._plan.entries))
+            self._bar.set_description(f"Measuring strength, trial {next(number)} of about {EXPECTED_TRIALS}: {found}")
+
         def measure(strength: float) -> Drift:
             apply(strength, figures=False)
             return Drift.between(base, held_out.read(running))
 
         refusals = sum(reading.surely_begins for reading in base)
-        search = search_strength(rule, auto, measure, refusals, others=len(base) - refusals)
+        search = search_strength(rule, auto, measure, refusals, len(base) - refusals, tell)
+        self._bar.set_description(f"Adjusting at strength {search.strength:.3g}")
         return replace(search, noise=noise), apply(search.strength, figures=True)
 
     def _put_base(self) -> None:
@@ -264,15 +283,25 @@ def adjust_weights(
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
     ranks = ranks or Ranks.of_run()
-    with ranks.together():
-        loop = Adjustment(store, plan, profile, rule, task, ranks=ranks, progress=progress)
-    with store, ranks.together():  # on a failure all ranks leave the store's block, and put back what they hold
-        if rule.auto is None:
-            search, records = None, loop.at(rule)
-        else:
-            search, records = loop.measured(rule, rule.auto)
-    report = report_of(records, rule, profile, task, architecture=store.architecture, base=store.source, search=search)
-    report = replace(report, unverified=store.unverified)
+    # Every weight is looked at once, and adjusted at each strength that is tried, and at the one that is found.
+    passes = 2 if rule.auto is None else 2 + EXPECTED_TRIALS
+    settings: dict[str, Any] = {"total": passes * len(plan.entries), "disable": not (progress and ranks.is_main)}
+    with progress_bar(desc="Checking weights", unit="weight", **settings) as bar:
+        with ranks.together():
+            loop = Adjustment(store, plan, profile, rule, task, ranks=ranks, bar=bar)
+        with store, ranks.together():  # on a failure all ranks leave the store's block, and put back what they hold
+            bar.set_description(f"Adjusting ({rule.name})" if rule.auto is None else "Measuring strength")
+            if rule.auto is None:
+                search, records = None, loop.at(rule)
+            else:
+                search, records = loop.measured(rule, rule.auto)
+            report = report_of(
+                records, rule, profile, task, architecture=store.architecture, base=store.source, search=search
+            )
+            report = replace(report, unverified=store.unverified)
+            store.conclude(report)
+        bar.total = bar.n
+        bar.set_description("Adjusted")
     if report.warning and ranks.is_main:
         warnings.warn(f"{rule.name}: {report.warning}", SafeDeltaWarning, stacklevel=3)
     return report
@@ -306,6 +335,9 @@ def report_of(
         rule=RuleRecord(name=rule.name, settings=rule.settings),
         architecture=architecture,
         base=base,
+        base_model=profile.header.address,
+        base_digest=profile.header.digest,
+        data=profile.header.data,
         sequences=profile.header.sequences,
         tokens=profile.header.tokens,
         parameters=tuple(records),

@@ -21,7 +21,12 @@ STEP = 5.0
 
 
 def search_strength(
-    rule: Rule, auto: AutoStrength, measure: Callable[[float], Drift], refusals: int, others: int = 0
+    rule: Rule,
+    auto: AutoStrength,
+    measure: Callable[[float], Drift],
+    refusals: int,
+    others: int = 0,
+    tell: Callable[[Trial], None] = lambda _: None,
 ) -> StrengthSearch:
     """Find the mildest strength of a rule that loses no more refusals than may be lost.
 
@@ -38,6 +43,7 @@ def search_strength(
         measure: What is lost at a strength.
         refusals: Number of held-out refusals that can be lost.
         others: Number of those that cannot, as the base does not surely begin them.
+        tell: Is told of each trial.
 
     Returns:
         What was tried, and the outcome.
@@ -47,7 +53,7 @@ def search_strength(
     """
     certifiable = auto.allowed(refusals)
     allowed = certifiable or 0
-    walk = _Walk(rule, auto, measure, allowed)
+    walk = _Walk(rule, auto, measure, allowed, tell)
     outcome, strength = walk.outcome()
     trials = tuple(walk.found.values())  # in the order in which they were tried
     lost = max(allowed, next(trial.lost for trial in trials if trial.strength == strength))
@@ -90,6 +96,7 @@ class _Walk:
     auto: AutoStrength
     measure: Callable[[float], Drift]
     allowed: int
+    tell: Callable[[Trial], None]
     found: dict[int, Trial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +125,7 @@ class _Walk:
             self.found[place] = Trial(
                 strength=strength, lost=drift.lost, probability_lost=drift.probability_lost, passed=passed
             )
+            self.tell(self.found[place])
         return self.found[place].passed
 
     def _halved(self, failing: int) -> int | None:

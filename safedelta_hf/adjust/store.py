@@ -7,6 +7,7 @@ from typing import NamedTuple
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.records import ParameterRecord
+from safedelta_hf.report import Report
 
 
 class Written(NamedTuple):
@@ -102,6 +103,13 @@ class WeightStore(ABC):
 
         Args:
             record: What was done with it.
+        """
+
+    def conclude(self, report: Report) -> None:  # noqa: B027 - some stores are told of later
+        """Be told, at the end of the block, what was done, for whatever is saved to say so.
+
+        Args:
+            report: Of all parameters.
         """
 
     def require_base(self) -> None:  # noqa: B027 - of an adapter, the base is found otherwise

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.capture.collector import in_order
 from safedelta_hf.capture.config import ProfileConfig
@@ -38,6 +37,7 @@ from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import fingerprint
 
 DEFAULT_HOLDOUT = 0.25
@@ -101,7 +101,9 @@ class Checkpointing:
         given = json.dumps([digest_of(sequences), how, made_of], sort_keys=True)
         identity = hashlib.sha256(given.encode()).hexdigest()[:16]
         done, total = self._found(identity, len(parts))
-        for number in tqdm(range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)):
+        for number in progress_bar(
+            range(done + 1, len(parts) + 1), desc="Parts", unit="part", initial=done, total=len(parts)
+        ):
             found = read(parts[number - 1])
             folder = Path(self.folder) / f"{identity}-{number:05d}"
             (found if total is None else _added(total, found)).save(folder, "float32")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.capture.collector import MomentCollector, ObservedUses, merged
 from safedelta_hf.capture.config import ProfileConfig
@@ -25,6 +24,7 @@ from safedelta_hf.modules.names import class_name
 from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import ProfileHeader, Use
+from safedelta_hf.report.progress import progress_bar
 
 
 def capture_profile(
@@ -133,7 +133,7 @@ def _read(
 ) -> None:
     module, model = watched.module, watched.model
     model.ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
-    for batch, counts in tqdm(batches, desc=title, unit="batch", disable=title is None):
+    for batch, counts in progress_bar(batches, desc=title, unit="batch", disable=title is None):
         with forward_guard(model):
             arguments = arguments_of(module, batch)
             given = [value for value in arguments.values() if isinstance(value, Tensor)]

@@ -110,11 +110,14 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
             adjust_weights(
                 store, left, plan.profile, plan.rule, task=plan.task_profile, ranks=Ranks(), progress=progress
             )
-            folder.complete(plan.copied)
+            folder.complete(plan.copied, _report(plan, folder))
+    return _report(plan, folder)
+
+
+def _report(plan: CheckpointPlan, folder: CheckpointFolder) -> Report:
     records = (folder.record(name) for name in plan.names)
-    return report_of(
-        records, plan.rule, plan.profile, plan.task_profile, architecture=header.architecture, base=plan.base.source
-    )
+    architecture, task = plan.profile.header.architecture, plan.task_profile
+    return report_of(records, plan.rule, plan.profile, task, architecture=architecture, base=plan.base.source)
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, NumericalError, OutputError
 from safedelta_hf.folders import RunLog, locked, sync, unfinished_of, write_all
 from safedelta_hf.records import ParameterRecord
+from safedelta_hf.report import Report
+from safedelta_hf.report.progress import progress_bar
+from safedelta_hf.report.provenance import write_provenance
 from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles, StoredTensor, data_start
 
 LOG_FILE = "finished.jsonl"
@@ -142,11 +144,12 @@ class CheckpointFolder:
         self._log.append(line, sync=False)
         self.finished[record.parameter] = record
 
-    def complete(self, other_files: Sequence[str]) -> None:
+    def complete(self, other_files: Sequence[str], report: Report) -> None:
         """Finish the shards, add what stands beside them, and the index last; then rename the folder.
 
         Args:
             other_files: Files of the original's folder that belong to it.
+            report: What was done to its weights.
 
         Raises:
             CheckpointError: One of them has the name of a file that is being written.
@@ -164,6 +167,7 @@ class CheckpointFolder:
             shutil.copyfile(source / name, target)
             sync(target)
         self._shards.finish()
+        write_provenance(self._model, report)
         if (index := self._original.index) is not None:
             unfinished = self._work / index.name
             shutil.copyfile(index, unfinished)
@@ -209,7 +213,7 @@ class CheckpointFolder:
         self._model.mkdir(exist_ok=True)
         self._shards.allocate()
         self._clear()
-        for record, names, digest in tqdm(
+        for record, names, digest in progress_bar(
             self._log.entries,
             desc="Verifying finished weights",
             unit="weight",

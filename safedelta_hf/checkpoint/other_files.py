@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from safedelta_hf.report.provenance import RECORD_FILE
+
 WEIGHT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -29,8 +31,8 @@ WEIGHT_FILES = (
 )
 """Weights as they were tuned, in any format or half written, and states of optimizer, scheduler and random numbers."""
 
-TRAINER_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
-"""What Trainer and DeepSpeed need to go on with a training."""
+TRAINER_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py", RECORD_FILE)
+"""What Trainer and DeepSpeed need to go on with a training; and what is said of other weights."""
 
 TRAINER_FOLDERS = ("checkpoint-*", "global_step*", "pytorch_model_fsdp_*", "optimizer_*", "runs", ".*", "__pycache__")
 """Checkpoints, sharded states, logs, and what tools keep for themselves."""

@@ -33,6 +33,10 @@ COMMANDS: Final = MappingProxyType(
             "safedelta_hf.cli.apply:apply",
             "Adjust a fine-tuned model or adapter in its folder: read data with the base, measure the strength, write.",
         ),
+        "show": (
+            "safedelta_hf.cli.show:show",
+            "Read what a folder of weights says of its adjustment, and whether the weights are the ones.",
+        ),
         "eval": (
             "safedelta_hf.cli.evaluate:evaluate",
             "Measure what a model refuses, what it should not refuse, and what it can do.",

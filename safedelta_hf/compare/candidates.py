@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from tqdm.auto import tqdm
-
 from safedelta_hf.compare.points import ComparisonFile, Point, key_of
 from safedelta_hf.compare.scenarios import WEIGHTS, Candidate, Scenario
 from safedelta_hf.errors import ConfigurationError, NumericalError
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.rules import RULES, Rule
 
 NEEDS_DENSE: Final = "it needs whole weights, and an adapter keeps its rank; merge the adapter to compare it"
@@ -128,7 +127,7 @@ def compare(
     pairs = [
         (scenario, candidate) for scenario in scenarios for candidate in (*scenario.baselines, *candidates.on(scenario))
     ]
-    with tqdm(total=len(pairs), desc="Comparing", unit="model", disable=not progress) as bar:
+    with progress_bar(total=len(pairs), desc="Comparing", unit="model", disable=not progress) as bar:
         for scenario, candidate in pairs:
             bar.set_postfix_str(f"{scenario.name}, {scenario.weights}, {candidate.method}")
             key = key_of(scenario.name, scenario.weights, scenario.seed, candidate.method, candidate.settings)

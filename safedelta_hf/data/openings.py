@@ -7,7 +7,6 @@ from typing import Final
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import arguments_of, forward_guard, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
@@ -18,6 +17,7 @@ from safedelta_hf.data.templates import ProcessingClass, opening_of
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, NumericalError
 from safedelta_hf.modules.evaluating import evaluating, without_adapters
+from safedelta_hf.report.progress import progress_bar
 
 Tokens = tuple[int, ...]
 
@@ -180,7 +180,7 @@ def _next_tokens(
     share = share_of(list(dict.fromkeys(sequences)), batch_size, model) if sequences else []
     ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
     with evaluating(runnable):
-        for batch, counts in tqdm(share, desc=desc, unit="batch", disable=desc is None or not ranks.is_main):
+        for batch, counts in progress_bar(share, desc=desc, unit="batch", disable=desc is None or not ranks.is_main):
             with forward_guard(model):
                 rows = _batch_probabilities(runnable, batch, wanted)
             if counts:

@@ -5,7 +5,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import Batch, arguments_of, forward_guard, input_device, require_fit, share_of
 from safedelta_hf.data.dataset import SafetySequence
@@ -13,6 +12,7 @@ from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError
 from safedelta_hf.modules.evaluating import evaluating
+from safedelta_hf.report.progress import progress_bar
 
 R = TypeVar("R")
 
@@ -60,7 +60,7 @@ def read_predictions(
         found: dict[SafetySequence, R] = {}
         ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         with evaluating(runnable):
-            for batch, counts in tqdm(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
+            for batch, counts in progress_bar(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
                 with forward_guard(model):
                     values = read(_logits(runnable, batch), batch)
                 if counts:

@@ -37,6 +37,8 @@ from safedelta_hf.errors import AdapterError, CheckpointError, ProfileError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.modules.names import ADAPTER_PREFIX, is_hub_name
 from safedelta_hf.records import ProfileHeader
+from safedelta_hf.report import Report
+from safedelta_hf.report.provenance import RECORD_FILE, write_provenance
 from safedelta_hf.weights.digest import digest
 from safedelta_hf.weights.safetensors_files import FLOATING, read_header
 
@@ -168,7 +170,7 @@ class AdapterFolder:
         self.settings |= doubled
         self.is_converted = True
 
-    def write(self, output: Path, replaced: Mapping[str, Tensor]) -> None:
+    def write(self, output: Path, replaced: Mapping[str, Tensor], report: Report | None) -> None:
         """Write the adapter; complete or not there at all.
 
         Everything else that stands beside it is copied, but for subfolders, which hold other adapters or checkpoints.
@@ -176,10 +178,11 @@ class AdapterFolder:
         Args:
             output: A folder that does not exist.
             replaced: New values of some of its tensors, by name; cast to their data types.
+            report: What was done to them; None if they were not adjusted.
         """
         with complete_or_absent(output) as unfinished:
             for path in self.folder.iterdir():
-                if path.is_file() and path.name != TENSOR_FILE:
+                if path.is_file() and path.name not in (TENSOR_FILE, RECORD_FILE):
                     shutil.copyfile(path, unfinished / path.name)
             if self.is_converted:
                 text = json.dumps(self.settings, indent=2, sort_keys=True)
@@ -190,6 +193,8 @@ class AdapterFolder:
             with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
                 metadata = file.metadata()
             save_file(tensors, unfinished / TENSOR_FILE, metadata=metadata)
+            if report is not None:
+                write_provenance(unfinished, report)
 
 
 class LoraTensors:

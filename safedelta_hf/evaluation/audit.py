@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import require_fit
 from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data, tokenised
@@ -23,6 +22,7 @@ from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.sorting import MANY, prompt_text, verdict
 from safedelta_hf.folders import RunLog, locked, require_absent, unfinished_of, write_whole
 from safedelta_hf.records import Outcome
+from safedelta_hf.report.progress import progress_bar
 
 _BATCHES: Final = 16
 """Forward passes after which what was found is written."""
@@ -256,7 +256,7 @@ def _probabilities(
     # parts, and batches, as without an interruption.
     left = sorted((row for row in prompts if row not in known), key=lambda row: (-len(prompts[row]), row))
     size = _BATCHES * batch_size
-    with tqdm(
+    with progress_bar(
         total=len(prompts), initial=len(prompts) - len(left), desc="Auditing", unit="row", disable=not progress
     ) as bar:
         for start in range(0, len(left), size):

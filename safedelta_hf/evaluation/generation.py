@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safedelta_hf.data.batches import require_fit
@@ -16,6 +15,7 @@ from safedelta_hf.data.templates import ProcessingClass, prompt_tokens, template
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.evaluating import evaluating
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import digest
 
 Chat = Sequence[Mapping[str, Any]]
@@ -69,7 +69,7 @@ def generate_responses(
     responses = dict(known or {})
     batches = [batch for batch in batches if not responses.keys() >= set(batch)]
     with _generating(model, tokenizer):
-        for batch in tqdm(batches, desc="Generating", unit="batch", disable=not progress):
+        for batch in progress_bar(batches, desc="Generating", unit="batch", disable=not progress):
             answers = _answer_batch(model, tokenizer, [prompts[index] for index in batch], max_new_tokens)
             new = {index: text for index, text in zip(batch, answers, strict=True) if index not in responses}
             responses.update(new)

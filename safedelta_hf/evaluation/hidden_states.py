@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from safedelta_hf.data.batches import arguments_of, batches_of_equal_length, require_fit
 from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.errors import ArchitectureError, ConfigurationError
 from safedelta_hf.modules.decoder_layers import decoder_layers
 from safedelta_hf.modules.evaluating import evaluating
+from safedelta_hf.report.progress import progress_bar
 
 
 def last_states(
@@ -51,7 +51,7 @@ def last_states(
     batches = list(batches_of_equal_length(list(dict.fromkeys(sequences)), batch_size))
     found: dict[SafetySequence, Tensor] = {}
     with evaluating(model):
-        for batch in tqdm(batches, desc=desc, unit="batch", disable=not progress):
+        for batch in progress_bar(batches, desc=desc, unit="batch", disable=not progress):
             states_bplh = _batch_states(model, layers, arguments_of(model, batch), list(positions))
             found.update(zip(batch, states_bplh, strict=True))
     return torch.stack([found[sequence] for sequence in sequences])

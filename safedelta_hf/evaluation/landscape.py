@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from safedelta_hf.distributed.model import ShardedModel
@@ -29,6 +28,7 @@ from safedelta_hf.evaluation.metrics import Metric
 from safedelta_hf.folders import RunLog, write_whole
 from safedelta_hf.modules.names import base_modules, join
 from safedelta_hf.modules.quantised import is_quantised
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import source_identity
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import WeightReader, open_base
@@ -487,7 +487,7 @@ def _walk(
     found = {} if log is None else dict(log.entries)
     left = [step for step in steps if any((step, metric.name) not in found for metric in metrics)]
     with Journal(None if folder is None else Path(folder), model.ranks) as journal, model.ranks.together():
-        for step in tqdm(left, desc="Landscape", unit="point", disable=not progress):
+        for step in progress_bar(left, desc="Landscape", unit="point", disable=not progress):
             if (move := steps[step]) is not None:
                 _move(model, journal, move)
             for metric in metrics:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -20,6 +19,7 @@ from safedelta_hf.evaluation.generation import Chat, generate_responses, model_d
 from safedelta_hf.evaluation.questions import Prompt, digest_of_prompts
 from safedelta_hf.evaluation.result import Score, share
 from safedelta_hf.folders import RunLog, write_whole
+from safedelta_hf.report.progress import progress_bar
 
 MAX_NEW_TOKENS: Final = 64
 """Length of an answer: whether it refuses is decided in its first words, and short refusals are measured best."""
@@ -143,7 +143,7 @@ class ServerAnswers(Answers):
         missing = [index for index in range(len(conversations)) if index not in answers]
         with (
             ThreadPoolExecutor(self._requests) as pool,
-            tqdm(total=len(missing), desc="Asking", unit="prompt", disable=not progress) as bar,
+            progress_bar(total=len(missing), desc="Asking", unit="prompt", disable=not progress) as bar,
         ):
             for start in range(0, len(missing), self._requests):
                 indices = missing[start : start + self._requests]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from safedelta_hf.data.forms import text_of, turns_of_row
@@ -13,6 +12,7 @@ from safedelta_hf.data.phrases import is_refusal
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.modules.loading import load_model
+from safedelta_hf.report.progress import progress_bar
 
 
 def attack_success_rate(responses: Sequence[str]) -> float:
@@ -247,7 +247,7 @@ def judgements(
     left = [index for index in range(len(exchanges)) if index not in (known or {})]
     batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
     several = getattr(judge, "verdicts", None)
-    for batch in tqdm(batches, desc="Judging", unit="batch", disable=not progress):
+    for batch in progress_bar(batches, desc="Judging", unit="batch", disable=not progress):
         asked = [exchanges[index] for index in batch]
         verdicts = several(asked) if several is not None else [judge(*exchange) for exchange in asked]
         yield {index: _number(verdict) for index, verdict in zip(batch, verdicts, strict=True)}

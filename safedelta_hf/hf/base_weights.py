@@ -1,6 +1,5 @@
 """Which weights are the base of a training run. Never a guess: what cannot be known is an error."""
 
-import hashlib
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ProfileError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
+from safedelta_hf.records import digest_of
 from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
 from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, WeightReader, open_base
 
@@ -43,9 +43,7 @@ class RunBase:
     @property
     def digest(self) -> str:
         """One digest of all weights."""
-        return hashlib.sha256(
-            "".join(f"{name}{value}" for name, value in sorted(self.digests.items())).encode()
-        ).hexdigest()
+        return digest_of(self.digests)
 
 
 def base_of_run(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -42,13 +43,17 @@ from safedelta_hf.hf.polishing import RunPolish
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, warn_of_trained_refusals
 from safedelta_hf.hf.trainer_facts import (
     OWNER,
+    close_training_bar,
     entries_of_trained,
     is_pruned,
+    keep_card_section,
     log_metrics,
     output_dir,
+    put_before_trackers,
     require_fetched_adapters,
     require_supported,
     shows_progress,
+    trainer_of,
     trains_dense,
     warn_of_empty_adapters,
 )
@@ -60,6 +65,8 @@ from safedelta_hf.polish.config import PolishConfig
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
 from safedelta_hf.records import TaskSorting, Treatment
 from safedelta_hf.report import Report
+from safedelta_hf.report.provenance import remove_provenance
+from safedelta_hf.report.saving import follow_saving, is_adjusted
 from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.journal import base_weights_loaded
 
@@ -201,6 +208,10 @@ class SafeDeltaCallback(TrainerCallback):
         """
         model = bare(model, OWNER)
         self._tuned = None
+        follow_saving(model, None, writes=state.is_world_process_zero)
+        if (trainer := trainer_of(state)) is not None:
+            put_before_trackers(self, trainer)
+            keep_card_section(trainer)
         require_supported(args)
         with Ranks.of_run().together():
             require_trainable(model)
@@ -247,7 +258,9 @@ class SafeDeltaCallback(TrainerCallback):
         if is_pruned(state, control):
             logger.info("Safe Delta: this trial was pruned, so its weights are not adjusted.")
             return
-        model = bare(model, OWNER)
+        model, trainer = bare(model, OWNER), trainer_of(state)
+        if trainer is not None:
+            close_training_bar(trainer)
         started = time.perf_counter()
         if self._polish is not None:
             self._polish.of_run(args, state.global_step)
@@ -264,7 +277,29 @@ class SafeDeltaCallback(TrainerCallback):
             error.add_note(whereabouts(error, saved, model, processing_class, output_dir(args), state))
             raise
         self.report = replace(report, seconds=time.perf_counter() - started)
-        log_metrics(report.metrics(), args, state, control)
+        if report.changed_anything and shows_progress(args, state):
+            tqdm.write(f"Safe Delta: {report.told}")
+        log_metrics(report.metrics(), trainer, args, state, control, printed=False)
+
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Take back what the folder says of an earlier adjustment, if weights that are not adjusted will be put there.
+
+        Args:
+            args: Of the Trainer.
+            state: Of the Trainer.
+            control: Of the Trainer.
+            model: The model.
+            **kwargs: Unused.
+        """
+        if state.is_world_process_zero and not is_adjusted(bare(model, OWNER)):
+            remove_provenance(output_dir(args))
 
     def adjust(
         self, model: nn.Module, *, rule: Rule | str | None = None, workspace: Path | None = None, progress: bool = True
@@ -315,6 +350,7 @@ class SafeDeltaCallback(TrainerCallback):
         if self._polish is not None and self.report.has_delta:
             record = self._polish.polish(opened, workspace=workspace, progress=progress)
             self.report = replace(self.report, polish=record)
+        follow_saving(opened.model, self.report, adapter=adapter, writes=opened.ranks.is_main)
         if not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report

@@ -23,7 +23,7 @@ from safedelta_hf.errors import ConfigurationError, EvaluationError, foreign_err
 from safedelta_hf.evaluation import Evaluation, Judge, Prompt, Questions, evaluate_model, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, PromptSource
 from safedelta_hf.evaluation.scoring import TaskScore
-from safedelta_hf.hf.trainer_facts import log_metrics, shows_progress
+from safedelta_hf.hf.trainer_facts import log_metrics, put_before_trackers, shows_progress, trainer_of
 
 PREFIX = "safedelta/eval_"
 """What the name of every logged score begins with."""
@@ -104,6 +104,8 @@ class EvaluationCallback(TrainerCallback):
         processing_class: ProcessingClass | None = None,
         **kwargs: Any,
     ) -> None:
+        if (trainer := trainer_of(state)) is not None:
+            put_before_trackers(self, trainer)
         # Check what would otherwise fail in the middle of training.
         with Ranks.of_run().together():
             self._usable(args, model)
@@ -163,7 +165,7 @@ class EvaluationCallback(TrainerCallback):
             found = ranks.broadcast(found, owner=0)
         if found is not None:
             self.evaluation = found
-            log_metrics(found.metrics(PREFIX), args, state, control)
+            log_metrics(found.metrics(PREFIX), trainer_of(state), args, state, control)
 
     def _is_of(self, model: PreTrainedModel, processing: ProcessingClass) -> bool:
         return self.evaluation is not None and self.evaluation.model == model_digest(model, processing)

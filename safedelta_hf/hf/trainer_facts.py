@@ -1,13 +1,17 @@
 """Facts about a training run, read off what the Trainer passes to its callbacks, and the way to its log."""
 
-import inspect
+import copy
+import functools
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
+from typing import Any, Final
 
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 
 from safedelta_hf.adapter.adjust import plan_adapter
@@ -18,6 +22,9 @@ from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.modules.adapters import trained_adapter, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import PlanEntry, Treatment
+from safedelta_hf.report.provenance import restore_card
+
+logger = logging.get_logger(__name__)
 
 OWNER = "SafeDeltaCallback"
 """Whose run it is, for errors."""
@@ -119,40 +126,100 @@ def warn_of_empty_adapters(model: ShardedModel) -> None:
         )
 
 
-logger = logging.get_logger(__name__)
+_PRINTING: Final = ("PrinterCallback", "ProgressCallback")
+"""How the names of callbacks end that print what is logged."""
+
+
+def trainer_of(state: TrainerState) -> Trainer | None:
+    """The Trainer that a state belongs to: callbacks are not given theirs.
+
+    Args:
+        state: As a callback received it.
+
+    Returns:
+        The Trainer; None where something else calls the callbacks.
+    """
+    # Classes are asked, not objects, of which some are proxies that would import something.
+    trainers = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
+    return next((found for found in trainers if getattr(found, "state", None) is state), None)
+
+
+def put_before_trackers(callback: TrainerCallback, trainer: Trainer) -> None:
+    """Let the trackers of a run close after a callback has logged at the end of training.
+
+    Safe while callbacks are called in turn: what comes after this one keeps its place.
+
+    Args:
+        callback: Of the Trainer.
+        trainer: Its list of callbacks is changed.
+    """
+    callbacks, trackers = trainer.callback_handler.callbacks, tuple(INTEGRATION_TO_CALLBACK.values())
+    if callback in callbacks:
+        place = callbacks.index(callback)
+        before = callbacks[:place]
+        moved = [one for one in before if isinstance(one, trackers)]
+        callbacks[: place + 1] = [*(one for one in before if one not in moved), callback, *moved]
+
+
+def close_training_bar(trainer: Trainer) -> None:
+    """Let the bar of a training that has ended go, so that no other is drawn below it.
+
+    Args:
+        trainer: The Trainer.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if (bar := getattr(callback, "training_bar", None)) is not None and hasattr(bar, "close"):
+            bar.close()
+
+
+def keep_card_section(trainer: Trainer) -> None:
+    """Let the cards that a Trainer writes keep what the folder says of the adjustment.
+
+    Args:
+        trainer: Its `create_model_card` is replaced, on this object alone.
+    """
+    if "create_model_card" in vars(trainer):
+        return
+    write = type(trainer).create_model_card
+
+    @functools.wraps(write)
+    def create_model_card(self: Trainer, *args: Any, **settings: Any) -> None:  # noqa: ANN401
+        write(self, *args, **settings)
+        if self.is_world_process_zero():
+            restore_card(output_dir(self.args))
+
+    trainer.create_model_card = MethodType(create_model_card, trainer)  # type: ignore[method-assign]
 
 
 def log_metrics(
-    metrics: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    metrics: dict[str, float],
+    trainer: Trainer | None,
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    *,
+    printed: bool = True,
 ) -> None:
     """Log as `Trainer.log` does: into `state.log_history`, and to every callback's `on_log`.
 
-    Callbacks are not given their Trainer, and at `on_train_end` setting `should_log` has no effect any more. The
-    handler that is calling is therefore looked up on the call stack.
-
     Args:
         metrics: Scalars by name.
+        trainer: The Trainer; None where something else calls the callbacks.
         args: As the callback received them.
         state: As the callback received it; its history grows by one entry.
         control: As the callback received it.
+        printed: Whether callbacks that print what is logged are told as well.
     """
     logs = dict(metrics) if state.epoch is None else {**metrics, "epoch": state.epoch}
     state.log_history.append({**logs, "step": state.global_step})
-    handler = _calling_handler()
-    if handler is None:
-        logger.warning("Safe Delta: not called by a Trainer, so its metrics go to state.log_history alone.")
+    if trainer is None:
+        if state.is_world_process_zero:
+            logger.warning("Safe Delta: not called by a Trainer, so its metrics go to state.log_history alone.")
         return
+    handler = copy.copy(trainer.callback_handler)
+    if not printed:
+        handler.callbacks = [one for one in handler.callbacks if not type(one).__name__.endswith(_PRINTING)]
     handler.on_log(args, state, control, logs)
-
-
-def _calling_handler() -> CallbackHandler | None:
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
 
 
 def entries_of_trained(model: ShardedModel, profile: SafetyProfile, treatment: Treatment) -> list[PlanEntry]:

@@ -16,6 +16,8 @@ from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.modules.names import class_name
 from safedelta_hf.modules.parametrised import parametrised_weights
 from safedelta_hf.records import ProfileHeader
+from safedelta_hf.report import Report
+from safedelta_hf.report.saving import follow_saving
 from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import WeightReader, require_unswapped, verified
@@ -52,6 +54,10 @@ class ModelStore(WeightStore):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._journal.__exit__(kind, error, trace)
+
+    @override
+    def conclude(self, report: Report) -> None:
+        follow_saving(self._model.model, report, writes=self._model.ranks.is_main)
 
     @override
     def restore(self) -> None:

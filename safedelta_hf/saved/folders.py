@@ -33,6 +33,7 @@ from safedelta_hf.modules.loading import Source, load_base, source_of, with_adap
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
+from safedelta_hf.report.provenance import write_provenance
 from safedelta_hf.rules import Rule
 from safedelta_hf.saved.memory import devices_of
 from safedelta_hf.weights.safetensors_files import TYPES, SafetensorsFiles
@@ -79,12 +80,14 @@ class SavedTuned(ABC):
         files: The weights that have to fit in memory where the model is to run; None where they are not here yet.
         dtype: Data type to load them in.
         runs_on_base: Whether the fine-tune runs on the base in memory, rather than in its place.
+        output: Folder to write.
     """
 
     base: Source
     files: SafetensorsFiles | None
     dtype: str
     runs_on_base: bool
+    output: Path
 
     @abstractmethod
     def measured(self, base: PreTrainedModel | None, work: Work) -> Report:
@@ -155,7 +158,7 @@ class SavedModel(SavedTuned):
         self.base = Source(base)
         self.files = open_tuned_files(tuned)
         self.dtype = _data_type(self.files)
-        self._tuned, self._output, self._device = tuned, output, device
+        self._tuned, self.output, self._device = tuned, output, device
         _require_same_shapes(open_base_files(base), self.files)
 
     @override
@@ -163,7 +166,7 @@ class SavedModel(SavedTuned):
         weights = self._plan(work).pair.base
         what = f"tuned: {str(self._tuned)!r}"
         model = load_base(Source(str(self._tuned)), what, dtype=self.dtype, device_map=self._device)
-        return adjust_model(model, base=weights, workspace=self._output.absolute().parent, **work.arguments)
+        return adjust_model(model, base=weights, workspace=self.output.absolute().parent, **work.arguments)
 
     @override
     def written(self, work: Work) -> Report:
@@ -173,7 +176,7 @@ class SavedModel(SavedTuned):
     def _plan(self, work: Work) -> CheckpointPlan:
         arguments = work.arguments
         del arguments["progress"]
-        return plan_checkpoint(base=self.base.base, tuned=self._tuned, output=self._output, **arguments)
+        return plan_checkpoint(base=self.base.base, tuned=self._tuned, output=self.output, **arguments)
 
 
 class SavedAdapter(SavedTuned):
@@ -204,7 +207,7 @@ class SavedAdapter(SavedTuned):
             self.files = SafetensorsFiles(self.base.base, self.base.revision)
         except CheckpointError:
             self.files = None  # to be downloaded, or in another format
-        self._tuned, self._output, self._base, self._device = tuned, output, base, device
+        self._tuned, self.output, self._base, self._device = tuned, output, base, device
         self._initial = initial_adapter
 
     @override
@@ -213,13 +216,13 @@ class SavedAdapter(SavedTuned):
         base = base or load_base(self.base, what, dtype=self.dtype, device_map=self._device)
         with self._plain() as folder:
             model = with_adapter(base, str(folder), what)
-            parent = self._output.absolute().parent
+            parent = self.output.absolute().parent
             return adjust_adapter(model, base=self._base, workspace=parent, **work.arguments)
 
     @override
     def written(self, work: Work) -> Report:
         return adjust_adapter_files(
-            self._tuned, output=self._output, base=self._base, initial_adapter=self._initial, **work.arguments
+            self._tuned, output=self.output, base=self._base, initial_adapter=self._initial, **work.arguments
         )
 
     @contextmanager
@@ -229,7 +232,7 @@ class SavedAdapter(SavedTuned):
             yield self._tuned
             return
         with tempfile.TemporaryDirectory(prefix="safedelta-") as parent:
-            opened_adapter(self._tuned, self._initial).write(Path(parent) / "adapter", {})
+            opened_adapter(self._tuned, self._initial).write(Path(parent) / "adapter", {}, None)
             yield Path(parent) / "adapter"
 
 
@@ -250,6 +253,7 @@ def measured_and_written(saved: SavedTuned, base: PreTrainedModel | None, work: 
         warnings.simplefilter("ignore", SafeDeltaWarning)  # all was told when the same was done in memory
         written = saved.written(replace(work, rule=work.rule.at(measured.search.strength)))
     report = replace(written, rule=measured.rule, search=measured.search, unverified=measured.unverified)
+    write_provenance(saved.output, report)
     _warn_if_other(measured, report)
     return report
 

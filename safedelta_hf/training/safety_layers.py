@@ -11,7 +11,6 @@ from statistics import pstdev
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from safedelta_hf.data.templates import ProcessingClass, prompt_tokens
@@ -26,6 +25,7 @@ from safedelta_hf.folders import write_whole
 from safedelta_hf.modules.decoder_layers import decoder_layers
 from safedelta_hf.modules.evaluating import without_adapters
 from safedelta_hf.modules.quantised import is_quantised
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.training.angles import AngleCurves, angle_curves, initial_range
 from safedelta_hf.weights.journal import Journal
 
@@ -317,7 +317,7 @@ def locate_safety_layers(
         openings = refusal_openings(ask.responses(kinds[1]), ask.responses(kinds[0]))
         ask.judge = lambda response: is_refusal(response) or _opening(response) in openings
         parameters = _scaled_parameters(sharded, names, scale)
-        bar = tqdm(desc="Scaling ranges", unit="range", disable=not progress)
+        bar = progress_bar(desc="Scaling ranges", unit="range", disable=not progress)
         with Journal(ranks=sharded.ranks) as journal, sharded.ranks.together(), bar:
             sweep = _Sweep(ask, journal, sharded, queries, parameters, bar)
             factor = sweep.alpha(initial, alpha) if isinstance(alpha, str) else alpha

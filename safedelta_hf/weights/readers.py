@@ -7,7 +7,6 @@ from typing import NamedTuple, NoReturn, Protocol
 import torch
 import transformers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from safedelta_hf.distributed.model import Parameter, Shard, ShardedModel
@@ -16,6 +15,7 @@ from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import parameter_aliases, parameter_names, wrapping_told
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.records import ProfileHeader
+from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import digest, digest_of_shard
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
@@ -314,7 +314,9 @@ def compared(
         BaseWeightsError: A weight that is there cannot be read.
     """
     count = 0
-    for name, expected in tqdm(header.base.items(), desc="Comparing the base", unit="weight", disable=not progress):
+    for name, expected in progress_bar(
+        header.base.items(), desc="Comparing the base", unit="weight", disable=not progress
+    ):
         if not reader.holds(name):
             continue
         dtype = getattr(torch, header.dtypes[name])

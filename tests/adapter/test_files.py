@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from safedelta_hf import SafeDelta, adjust_adapter, adjust_adapter_files, adjust_model
 from safedelta_hf.errors import AdapterError, AdjustmentError, BaseWeightsError, NumericalError, ProfileError
+from safedelta_hf.report.provenance import CARD_FILE, RECORD_FILE, read_provenance
 from tests.adapter.test_adjust import BASES, RULE, VARIANTS
 from tests.fixtures import adapters, tiny
 
@@ -60,10 +61,9 @@ def test_files_to_files_is_the_adjustment_in_memory(variant, profiles, tmp_path)
         record.parameter: record.outcome for record in expected.parameters
     }
     assert files(tmp_path / "in") == before
-    found = files(tmp_path / "out")
-    assert {name: data for name, data in found.items() if name != FILE} == {
-        name: data for name, data in before.items() if name != FILE
-    }
+    found, others = files(tmp_path / "out"), {FILE, RECORD_FILE, CARD_FILE}
+    assert found.keys() == before.keys() | {RECORD_FILE} and read_provenance(tmp_path / "out").is_of_weights
+    assert all(found[name] == before[name] for name in before.keys() - others)
     old, new = load_file(tmp_path / "in" / FILE), load_file(tmp_path / "out" / FILE)
     assert {k: (t.shape, t.dtype) for k, t in new.items()} == {k: (t.shape, t.dtype) for k, t in old.items()}
     loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path / "out")

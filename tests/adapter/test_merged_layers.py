@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from safedelta_hf.adapter.merged_layers import MergedDelta, best_factors, write_lora
 from safedelta_hf.errors import AdapterError
+from tests.fixtures import by_hand
 
 
 class Tuner(nn.Module):
@@ -114,7 +115,7 @@ def test_the_folder_gives_each_layer_its_rank_and_every_product_the_scaling_one(
         adjusted = delta.adjusted(delta.delta()).tensors
         tensors |= {name: tensor.contiguous() for name, tensor in adjusted.items()}
     settings = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "somewhere"}
-    write_lora(tmp_path / "out", deltas, settings, tensors)
+    write_lora(tmp_path / "out", deltas, settings, tensors, by_hand.report())
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (5, 5)
     assert config["rank_pattern"] == config["alpha_pattern"] == {"down": 3}

@@ -7,7 +7,7 @@ from safedelta_hf.adapter.store import AdapterInFiles, AdapterInMemory
 from safedelta_hf.deltas.lora_deltas import FullDelta, LowRankDelta
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, NumericalError
-from tests.fixtures import tiny
+from tests.fixtures import by_hand, tiny
 
 
 def pair(parameter="up.weight", rank=2, **tensors):
@@ -18,7 +18,9 @@ def pair(parameter="up.weight", rank=2, **tensors):
 
 def in_files(*deltas):
     finished = []
-    return AdapterInFiles(deltas, finished.append, architecture="Plain", source="a base"), finished
+    store = AdapterInFiles(deltas, lambda tensors, _: finished.append(tensors), architecture="Plain", source="a base")
+    store.conclude(by_hand.report())
+    return store, finished
 
 
 def test_shapes_and_forms_are_those_of_the_deltas():
@@ -106,7 +108,7 @@ def in_memory(model, folder):
     opened = open_model(model)
     tensors = {name: opened.gather(name) for name in ("up.weight", "down.weight")}
     delta = LowRankDelta(parameter="w", shape=(48, 8), tensors=tensors, scaling=1.0, transposed=False)
-    return AdapterInMemory([delta], opened, folder, architecture="Plain")
+    return AdapterInMemory([delta], opened, folder, name="default", architecture="Plain")
 
 
 def test_the_tensors_of_a_model_are_replaced_in_place_and_nothing_else_is(model, tmp_path):

@@ -36,11 +36,15 @@ def model_store(model, base, folder, written):
 
 
 def adapter_in_memory(model, base, folder, written):
-    return AdapterInMemory(whole(model, base), open_model(model), folder, architecture="Plain")
+    return AdapterInMemory(whole(model, base), open_model(model), folder, name="default", architecture="Plain")
 
 
 def adapter_in_files(model, base, folder, written):
-    return AdapterInFiles(whole(model, base), written.update, architecture="Plain", source="a base")
+    store = AdapterInFiles(
+        whole(model, base), lambda tensors, _: written.update(tensors), architecture="Plain", source="a base"
+    )
+    store.conclude(by_hand.report())
+    return store
 
 
 @pytest.fixture(params=[model_store, adapter_in_memory, adapter_in_files])

@@ -15,7 +15,7 @@ from safedelta_hf.checkpoint.store import CheckpointStore
 from safedelta_hf.errors import CheckpointError, OutputError
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
-from tests.fixtures import checkpoints
+from tests.fixtures import by_hand, checkpoints
 from tests.fixtures.checkpoints import contents
 
 
@@ -312,7 +312,7 @@ def test_another_file_never_replaces_a_shard(stopped, tmp_path):
     (stopped.tuned / f"{shard}.part").write_text("stale")
     with CheckpointFolder(tmp_path / "other", files, {}, progress=False) as folder:
         with pytest.raises(CheckpointError, match=rf"{shard}\.part' stands in the way.*rename or remove it"):
-            folder.complete([f"{shard}.part"])
+            folder.complete([f"{shard}.part"], by_hand.report())
     assert not (tmp_path / "other").exists()
 
 

@@ -48,7 +48,7 @@ def test_a_command_is_listed_as_its_own_help_begins(name):
     said = inspect.getdoc(getattr(importlib.import_module(module), function))
     assert said.splitlines()[0] == summary
     shown = CliRunner().invoke(app, [name, "--help"])
-    assert shown.exit_code == 0 and "--output" in shown.output
+    assert shown.exit_code == 0 and (name == "show" or "--output" in shown.output)
 
 
 def test_help_lists_every_command_and_an_unknown_one_is_an_error():

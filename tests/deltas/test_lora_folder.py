@@ -13,6 +13,7 @@ from safedelta_hf.deltas.lora_deltas import BiasDelta, FullDelta, LowRankDelta, 
 from safedelta_hf.deltas.lora_folder import TENSOR_FILE, AdapterFolder, LoraTensors
 from safedelta_hf.deltas.lora_settings import CONFIG_FILE, require_weight_delta
 from safedelta_hf.errors import AdapterError
+from safedelta_hf.report.provenance import RECORD_FILE
 from safedelta_hf.weights.digest import digest
 from tests.fixtures import by_hand
 
@@ -69,7 +70,7 @@ def test_subtracting_what_it_started_from_leaves_the_delta_to_the_original_base(
     for module, delta in expected.items():
         torch.testing.assert_close(product(one, module), delta, rtol=1e-6, atol=1e-6)
     assert one.is_converted and one.settings["r"] == 4 and one.settings["init_lora_weights"] is True
-    one.write(tmp_path / "out", {})
+    one.write(tmp_path / "out", {}, by_hand.report())
     read = AdapterFolder(tmp_path / "out")
     for module, delta in expected.items():
         torch.testing.assert_close(product(read, module), delta, rtol=1e-6, atol=1e-6)
@@ -90,13 +91,18 @@ def test_what_is_written_has_the_types_of_the_old_tensors_and_all_that_was_not_r
     (source / "README.md").write_text("mine")
     (source / "checkpoint-1").mkdir()
     folder, name = AdapterFolder(source), f"{PREFIX}up.lora_A.weight"
-    folder.write(tmp_path / "out", {name: torch.ones(2, 5)})
+    folder.write(tmp_path / "out", {name: torch.ones(2, 5)}, by_hand.report())
     found = load_file(tmp_path / "out" / TENSOR_FILE)
     assert found.keys() == tensors.keys() and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert torch.equal(found[name], torch.ones(2, 5).bfloat16())
     assert all(torch.equal(found[other], tensors[other]) for other in tensors if other != name)
     assert (tmp_path / "out" / CONFIG_FILE).read_bytes() == (source / CONFIG_FILE).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", CONFIG_FILE, TENSOR_FILE]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        CONFIG_FILE,
+        TENSOR_FILE,
+        RECORD_FILE,
+    ]
 
 
 @pytest.mark.parametrize(
