@@ -8,6 +8,7 @@ from typing import Any, Final
 from safedelta_hf.compare.points import ComparisonFile, Point
 from safedelta_hf.compare.rows import ATTACK, KINDS, Row, goals, rows_of, scores_of, verdicts
 from safedelta_hf.compare.scenarios import WEIGHTS
+from safedelta_hf.errors import figures_needed
 from safedelta_hf.evaluation.result import share_of
 
 COLOURS: Final = dict(zip(KINDS, ("0.35", "#d95f02", "#7570b3", "#1b7aa6"), strict=True))
@@ -54,8 +55,9 @@ def draw(file: ComparisonFile, folder: Path) -> list[Path]:
 
 
 def _figure(file: ComparisonFile, rows: Sequence[Row], trained: str) -> Any:  # noqa: ANN401 - matplotlib's
-    from matplotlib.figure import Figure  # takes a while, and comes last
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    with figures_needed():
+        from matplotlib.figure import Figure  # takes a while, and comes last
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     points = [point for row in rows for point in row.points]
     scenarios, scores = list(dict.fromkeys(point.scenario for point in points)), scores_of(file, points)
