@@ -1,6 +1,6 @@
 """The same with a LoRA adapter: what is saved is an adapter of the same rank, and loads in plain PEFT.
 
-pip install peft
+pip install "safedelta_hf[peft]"
 python examples/lora.py    # writes the adjusted adapter to tuned-adapter
 """
 

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class SafeDeltaError(Exception):
@@ -130,6 +130,35 @@ def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[ty
             name = value.__name__
             raise ConfigurationError(f"{owner}: {setting}={name} is a class and must be {told}; pass {name}(...)")
         raise ConfigurationError(f"{owner}: {setting}={reprlib.repr(value)} must be {told}")
+
+
+@contextmanager
+def extra_needed(purpose: str, extra: str) -> Iterator[None]:
+    """Say how a package is installed that is missing.
+
+    Args:
+        purpose: What it is needed for, and its name.
+        extra: The extra of this package that brings it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigurationError: What is imported within is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(f'{purpose} ({error}); pip install "safedelta_hf[{extra}]"') from error
+
+
+def figures_needed() -> AbstractContextManager[None]:
+    """Say how matplotlib is installed, if it is missing.
+
+    Returns:
+        A context to import it in.
+    """
+    return extra_needed("figures are drawn with matplotlib", "plot")
 
 
 @contextmanager

@@ -54,17 +54,20 @@ def every_product_visible(model: nn.Module) -> Iterator[None]:
 
 def _experts_implementation(model: nn.Module) -> Any:  # noqa: ANN401 - transformers' own record of it
     inner = unwrapped(model)
-    if isinstance(inner, PreTrainedModel) and inner._can_set_experts_implementation():
-        return inner.get_experts_implementation()
-    return None
+    if not isinstance(inner, PreTrainedModel) or not inner._can_set_experts_implementation():
+        return None
+    # As `get_experts_implementation` of the model has it, which came later than `set_experts_implementation`.
+    parts = {"": inner.config} | {name: getattr(inner.config, name, None) for name in inner.config.sub_configs}
+    return {name: part._experts_implementation for name, part in parts.items() if part is not None}
 
 
 def _is_grouped(model: nn.Module, chosen: Mapping[str, str | None]) -> bool:
-    # Biases are looked up for each token there, and experts of other ranks are stood in for by others.
-    experts = [module for module in unwrapped(model).modules() if hasattr(module, "_is_expert_parallel")]
+    # Biases are looked up for each token there, and experts of other ranks are stood in for by others; where
+    # transformers does not tell whether there are other ranks, experts are read one after another.
+    experts = [module for module in unwrapped(model).modules() if hasattr(module, "_apply_gate")]
     return set(chosen.values()) <= {"grouped_mm", None} and all(
         not module.has_bias
-        and not module._is_expert_parallel
+        and not getattr(module, "_is_expert_parallel", True)
         and all(map(_can_be_grouped, module.parameters(recurse=False)))
         for module in experts
     )

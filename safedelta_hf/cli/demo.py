@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, STRENGTH_HELP, chosen_rule, one_line_errors, one_of
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, figures_needed
 from safedelta_hf.folders import write_whole
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.rules import Rule
@@ -87,9 +87,11 @@ def run_demo(
         Behaviour of the aligned, the fine-tuned and the adjusted model.
 
     Raises:
-        ConfigurationError: The output folder cannot be made.
+        ConfigurationError: The output folder cannot be made, or matplotlib is missing.
     """
     started = time.perf_counter()
+    with figures_needed():  # told before the work
+        import matplotlib  # noqa: F401
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -161,7 +163,8 @@ def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:
         title: Line above the bars.
         path: PNG file to write.
     """
-    from matplotlib.figure import Figure  # takes a while, and comes last
+    with figures_needed():
+        from matplotlib.figure import Figure  # takes a while, and comes last
 
     labels = [key for key, share in found["aligned"].items() if share is not None]
     figure = Figure(figsize=(8, 4), layout="constrained")

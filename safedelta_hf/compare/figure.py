@@ -20,6 +20,7 @@ from safedelta_hf.compare.rows import (
     verdicts,
 )
 from safedelta_hf.compare.scenarios import ALIGNED, FINE_TUNED, WEIGHTS
+from safedelta_hf.errors import figures_needed
 from safedelta_hf.evaluation.result import share_of
 
 COLOURS: Final = dict(zip(KINDS, ("0.35", "#b35900", "#7570b3", "#1b7aa6", "#8a2f7d"), strict=True))
@@ -85,8 +86,9 @@ def draw(file: ComparisonFile, folder: Path, described: Mapping[str, str] | None
 
 
 def _figure(file: ComparisonFile, rows: Sequence[Row], trained: str, described: Mapping[str, str]) -> Any:  # noqa: ANN401 - matplotlib's
-    from matplotlib.figure import Figure  # takes a while, and comes last
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    with figures_needed():
+        from matplotlib.figure import Figure  # takes a while, and comes last
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     points = [point for row in rows for point in row.points]
     scenarios, scores = list(dict.fromkeys(point.scenario for point in points)), scores_of(file, points)

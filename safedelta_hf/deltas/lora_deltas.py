@@ -249,10 +249,10 @@ def by_parameter(deltas: Iterable[LoraDelta]) -> dict[str, LoraDelta]:
             places = " and by ".join(next(iter(one.tensors)) for one in (found[delta.parameter], delta))
             raise AdapterError(
                 f"{delta.parameter}: the adapter tunes it in two places, by {places}, as it may a weight that is tied, "
-                "so there is no one delta to adjust. Let it tune one of the two, or both as modules_to_save with "
-                "LoraConfig(ensure_weight_tying=True). An adapter that is trained already can be adjusted on a base "
-                "whose head is untied (lm_head.weight = nn.Parameter(<a copy of it>), config.tie_word_embeddings = "
-                "False), with a profile of that base"
+                "so there is no one delta to adjust. Let it tune one of the two, or both by "
+                "LoraConfig(modules_to_save=['embed_tokens'], ensure_weight_tying=True). An adapter that is trained "
+                "already can be adjusted on a base whose head is untied (lm_head.weight = nn.Parameter(<a copy of "
+                "it>), config.tie_word_embeddings = False), with a profile of that base"
             )
         found[delta.parameter] = delta
     return found

@@ -1,7 +1,7 @@
 """What an adapter on a model in memory does to each parameter."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -137,7 +137,10 @@ def _token_rows(
     model: ShardedModel,
     names: Mapping[nn.Parameter, str],
 ) -> TokenRowsDelta:
-    name, rows = names[layer.get_base_layer().weight], names[layer.trainable_tokens_delta[adapter]]
+    weight = layer.get_base_layer().weight
+    if weight not in names:  # PEFT before 0.20 lays tokens of a tied weight over the tokens of the other
+        weight = cast(Any, unwrapped(layer.get_base_layer())).weight
+    name, rows = names[weight], names[layer.trainable_tokens_delta[adapter]]
     if name not in model.names:
         raise AdapterError(
             f"{name}: the adapter trains some of its tokens (trainable_token_indices) on top of a copy of all of them "

@@ -17,6 +17,9 @@ CONFIG_FILE = "adapter_config.json"
 _PLAIN_VARIANTS = ("velora_config",)
 """Variants of LoRA that only change how it is trained."""
 
+_UNMARKED_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config")
+"""Variants that PEFT has had from before it marked them as such, in 0.20."""
+
 _INITIALISED_FROM_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations that take a part of the base weights out of the base and into the adapter."""
 
@@ -95,7 +98,9 @@ def variants(config: Any) -> list[str]:  # noqa: ANN401
         Names of its fields.
     """
     return [
-        field.name for field in fields(config) if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+        field.name
+        for field in fields(config)
+        if (field.metadata.get("is_lora_variant") or field.name in _UNMARKED_VARIANTS) and getattr(config, field.name)
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import nn
 
 from safedelta_hf.data.templates import ProcessingClass, template_of, tokenizer_of
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, extra_needed
 from safedelta_hf.evaluation.result import CONFIDENCE, Score, normal_deviate
 from safedelta_hf.modules.evaluating import evaluating
 
@@ -51,12 +51,8 @@ def require_tasks(tasks: HarnessTasks) -> Any:  # noqa: ANN401 - a class of a pa
     Raises:
         ConfigurationError: `lm_eval` is not installed, or does not know a task.
     """
-    try:
+    with extra_needed("lm_eval: its tasks need the package lm_eval", "eval"):
         from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigurationError(
-            f'lm_eval: its tasks need the package lm_eval ({error}); pip install "lm_eval[hf]"'
-        ) from error
     manager = TaskManager(include_path=None if tasks.include is None else str(tasks.include))
     unknown = [task for task in tasks.names if task not in manager.all_tasks]
     if unknown:

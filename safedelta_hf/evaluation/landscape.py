@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, DataError, NumericalError
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, DataError, NumericalError, figures_needed
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.metrics import Metric
 from safedelta_hf.folders import RunLog, write_whole
@@ -523,7 +523,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _figure() -> tuple["Figure", Any]:
-    from matplotlib.figure import Figure  # takes a while, and few draw
+    with figures_needed():
+        from matplotlib.figure import Figure  # takes a while, and few draw
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     return figure, figure.subplots()

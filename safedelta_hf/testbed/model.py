@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from safedelta_hf.data.dataset import read_safety_data
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import extra_needed
 from safedelta_hf.evaluation import Score, final_match, generate_responses, is_refusal
 from safedelta_hf.evaluation.result import share
 from safedelta_hf.testbed.data import Case, attack_questions, new_skill_questions, skill_questions
@@ -120,10 +120,8 @@ def with_lora(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     Raises:
         ConfigurationError: PEFT is not installed.
     """
-    try:
+    with extra_needed("a LoRA needs PEFT", "peft"):
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigurationError("a LoRA needs PEFT; pip install peft") from error
     set_seed(seed)
     config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return cast(PreTrainedModel, get_peft_model(model, config))

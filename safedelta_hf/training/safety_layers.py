@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from safedelta_hf.data.templates import ProcessingClass, prompt_tokens
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ArchitectureError, ConfigurationError, DataError, EvaluationError
+from safedelta_hf.errors import ArchitectureError, ConfigurationError, DataError, EvaluationError, figures_needed
 from safedelta_hf.evaluation import Prompt, Reference, generate_responses, is_refusal, read_prompts
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.evaluation.likelihood import incoherent
@@ -199,7 +199,8 @@ class SafetyLayers:
         """
         if self.curves is None:
             raise ConfigurationError("safety layers: the range was given and not located, so there are no curves")
-        from matplotlib.figure import Figure  # takes a while, and few draw
+        with figures_needed():
+            from matplotlib.figure import Figure  # takes a while, and few draw
 
         figure = Figure(figsize=(12, 4), layout="constrained")
         cosines, gap, ranges = figure.subplots(1, 3)

@@ -213,7 +213,8 @@ def test_what_is_advised_for_a_tied_weight_works(profiles, tmp_path):
     def both():  # PEFT changes the list that it is given
         return {"modules_to_save": ["embed_tokens", "lm_head"]}
 
-    together = adapters.adapted(tiny.llama(tied=True), **both(), ensure_weight_tying=True)
+    # PEFT before 0.20 does not tie what is named itself.
+    together = adapters.adapted(tiny.llama(tied=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     assert adjusted(together, profiles["tied"]).outcomes["adjusted"] == 15
     adapters.adapted(tiny.llama(tied=True), **both()).save_pretrained(tmp_path)
     base = tiny.llama(tied=True)

@@ -41,6 +41,8 @@ def profile():
 
 
 def tuned(name):
+    if name == "BD-LoRA":
+        adapters.require(peft.tuners.lora, "BdLoraConfig")
     torch.manual_seed(4)
     return adapters.trained(get_peft_model(tiny.llama(), TUNERS[name]()))
 

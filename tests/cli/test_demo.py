@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -54,6 +55,14 @@ def test_a_lora_loses_its_refusals_and_gets_them_back(tmp_path):
     report = json.loads((tmp_path / "demo-lora-harmful-safe_delta-0.3-seed0.report.json").read_text())
     assert {record["roles"][0] for record in report["parameters"]} == {"linear"}
     assert "LoRA fine-tuned on 'harmful'" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("command", ["demo", "compare"])
+def test_matplotlib_that_is_missing_is_found_before_the_work(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(app, [command, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1 and 'pip install "safedelta_hf[plot]"' in result.output
+    assert result.output.startswith("safedelta: ") and not (tmp_path / "out").exists()
 
 
 def test_an_output_that_is_a_file_is_found_before_the_work(tmp_path):
