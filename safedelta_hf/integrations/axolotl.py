@@ -17,7 +17,7 @@ PLUGIN: Final = "safedelta_hf.integrations.axolotl.SafeDeltaPlugin"
 """What stands under `plugins:`."""
 
 
-class SafeDeltaArgs(BaseModel):  # type: ignore[misc]
+class SafeDeltaArgs(BaseModel):
     """What the plug-in adds to Axolotl's configuration; Axolotl validates it before anything is loaded.
 
     Attributes:
@@ -26,7 +26,7 @@ class SafeDeltaArgs(BaseModel):  # type: ignore[misc]
 
     safedelta: dict[str, Any] | None = None
 
-    @field_validator("safedelta", mode="before")  # type: ignore[untyped-decorator]
+    @field_validator("safedelta", mode="before")
     @classmethod
     def require_readable(cls, section: object) -> object:
         """Make sure that the section can be read.
@@ -40,7 +40,7 @@ class SafeDeltaArgs(BaseModel):  # type: ignore[misc]
         Settings.read(section)
         return section
 
-    @model_validator(mode="before")  # type: ignore[untyped-decorator]
+    @model_validator(mode="before")
     @classmethod
     def require_section(cls, config: Any) -> Any:  # noqa: ANN401 - as Axolotl gives it
         """Make sure that there is a section, and nothing that the adjustment could not undo.

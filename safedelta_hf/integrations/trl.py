@@ -92,6 +92,7 @@ def without_section(parser: Any, words: Sequence[str]) -> list[Any]:  # noqa: AN
     Raises:
         ConfigurationError: A word or a setting is not one of the script's; the script itself passes over it.
     """
+    parsed: list[Any]
     *parsed, left = parser.parse_args_and_config(list(words), return_remaining_strings=True)
     place = left.index(f"--{SECTION}")
     del left[place : place + 2]
