@@ -134,7 +134,7 @@ def test_what_does_not_exist_is_found(tmp_path):
 
 def lay_out(folder, tuned, code):
     """Folders and files that the pages speak of."""
-    for name in ("base-model", "aligned-model", "base", "BASE"):
+    for name in ("base-model", "my-base-model", "aligned-model", "base", "BASE"):
         (folder / name).symlink_to(ALIGNED_MODEL)
     for name in ("tuned-model", "tuned", "TUNED", "adjusted"):
         (folder / name).symlink_to(tuned)

@@ -92,7 +92,7 @@ def test_every_public_name_is_in_the_reference():
     shown = [
         re.findall(r"^::: ([\w.]+)$", read(f"docs/api/{page.name}"), re.MULTILINE) for page in ROOT.glob("docs/api/*")
     ]
-    modules = [f"safedelta_hf.{name}" for name in ("evaluation", "training", "testbed", "errors")]
+    modules = [f"safedelta_hf.{name}" for name in ("evaluation", "evaluation.board", "training", "testbed", "errors")]
     names = [f"safedelta_hf.{name}" for name in safedelta_hf.__all__ if name != "__version__"]
     assert sorted(sum(shown, [])) == sorted([*names, *modules])
 
