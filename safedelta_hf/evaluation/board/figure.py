@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from safedelta_hf.errors import figures_needed
 from safedelta_hf.evaluation.board.results import LOWER, Board, NamedResult, meaning_of
 from safedelta_hf.evaluation.result import Score, shown
 
@@ -58,7 +59,8 @@ def svg(board: Board, look: Look = LIGHT) -> bytes:
 
 
 def _saved(board: Board, look: Look, kind: str) -> bytes:
-    import matplotlib as mpl  # takes a while, and comes last
+    with figures_needed():
+        import matplotlib as mpl  # takes a while, and comes last
 
     content = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "safedelta", "svg.fonttype": "path"}):
