@@ -15,6 +15,7 @@ from safedelta_hf.errors import ConfigurationError
 CONFIG: Final = "config"
 PRINT_CONFIG: Final = "print_config"
 OWN: Final = (CONFIG, PRINT_CONFIG)
+CONTEXT: Final = "config_context"
 
 _PANEL: Final = "Options from a file"
 _NULL: Final = "tag:yaml.org,2002:null"
@@ -33,23 +34,36 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         The same command with two options more.
     """
     signature = inspect.signature(command)
+    taken = {name for name, parameter in signature.parameters.items() if parameter.annotation is typer.Context}
+    options = [parameter for name, parameter in signature.parameters.items() if name not in taken]
     own = [
+        inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         inspect.Parameter(CONFIG, inspect.Parameter.KEYWORD_ONLY, annotation=_Config, default=None),
         inspect.Parameter(PRINT_CONFIG, inspect.Parameter.KEYWORD_ONLY, annotation=_PrintConfig, default=False),
     ]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:  # noqa: ANN401 - whatever the command takes
-        config, print_config = (given.pop(name, None) for name in OWN)
-        del config  # `_read` has put it in the place of the defaults
+        context, _, print_config = (given.pop(name, None) for name in (CONTEXT, *OWN))  # `_read` has read the file
         if print_config:
-            typer.echo(_shown(signature, given), nl=False)
+            keys = {option.name: _key(option) for option in context.command.params}
+            required = {option.name for option in options if option.default is inspect.Parameter.empty}
+            typer.echo("".join(_line(keys[name], value, name in required) for name, value in given.items()), nl=False)
         else:
-            command(**given)
+            command(**given, **dict.fromkeys(taken, context))
 
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
-    run.__annotations__ = {**command.__annotations__, CONFIG: _Config, PRINT_CONFIG: _PrintConfig}
+    run.__signature__ = signature.replace(parameters=[*options, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {
+        **{name: kind for name, kind in command.__annotations__.items() if name not in taken},
+        **{parameter.name: parameter.annotation for parameter in own},
+    }
     return run
+
+
+def _key(option: Any) -> str:  # noqa: ANN401 - an option of click
+    # As on the command line, whatever the function calls it.
+    flag: str = next((flag for flag in option.opts if flag.startswith("--")), option.name)
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -88,7 +102,7 @@ _PrintConfig = Annotated[
 
 
 def _defaults(context: typer.Context, path: Path) -> dict[str, Any]:
-    options = {option.name: option for option in context.command.params if option.name not in (*OWN, "help")}
+    options = {_key(option): option for option in context.command.params if option.name not in (*OWN, "help")}
     found: dict[str, Any] = {}
     for key, place, node in _entries(path):
         name = key.replace("-", "_")
@@ -99,7 +113,7 @@ def _defaults(context: typer.Context, path: Path) -> dict[str, Any]:
         found[name] = _value(options[name], node, f"{place}: {key}")
         if found[name] is not None:
             _check(context, options[name], found[name], f"{place}: {key}")
-    return {name: value for name, value in found.items() if value is not None}
+    return {options[name].name: value for name, value in found.items() if value is not None}
 
 
 def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
@@ -149,17 +163,11 @@ def _known(name: str, options: Mapping[str, Any]) -> str:
     return f"it has {', '.join(options)}"
 
 
-def _shown(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
+def _line(key: str, value: Any, is_required: bool) -> str:  # noqa: ANN401 - what an option may hold
     import yaml
 
-    lines = []
-    for name, parameter in signature.parameters.items():
-        if parameter.annotation is typer.Context:
-            continue
-        line = yaml.safe_dump({name: _plain(given[name])}, sort_keys=False, allow_unicode=True)
-        is_missing = given[name] is None and parameter.default is inspect.Parameter.empty
-        lines.append(f"{line.rstrip()}  # required\n" if is_missing else line)
-    return "".join(lines)
+    line = yaml.safe_dump({key: _plain(value)}, sort_keys=False, allow_unicode=True)
+    return f"{line.rstrip()}  # required\n" if is_required and value is None else line
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - what an option may hold

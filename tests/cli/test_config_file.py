@@ -19,18 +19,22 @@ OTHER = {"int": 3, "float": 0.5, "str": "some text", "Path": "some/folder"}
 
 @cache
 def options_of(name):
-    return {option.name: option for option in loaded(name).params if option.name not in OWN}
+    """Options and arguments by what they are called on the command line."""
+    options = [option for option in loaded(name).params if option.name not in OWN]
+    return {option.opts[0].removeprefix("--").replace("-", "_"): option for option in options}
 
 
 def described(name):
     """Kind and default of each option, as its function says them."""
     module, function = COMMANDS[name][0].split(":")
     signature = inspect.signature(getattr(importlib.import_module(module), function))
-    return {
-        key: (str(get_args(parameter.annotation)[0]), parameter.default)
-        for key, parameter in signature.parameters.items()
-        if parameter.annotation is not typer.Context
-    }
+    parameters = {key: signature.parameters[option.name] for key, option in options_of(name).items()}
+    assert len(parameters) == sum(one.annotation is not typer.Context for one in signature.parameters.values())
+    return {key: (str(get_args(one.annotation)[0]), one.default) for key, one in parameters.items()}
+
+
+def takes_many(option):
+    return option.multiple or option.nargs == -1
 
 
 def other_value(kind, default):
@@ -80,20 +84,21 @@ def test_options_on_the_command_line_win(name, tmp_path):
     content = other_values(name)
     path = given(tmp_path, content)
     for key, option in options_of(name).items():
-        if option.is_flag:
+        if getattr(option, "is_flag", False):
             for flags, value in ((option.opts, True), (option.secondary_opts, False)):
                 assert not flags or printed(name, "--config", path, flags[0])[key] is value
             continue
-        one = content[key][0] if option.multiple else content[key]
+        one = content[key][0] if takes_many(option) else content[key]
         wins = f"{one}1" if isinstance(one, str) else 1
-        found = printed(name, "--config", path, option.opts[0], wins)
-        assert found == content | {key: [wins] if option.multiple else wins}
+        flag = [flag for flag in option.opts[:1] if flag.startswith("--")]
+        found = printed(name, "--config", path, *flag, wins)
+        assert found == content | {key: [wins] if takes_many(option) else wins}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_values_of_another_kind_are_named_with_file_line_and_key(name, tmp_path):
     for key, option in options_of(name).items():
-        wrong = ["{a: 1}", *(["[[1]]"] if option.multiple else ["[1, 2]"])]
+        wrong = ["{a: 1}", *(["[[1]]"] if takes_many(option) else ["[1, 2]"])]
         if any(word in described(name)[key][0] for word in ("int", "float", "bool")):
             wrong.append("much")
         for value in wrong:
