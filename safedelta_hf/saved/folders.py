@@ -283,7 +283,8 @@ def _data_type(files: SafetensorsFiles) -> str:
 
 
 def _computing_on(device: str) -> torch.device:
-    return devices_of(device)[0]
+    first = devices_of(device)[0]
+    return torch.device("cpu") if first.type == "mps" else first  # which has no float64, for what float32 cannot factor
 
 
 def _require_same_shapes(base: SafetensorsFiles, tuned: SafetensorsFiles) -> None:
