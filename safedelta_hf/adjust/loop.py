@@ -144,7 +144,9 @@ class Adjustment:
         def tell(trial: Trial) -> None:
             found = f"{trial.strength:.3g} {'passes' if trial.passed else 'fails'}"
             self._bar.total = max(self._bar.total, self._bar.n + len(self._plan.entries))
-            self._bar.set_description(f"Measuring strength, trial {next(number)} of about {EXPECTED_TRIALS}: {found}")
+            self._bar.set_description_str(
+                f"Measuring strength, trial {next(number)} of about {EXPECTED_TRIALS}: {found}"
+            )
 
         def measure(strength: float) -> Drift:
             apply(strength, figures=False)
@@ -152,7 +154,7 @@ class Adjustment:
 
         refusals = sum(reading.surely_begins for reading in base)
         search = search_strength(rule, auto, measure, refusals, len(base) - refusals, tell)
-        self._bar.set_description(f"Adjusting at strength {search.strength:.3g}")
+        self._bar.set_description_str(f"Adjusting at strength {search.strength:.3g}")
         return replace(search, noise=noise), apply(search.strength, figures=True)
 
     def _put_base(self) -> None:
@@ -290,7 +292,7 @@ def adjust_weights(
         with ranks.together():
             loop = Adjustment(store, plan, profile, rule, task, ranks=ranks, bar=bar)
         with store, ranks.together():  # on a failure all ranks leave the store's block, and put back what they hold
-            bar.set_description(f"Adjusting ({rule.name})" if rule.auto is None else "Measuring strength")
+            bar.set_description_str(f"Adjusting ({rule.name})" if rule.auto is None else "Measuring strength")
             if rule.auto is None:
                 search, records = None, loop.at(rule)
             else:
@@ -301,7 +303,7 @@ def adjust_weights(
             report = replace(report, unverified=store.unverified)
             store.conclude(report)
         bar.total = bar.n
-        bar.set_description("Adjusted")
+        bar.set_description_str("Adjusted")
     if report.warning and ranks.is_main:
         warnings.warn(f"{rule.name}: {report.warning}", SafeDeltaWarning, stacklevel=3)
     return report

@@ -10,11 +10,13 @@ from transformers.trainer_callback import CallbackHandler
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.hf.trainer_facts import (
+    close_training_bar,
     is_pruned,
     log_metrics,
     output_dir,
     require_supported,
     shows_progress,
+    trainer_of,
     trains_dense,
 )
 
@@ -65,25 +67,39 @@ class Heard(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-class Logs(TrainerCallback):
-    def on_train_end(self, args, state, control, **_):
-        log_metrics({"loss": 1.0}, args, state, control)
+class ProgressCallback(Heard):
+    """Prints what it hears, as its name says."""
+
+
+def called_by(*callbacks):
+    return SimpleNamespace(callback_handler=CallbackHandler(callbacks, nn.Identity(), None, None, None))
 
 
 @pytest.mark.parametrize("epoch", [None, 2.0])
 def test_metrics_reach_the_history_and_every_callback(epoch):
-    heard, now = Heard(), state(epoch=epoch)
-    handler = CallbackHandler([heard, Logs()], nn.Identity(), None, None, None)
-    handler.on_train_end(None, now, control(False))
+    heard, prints, now = Heard(), ProgressCallback(), state(epoch=epoch)
+    trainer = called_by(heard, prints)
+    log_metrics({"loss": 1.0}, trainer, None, now, control(False))
     logs = {"loss": 1.0} | ({} if epoch is None else {"epoch": epoch})
-    assert heard.logs == [logs] and now.log_history == [logs | {"step": 3}]
+    assert heard.logs == prints.logs == [logs] and now.log_history == [logs | {"step": 3}]
+    log_metrics({"loss": 1.0}, trainer, None, now, control(False), printed=False)
+    assert len(heard.logs) == 2 and len(prints.logs) == 1 and len(trainer.callback_handler.callbacks) == 2
 
 
-def test_without_a_trainer_metrics_go_to_the_history_alone(monkeypatch):
-    warnings, now = [], state()
+@pytest.mark.parametrize("main", [True, False])
+def test_without_a_trainer_metrics_go_to_the_history_alone(monkeypatch, main):
+    warnings, now = [], state(is_world_process_zero=main)
     monkeypatch.setattr("safedelta_hf.hf.trainer_facts.logger.warning", warnings.append)
-    log_metrics({"loss": 1.0}, None, now, control(False))
-    assert now.log_history[0]["loss"] == 1.0 and "not called by a Trainer" in warnings[0]
+    assert trainer_of(now) is None
+    log_metrics({"loss": 1.0}, None, None, now, control(False))
+    assert now.log_history[0]["loss"] == 1.0 and ["not called by a Trainer" in one for one in warnings] == [True] * main
+
+
+def test_the_bar_of_a_training_is_closed_before_another_is_drawn():
+    closed = []
+    bar = SimpleNamespace(training_bar=SimpleNamespace(close=lambda: closed.append(True)))
+    close_training_bar(SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[Heard(), bar])))
+    assert closed == [True]
 
 
 def test_an_adapter_trains_nothing_dense_and_a_whole_model_all_that_is_here_whole():

@@ -12,8 +12,8 @@ def test_what_is_being_done_is_a_line_of_its_own_each_time_that_it_changes(capsy
     with progress_bar(desc="Checking", unit="weight", total=4) as bar:
         for text in ("trial 1: 2.4 fails", "trial 2: 12 passes"):
             bar.update()
-            bar.set_description(text)
-            bar.set_description(text)
+            bar.set_description_str(text)
+            bar.set_description_str(text)
         bar.update(2)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" [")[0] for line in lines] == [
