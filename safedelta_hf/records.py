@@ -673,9 +673,11 @@ class StrengthSearch:
         }
         tuned, last = self.trials[0], self.applied
         before = "" if tuned is last else f"; {tuned.lost} before"
+        counted = f"{last.lost} of {self.examples} held-out ones lost (limit {self.allowed}{before})"
         return (
-            f"Refusals: {self._likelihood} (limit {percent(self.share)} less); {last.lost} of {self.examples} held-out "
-            f"ones lost (limit {self.allowed}{before}){self._noise_told}. {told[self.outcome]} {self.promise}"
+            f"Refusals: {self._likelihood} (limit {percent(self.share)} less); "
+            f"{counted if self.examples else 'no held-out one could be counted'}{self._noise_told}. "
+            f"{told[self.outcome]} {self.promise}"
         )
 
     @property
@@ -691,6 +693,8 @@ class StrengthSearch:
         """What the held-out refusals show, and what would show more."""
         bound = percent(self.bound)
         told = f"With {percent(self.confidence)} confidence at most {bound} of refusals like these are lost."
+        if not self.examples:
+            told = "Nothing is certain of the refusals."
         if self.more:
             told += f" {self.more} more held out, none of them lost, would bring that down to {percent(self.share)}."
         if self.others:

@@ -88,13 +88,13 @@ class Report:
 
         "nothing tuned" where the fine-tuning moved no weight, "nothing to repair" where the rule at its mildest leaves
         every weight as tuned and loses no more refusals than is allowed, "nothing changed" where it leaves them at a
-        strength that was given.
+        strength that was given, or where no refusal could be counted.
         """
         if not self.has_delta:
             return "nothing tuned"
         if self.moved_share**2 > UNMOVED:
             return "adjusted"
-        is_enough = self.search is not None and self.search.outcome == "nothing needed"
+        is_enough = self.search is not None and self.search.outcome == "nothing needed" and self.search.examples > 0
         return "nothing to repair" if is_enough else "nothing changed"
 
     @property

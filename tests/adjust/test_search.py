@@ -151,6 +151,8 @@ def test_less_than_was_asked_for_is_a_warning(auto, refusals):
     found = search_strength(Ridge(), auto, losing(0), refusals, others=60 - refusals)
     assert not found.holds and found.warning.startswith("LESS IS CERTAIN")
     assert f"{60 - refusals} held-out refusals the base itself does not begin" in found.warning
+    assert ("no held-out one could be counted" in found.summary) == (not refusals)
+    assert ("Nothing is certain of the refusals." in found.promise) == (not refusals)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
