@@ -12,7 +12,7 @@ from safedelta_hf.errors import ConfigurationError, extra_needed, figures_needed
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_USERS = sorted(set(EXTRAS) - {"all", "test", "test-lowest"})
+FOR_USERS = sorted(set(EXTRAS) - {"all", "docs", "test", "test-lowest"})
 
 
 def name_of(requirement):

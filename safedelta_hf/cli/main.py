@@ -31,7 +31,7 @@ COMMANDS: Final = MappingProxyType(
         ),
         "apply": (
             "safedelta_hf.cli.apply:apply",
-            "Adjust a fine-tuned model or adapter in its folder: read data with the base, measure the strength, write.",
+            "Adjust a fine-tuned model or adapter in its folder.",
         ),
         "show": (
             "safedelta_hf.cli.show:show",

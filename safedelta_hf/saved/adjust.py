@@ -221,7 +221,7 @@ class _Reading(NamedTuple):
         """
         if self.rule.auto is not None and self.config.holdout is None:
             self.data.require_enough()
-        if self.saved.files is None or not (self.sources or self.rule.auto is not None):
+        if not (self.sources or self.rule.auto is not None) or self.saved.files is None:
             return
         number = "the strength as a number (--strength; what was found for another fine-tune of this base is a start)"
         cheap = "with which no model is loaded, and memory holds one layer"

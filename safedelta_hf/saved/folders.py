@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -202,13 +203,21 @@ class SavedAdapter(SavedTuned):
         if output.exists():
             raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
         opened_adapter(tuned, initial_adapter)  # what cannot be adjusted is found before anything is read
-        self.base = source_of(str(tuned), "tuned", base)
-        try:
-            self.files = SafetensorsFiles(self.base.base, self.base.revision)
-        except CheckpointError:
-            self.files = None  # to be downloaded, or in another format
         self._tuned, self.output, self._base, self._device = tuned, output, base, device
         self._initial = initial_adapter
+
+    @cached_property
+    def base(self) -> Source:  # type: ignore[override]  # not asked for where no model is loaded
+        """The model that the fine-tuning started from."""
+        return source_of(str(self._tuned), "tuned", self._base)
+
+    @cached_property
+    def files(self) -> SafetensorsFiles | None:  # type: ignore[override]
+        """Its weights; None where they are to be downloaded, or in another format."""
+        try:
+            return SafetensorsFiles(self.base.base, self.base.revision)
+        except CheckpointError:
+            return None
 
     @override
     def measured(self, base: PreTrainedModel | None, work: Work) -> Report:

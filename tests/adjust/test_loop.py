@@ -25,7 +25,6 @@ from safedelta_hf.adjust import loop
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
-from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.data.refusals import Drift
 from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.distributed.open_model import open_model
@@ -204,19 +203,18 @@ def test_only_the_active_adapter_can_be_measured(profile):
 FILES = {"base": "nowhere", "tuned": "nowhere"}
 
 
-@pytest.mark.parametrize("given", [{"rule": Ridge()}, {}, {"task": "nowhere"}], ids=["rule", "default", "task"])
+@pytest.mark.parametrize("given", [{"rule": Ridge()}, {}, {"task_profile": "nowhere"}], ids=["rule", "default", "task"])
 @pytest.mark.parametrize(
     "adjust",
     [
         partial(adjust_adapter_files, "nowhere"),
         partial(refactor_adapter, torch.nn.Module(), rank=1),
         partial(adjust_checkpoint, **FILES),
-        partial(plan_checkpoint, **FILES),
     ],
-    ids=["adapter", "refactored", "checkpoint", "plan"],
+    ids=["adapter", "refactored", "checkpoint"],
 )
 def test_without_a_model_in_memory_a_number_is_asked_for_before_anything_is_read(adjust, given, profile, tmp_path):
-    name = "TaskRidge" if "task" in given else "Ridge"
+    name = "TaskRidge" if "task_profile" in given else "Ridge"
     with pytest.raises(ConfigurationError, match=rf"none here; give a number: rule={name}\(strength="):
         adjust(profile=profile, output=tmp_path / "out", **given)
     assert not list(tmp_path.iterdir())

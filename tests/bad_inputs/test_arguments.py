@@ -309,7 +309,7 @@ def test_an_adapter_is_not_adjusted_by_it(changes, told, base, profile):
     refused(lambda: adjust_adapter(settings.pop("model", model), **settings), told=told)
 
 
-@pytest.mark.parametrize("name", ["profile", "rule", "task", "treatment", "output", "base"])
+@pytest.mark.parametrize("name", ["profile", "rule", "task_profile", "treatment", "output", "base"])
 @pytest.mark.parametrize("adjust", [adjust_checkpoint, adjust_adapter_files])
 def test_files_are_not_adjusted_by_numbers(name, adjust, profile, tmp_path):
     tiny.llama().save_pretrained(tmp_path / "model")

@@ -155,7 +155,7 @@ CHANGES = {
     "profile in memory": lambda case: {"profile": case.profile},
     "profile otherwise stored": lambda case: {"profile": stored_otherwise(case)},
     "profile with another use": lambda case: {"profile": with_uses(SafetyProfile.load(case.folder / "profile"))},
-    "task": lambda case: {"task": case.folder / "profile"},
+    "task": lambda case: {"task_profile": case.folder / "profile"},
 }
 
 

@@ -28,7 +28,7 @@ def test_it_writes_the_adjusted_model_and_a_report_beside_it(case):
     (case.tuned / "optimizer.pt").write_bytes(b"state")
     result = apply(case, "--strength", 100, "--report", case.folder / "report.json")
     assert result.exit_code == 0, result.output
-    assert "12 adjusted" in result.output and "Not copied: optimizer.pt" in result.output
+    assert "12 weights adjusted" in result.output and "Not copied: optimizer.pt" in result.output
     case.adjust(output=case.folder / "expected", rule=Ridge(strength=100.0))
     assert contents(case.output) == contents(case.folder / "expected")
     report = json.loads((case.folder / "report.json").read_text())
@@ -53,9 +53,9 @@ def test_a_task_profile_and_a_treatment_are_passed_on(case):
 @pytest.mark.parametrize(
     ("options", "paths", "message"),
     [
-        ([], {"base": None}, "base: a whole model needs it (--base)"),
+        (["--strength", "1"], {"base": None}, "base: a whole model needs it (--base)"),
         ([], {"profile": None}, "give either safety_dataset or profile (--safety-data FILE"),
-        (["--initial-adapter", "somewhere"], {}, "(--initial-adapter): '"),
+        (["--initial-adapter", "somewhere", "--strength", "1"], {}, "(--initial-adapter): '"),
         (["--dry-run"], {"profile": None}, "--dry-run needs --base and --profile"),
         (["--ordinary-weight", "1"], {}, "--ordinary-weight has no effect without --ordinary-data"),
         (["--save-profile", "somewhere"], {}, "save_profile has no effect beside a profile made before"),

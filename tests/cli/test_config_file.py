@@ -156,7 +156,10 @@ def test_what_is_required_is_marked_where_it_is_missing_and_still_required_witho
 
 def test_a_command_runs_with_what_the_file_says(tmp_path):
     from_file = run(
-        "audit", "--config", given(tmp_path, {"model": "m", "data": "d", "safety_data": "s", "output": "."})
+        "audit", "--config", given(tmp_path, {"model": "m", "task_data": "d", "safety_data": "s", "output": "."})
     )
-    assert from_file.output == run("audit", "--model", "m", "--data", "d", "--safety-data", "s", "--output", ".").output
+    assert (
+        from_file.output
+        == run("audit", "--model", "m", "--task-data", "d", "--safety-data", "s", "--output", ".").output
+    )
     assert from_file.exit_code == 1 and from_file.output.startswith("safedelta: ")

@@ -30,7 +30,8 @@ def files(tmp_path):
 
 
 def options(files, *names, output="out", model=ALIGNED_MODEL):
-    given = [f"--{name}={files / f'{name}.jsonl'}" for name in names]
+    flags = {"task": "task-questions"}
+    given = [f"--{flags.get(name, name)}={files / f'{name}.jsonl'}" for name in names]
     return ["eval", f"--model={model}", f"--output={files / output}", "--max-new-tokens=24", *given]
 
 

@@ -19,7 +19,7 @@ from tests.fixtures import tiny
 HARMFUL = [{"messages": question.messages} for question in attack_questions(12)]
 TASK = [question.conversation() for question in skill_questions(7)]
 REFUSALS = safety_data(12)
-KEPT = {"harmful": HARMFUL, "refusals": REFUSALS, "task": TASK, "score": final_answer}
+KEPT = {"harmful": HARMFUL, "refusals": REFUSALS, "task_questions": TASK, "score": final_answer}
 
 
 def trainer(output, callbacks, model=None, examples=60, **changes):
