@@ -106,6 +106,5 @@ def test_data_are_read_with_the_base_and_the_strength_is_measured(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rule"]["name"] == "task_ridge" and report["search"]["trials"] and report["sorting"] is None
     header = SafetyProfile.load(tmp_path / "profile").header
-    assert header.retention.weight == 0.2 and header.tokens <= 4 * header.sequences
-    assert min(len(row["input_ids"]) for row in refusing.REFUSALS) > 4
+    assert (header.retention.weight, header.tokens) == (0.2, 4 * header.sequences)
     assert load_file(tmp_path / "output" / "model.safetensors").keys() == refusing.base().state_dict().keys()

@@ -63,9 +63,8 @@ def test_scores_are_those_of_an_evaluation_of_the_trained_model(tmp_path):
     callback = EvaluationCallback(**KEPT, max_new_tokens=24)
     run = trainer(tmp_path, [callback])
     run.train()
-    expected = evaluate_model(
-        run.model, run.processing_class, Questions.read(**KEPT), max_new_tokens=24, progress=False
-    )
+    questions = Questions.read(**{name.removesuffix("_questions"): asked for name, asked in KEPT.items()})
+    expected = evaluate_model(run.model, run.processing_class, questions, max_new_tokens=24, progress=False)
     found = next(entry for entry in reversed(run.state.log_history) if "safedelta/eval_attack_success" in entry)
     assert expected.metrics("safedelta/eval_").items() <= found.items()
     assert callback.evaluation.scores == expected.scores
