@@ -1,10 +1,13 @@
 """The page for a start on a real model, with the model of this package in place of a real one."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
+import trl
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_torch_bf16_gpu_available
 
 from safedelta_hf.data.prompt_sets import PROMPT_SETS
 from safedelta_hf.testbed import ALIGNED_MODEL, CASES, attack_questions, load_aligned, safety_data, skill_questions
@@ -28,6 +31,8 @@ def folder(tmp_path, monkeypatch):
     prompts = [row["messages"][-2]["content"] for row in safety_data(24)]
     monkeypatch.setattr(type(PROMPT_SETS["advbench"]), "prompts", lambda _: prompts)
     monkeypatch.setenv("BASE", str(ALIGNED_MODEL))
+    if not is_torch_bf16_gpu_available():  # as the page says
+        monkeypatch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, use_cpu=True))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -237,8 +237,9 @@ def files_to_files(folder: Path) -> dict[str, Tracer]:
     (script,) = entry_points(group="console_scripts", name="safedelta")
     command = script.load()
     words = ["apply", "--rule", SafeDelta.name]
-    for option, name in {"--adapter": "adapter", "--profile": "profile", "--output": "adjusted-adapter"}.items():
-        words += [option, str(folder / name)]
+    folders = {"adapter": "adapter", "base": "base", "profile": "profile", "output": "adjusted-adapter"}
+    for option, name in folders.items():
+        words += [f"--{option}", str(folder / name)]
     return {
         "collect_profile": collecting,
         "safedelta apply --adapter": traced(lambda: command(words, standalone_mode=False)),
