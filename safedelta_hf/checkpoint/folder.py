@@ -145,7 +145,7 @@ class CheckpointFolder:
         self.finished[record.parameter] = record
 
     def complete(self, other_files: Sequence[str], report: Report) -> None:
-        """Finish the shards, add what stands beside them, and the index last; then rename the folder.
+        """Add what stands beside the shards, finish these, and add the index last; then rename the folder.
 
         Args:
             other_files: Files of the original's folder that belong to it.
@@ -166,8 +166,9 @@ class CheckpointFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
             sync(target)
+        # Before the shards have their names: a folder that loads is complete, also if the run ends here.
+        write_provenance(self._model, report, self._shards.parts)
         self._shards.finish()
-        write_provenance(self._model, report)
         if (index := self._original.index) is not None:
             unfinished = self._work / index.name
             shutil.copyfile(index, unfinished)
@@ -266,9 +267,14 @@ class UnfinishedShards:
         self._original = original
 
     @property
+    def parts(self) -> dict[str, Path]:
+        """The files until they are finished, by the names that they get then."""
+        return {file: self._part(file) for file in self._original.paths}
+
+    @property
     def names(self) -> frozenset[str]:
         """Names of the files until they are finished."""
-        return frozenset(self._part(file).name for file in self._original.paths)
+        return frozenset(part.name for part in self.parts.values())
 
     def allocate(self) -> None:
         """Make every file that is not there yet, as long as its original, with its header and without its tensors.
@@ -347,11 +353,10 @@ class UnfinishedShards:
 
     def finish(self) -> None:
         """Give every file its name, once all of them are safe on disk."""
-        parts = {self._part(file): self._folder / file for file in self._original.paths}
-        for part in parts:
+        for part in self.parts.values():
             sync(part)
-        for part, path in parts.items():
-            os.replace(part, path)
+        for file, part in self.parts.items():
+            os.replace(part, self._folder / file)
 
     def _part(self, file: str) -> Path:
         return self._folder / f"{file}{PART}"

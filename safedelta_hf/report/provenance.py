@@ -6,7 +6,7 @@ The file names the weights that it speaks of by SHA-256 of each of their files, 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -85,18 +85,21 @@ class Provenance:
         return f"NOT THE WEIGHTS that this was written of: {listed}."
 
 
-def write_provenance(folder: Path, report: Report) -> None:
+def write_provenance(folder: Path, report: Report, weights: Mapping[str, Path] | None = None) -> None:
     """Let a folder say that the weights in it are adjusted, in `safedelta.json` and in its README.
 
     Args:
-        folder: A folder with the weights as they were adjusted; all of its weight files are read, for their digests.
+        folder: A folder with the weights as they were adjusted.
         report: What was done to them.
+        weights: Files that hold what its weight files will, by the names of these; None if they have their names. All
+            of them are read, for their digests.
 
     Raises:
         OutputError: It cannot be written.
     """
-    weights = {path.name: _digest(path) for path in _weight_files(folder)}
-    write_whole(folder / RECORD_FILE, json.dumps(_content(report, weights), indent=1))
+    files = {path.name: path for path in _weight_files(folder)} if weights is None else weights
+    digests = {name: _digest(path) for name, path in files.items()}
+    write_whole(folder / RECORD_FILE, json.dumps(_content(report, digests), indent=1))
     restore_card(folder)
 
 

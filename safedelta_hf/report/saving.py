@@ -11,11 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.report.provenance import TAG, remove_provenance, write_provenance
 from safedelta_hf.report.report import Report
 
 SAMPLED: Final = 32
-"""Entries of each parameter by which a model is told from itself after further training."""
+"""Entries of each parameter that is not packed, by which a model is told from itself after further training."""
 
 _SAVES, _UPLOADS = "save_pretrained", "_upload_modified_files"
 
@@ -27,7 +28,7 @@ class _Followed:
     Attributes:
         report: What was done to it; None if it is not adjusted.
         adapter: The adapter that was adjusted; None for a whole model.
-        sample: Some entries of each parameter.
+        sample: Some entries of each parameter that can be trained.
     """
 
     report: Report | None
@@ -117,6 +118,10 @@ def _is_same(model: nn.Module, followed: _Followed) -> bool:
 def _sample(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
+        if is_quantised(parameter):
+            # No training changes a packed weight. Its entries cannot be picked out (torchao has no such operation), and
+            # its codes may be put in another order by a forward pass (bitsandbytes on a CPU).
+            continue
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
         if local.numel() and not local.is_meta:
             flat = local.reshape(-1)

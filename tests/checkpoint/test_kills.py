@@ -10,12 +10,18 @@ from contextlib import suppress
 import pytest
 
 from safedelta_hf.errors import CheckpointError, SafeDeltaError
+from safedelta_hf.report.provenance import RECORD_FILE, read_provenance
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import checkpoints, tiny
-from tests.fixtures.checkpoints import contents
 
 STEPS = ("write", "sendfile", "replace", "fsync", "truncate", "mkdir", "unlink", "rmdir")
 """Everything by which a run changes what is on disk."""
+
+
+def contents(folder):
+    """All files but the record, which has a date, and is that of these weights."""
+    assert read_provenance(folder).is_of_weights
+    return checkpoints.contents(folder, but=(RECORD_FILE,))
 
 
 class Killer:

@@ -4,6 +4,7 @@ import pytest
 
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.plan import plan_checkpoint
+from safedelta_hf.report.provenance import CARD_FILE, RECORD_FILE
 from tests.checkpoint.test_adjust import INDEX
 from tests.fixtures.checkpoints import RULE, contents
 
@@ -36,10 +37,13 @@ def test_everything_beside_the_weights_is_copied_but_for_other_weights_and_the_t
     assert set(plan.copied) == wanted | set(kept)
     assert set(plan.left_out) == {*left, *(name.split("/")[0] for name in folders), "loop"}
     case.adjust()
-    found, source = contents(case.output), contents(case.tuned)
+    found, source = contents(case.output, but=()), contents(case.tuned, but=())
     weights = {name for name in found if name.startswith("model-") or name == INDEX}
-    assert found.keys() - weights == wanted | set(kept)
-    assert all(found[name] == source[name] for name in found if not name.endswith(".safetensors"))
+    assert found.keys() - weights == wanted | set(kept) | {RECORD_FILE}
+    card = found[CARD_FILE].decode()
+    assert source[CARD_FILE].decode() in card and "## Safety adjustment" in card, "what was there, and a section more"
+    own = {name for name in found if name.endswith(".safetensors")} | {RECORD_FILE, CARD_FILE}
+    assert all(found[name] == source[name] for name in found.keys() - own)
 
 
 @pytest.mark.parametrize(

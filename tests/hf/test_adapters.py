@@ -10,6 +10,7 @@ from transformers import Trainer
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile
 from safedelta_hf.errors import AdapterError, ConfigurationError, NumericalError
 from safedelta_hf.modules.adapters import tuner_layers
+from safedelta_hf.report.provenance import RECORD_FILE, read_provenance
 from tests.fixtures import adapters, tiny
 from tests.hf.test_trl import REFUSALS, dpo, sft
 
@@ -67,7 +68,8 @@ def test_what_save_model_writes_is_the_adjusted_adapter_and_loads_in_plain_peft(
     model = adapted(modules_to_save=["lm_head"])
     trainer = run(model, SafeDeltaCallback(ROWS, RULE), tmp_path / "run")
     trainer.save_model(str(tmp_path / "saved"))
-    assert not any("safedelta" in path.name.lower() for path in (tmp_path / "saved").iterdir())
+    said = [path.name for path in (tmp_path / "saved").iterdir() if "safedelta" in path.name.lower()]
+    assert said == [RECORD_FILE] and read_provenance(tmp_path / "saved").is_of_weights
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
     assert tiny.same(adapters.own_tensors(loaded), adapters.own_tensors(model))
     ids = torch.arange(3, 11)[None]

@@ -11,6 +11,7 @@ from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_p
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import AdapterError, ProfileError
 from safedelta_hf.records import Role
+from safedelta_hf.report.provenance import read_provenance
 from safedelta_hf.rules import LayerMoments
 from tests.fixtures import adapters, tiny
 
@@ -78,6 +79,8 @@ def test_training_on_a_quantised_base_ends_with_the_adjusted_adapter(quantised, 
     assert set(callback.report.outcomes) == {"adjusted"}
     assert len(callback.report.parameters) == 14
     assert twin.keys() == adapters.own_tensors(model).keys()
+    model.save_pretrained(tmp_path / "saved")
+    assert read_provenance(tmp_path / "saved").is_of_weights and read_provenance(tmp_path / "tuned") is None
     tuned = adapters.own_tensors(PeftModel.from_pretrained(quantised(), tmp_path / "tuned"))
     found = adapters.own_tensors(model)
     uses = {use.parameter: use for use in callback.profile.uses}
