@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import trl
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -18,6 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "start.md"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
     files = {
         "harmful": [{"messages": question.messages} for question in attack_questions(4)],
         "benign": [{"messages": question.messages} for question in skill_questions(4, skills=("make",))],
