@@ -760,4 +760,4 @@ def percent(share: float, digits: int = 3) -> str:
     Returns:
         Such as "42 %".
     """
-    return f"{share * 100:.{digits}g} %"
+    return f"{float(f'{share * 100:.{digits}g}'):g} %"  # "1e+02" is 100
