@@ -63,7 +63,7 @@ class ReplicatedMatrix(DenseMatrix):
 
     @override
     def inner(self, transform: Transform) -> float:
-        own = own_rows(self._ranks, self._matrix)
+        _, own = own_rows(self._ranks, self._matrix)
         found = figure_of(lambda rows: (rows * transform(rows)).sum(), own)
         return float(self._ranks.sum_(torch.tensor([found], dtype=torch.float64, device=own.device)))
 
@@ -84,7 +84,7 @@ def is_shared(view: MatrixView) -> bool:
     return view.rows * view.columns**2 >= SHARED_WORK
 
 
-def own_rows(ranks: Ranks, matrix: Tensor) -> Tensor:
+def own_rows(ranks: Ranks, matrix: Tensor) -> tuple[int, Tensor]:
     """The rows of a matrix that one rank computes.
 
     Args:
@@ -92,9 +92,10 @@ def own_rows(ranks: Ranks, matrix: Tensor) -> Tensor:
         matrix: [rows, columns], the same on all ranks.
 
     Returns:
-        A view of some rows that follow each other; none where there are fewer than ranks.
+        Where they begin, and a view of them: rows that follow each other; none where there are fewer than ranks.
     """
-    return matrix.tensor_split(ranks.size)[ranks.rank]
+    parts = matrix.tensor_split(ranks.size)
+    return sum(map(len, parts[: ranks.rank])), parts[ranks.rank]
 
 
 def by_rows(ranks: Ranks, compute: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
@@ -110,6 +111,5 @@ def by_rows(ranks: Ranks, compute: Callable[[Tensor], Tensor], matrix: Tensor) -
     """
     if ranks.size == 1:
         return compute(matrix)
-    parts = matrix.tensor_split(ranks.size)
-    start = sum(len(part) for part in parts[: ranks.rank])
-    return ranks.assembled(compute(parts[ranks.rank]).contiguous(), start, len(matrix))
+    start, own = own_rows(ranks, matrix)
+    return ranks.assembled(compute(own).contiguous(), start, len(matrix))

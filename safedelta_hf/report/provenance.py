@@ -98,9 +98,22 @@ def write_provenance(folder: Path, report: Report, weights: Mapping[str, Path] |
         OutputError: It cannot be written.
     """
     files = {path.name: path for path in _weight_files(folder)} if weights is None else weights
-    digests = {name: _digest(path) for name, path in files.items()}
-    write_whole(folder / RECORD_FILE, json.dumps(_content(report, digests), indent=1))
-    restore_card(folder)
+    _say(folder, report, {name: _digest(path) for name, path in files.items()})
+
+
+def renew_provenance(folder: Path, report: Report) -> None:
+    """Let a folder say more of what was done, of the weights that its record speaks of already; none is read again.
+
+    Args:
+        folder: A folder with a record that was just written.
+        report: What was done to its weights.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    content = _read(folder)
+    assert content is not None, "it was just written"
+    _say(folder, report, content["weights"])
 
 
 def remove_provenance(folder: Path) -> None:
@@ -154,6 +167,11 @@ def read_provenance(folder: Path) -> Provenance | None:
         other=tuple(sorted(name for name in stated.keys() & found.keys() if _digest(found[name]) != stated[name])),
         added=tuple(sorted(found.keys() - stated.keys())),
     )
+
+
+def _say(folder: Path, report: Report, digests: dict[str, str]) -> None:
+    write_whole(folder / RECORD_FILE, json.dumps(_content(report, digests), indent=1))
+    restore_card(folder)
 
 
 def _content(report: Report, weights: dict[str, str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from safedelta_hf.modules.loading import Source, load_base, source_of, with_adap
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.report.provenance import write_provenance
+from safedelta_hf.report.provenance import renew_provenance
 from safedelta_hf.rules import Rule
 from safedelta_hf.saved.memory import devices_of
 from safedelta_hf.weights.safetensors_files import TYPES, SafetensorsFiles
@@ -262,7 +262,7 @@ def measured_and_written(saved: SavedTuned, base: PreTrainedModel | None, work: 
         warnings.simplefilter("ignore", SafeDeltaWarning)  # all was told when the same was done in memory
         written = saved.written(replace(work, rule=work.rule.at(measured.search.strength)))
     report = replace(written, rule=measured.rule, search=measured.search, unverified=measured.unverified)
-    write_provenance(saved.output, report)
+    renew_provenance(saved.output, report)
     _warn_if_other(measured, report)
     return report
 
