@@ -1,6 +1,7 @@
 """Tiny models and data, and quiet defaults."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from tests.fixtures import tiny
+from tests.programs import launching
 
 torch.set_num_threads(1)
 settings.register_profile("quick", deadline=None, max_examples=10, derandomize=True)
@@ -48,6 +50,12 @@ def safety_rows():
 @pytest.fixture
 def train_rows():
     return tiny.rows(16, seed=2, length=10)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[re.escape(launching.ABORTED)]))
 
 
 def pytest_terminal_summary(terminalreporter):
