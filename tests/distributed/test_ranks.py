@@ -1,6 +1,6 @@
 import pytest
 
-from tests.programs.launching import passes, torchrun
+from tests.programs.launching import aborted, passes, torchrun
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -16,3 +16,17 @@ def test_a_rank_that_fails_inside_a_librarys_collectives_ends_the_run():
     done = torchrun("tests.programs.failing", "alone", timeout=300)  # a rank that waited would do so for hours
     assert done.returncode != 0
     assert "lost in a forward pass" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [
+        ("terminate called without an active exception\n", True),
+        ("[rank0]: AssertionError\nterminate called without an active exception\n", False),
+        ("terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  op.preamble\n", False),
+    ],
+)
+def test_only_what_neither_python_nor_a_collective_explains_is_run_again(said, again):
+    summary = "[rank1]: Traceback\nRoot Cause (first observed failure):\n  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 7)\n"
+    assert aborted(said + summary) is again
+    assert not aborted(said + summary.replace("-6", "1"))
