@@ -1,6 +1,6 @@
 """The same with a LoRA adapter: what is saved is an adapter of the same rank, and loads in plain PEFT.
 
-pip install "safedelta_hf[peft]"
+pip install -e ".[peft]"
 python examples/lora.py    # writes the adjusted adapter to tuned-adapter
 """
 

@@ -1,6 +1,6 @@
 """Projected training: hold a LoRA where the base's refusals do not look, while it is trained.
 
-pip install "safedelta_hf[peft]"
+pip install -e ".[peft]"
 python examples/projected_training.py    # writes projected-adapter
 
 The profile of the base exists before the first step, so that every fine-tuning of that base can use it.

@@ -1,6 +1,6 @@
 """The same with TRL's SFTTrainer, which reads conversations itself.
 
-pip install "safedelta_hf[trl]"
+pip install -e ".[trl]"
 python examples/sft.py    # writes the adjusted model to tuned-model
 """
 

@@ -3,7 +3,7 @@
 python examples/trainer.py                                         # the tiny model that comes with the package
 python examples/trainer.py MODEL DATA.jsonl REFUSALS.jsonl OUTPUT  # yours; both files hold rows of {"messages": [...]}
 
-The adjusted model is written to OUTPUT, or to tuned-model.
+Needs `pip install datasets`. The adjusted model is written to OUTPUT, or to tuned-model.
 """
 
 import sys

@@ -132,7 +132,6 @@ def run_demo(
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
     echo(table(found, title))
-    echo(callback.report.summary())
     echo(f"{content['seconds']:.0f} s. Figure, figures and report: {stem}.png, .json, .report.json")
     return found
 
@@ -192,6 +191,7 @@ def demo(
 ) -> None:
     """Fine-tune the tiny model that comes with the package, with the callback, and show what it does to refusals."""
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with one_line_errors():
         chosen_case = one_of(CASES, case, "--case")
         chosen = chosen_rule(rule, strength, task=chosen_case)

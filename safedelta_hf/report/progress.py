@@ -1,7 +1,7 @@
 """Bars for who watches a terminal or a notebook, and plain lines for who reads a log."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any, Final
 
 from tqdm.auto import tqdm as shown_bar
@@ -39,8 +39,10 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, desc: str | None, uni
         **settings: Further ones of tqdm, such as `total` and `disable`.
 
     Returns:
-        The bar, which is also an iterator and a context manager.
+        The bar, which is also an iterator and a context manager; it says nothing where there is nothing to do.
     """
+    if isinstance(iterable, Sized) and not len(iterable):
+        settings["disable"] = True
     is_notebook = shown_bar.__mro__[1] is not terminal_bar and "notebook" in shown_bar.__mro__[1].__module__
     if is_notebook or sys.stderr.isatty():
         return shown_bar(iterable, desc=desc, unit=unit, dynamic_ncols=True, **settings)

@@ -178,6 +178,7 @@ def fine_tune(
             logging_strategy="no",
             report_to="none",
             disable_tqdm=not progress,
+            dataloader_pin_memory=False,  # else a warning wherever there is no GPU
         ),
         train_dataset=tokenize(case.examples(seed), tokenizer) if rows is None else rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),

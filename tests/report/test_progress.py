@@ -33,3 +33,8 @@ def test_in_a_terminal_there_is_a_bar(monkeypatch, capsys):
     assert list(progress_bar(range(5), desc="Reading", unit="row")) == [0, 1, 2, 3, 4]
     shown = capsys.readouterr().err
     assert "\r" in shown and "100%" in shown
+
+
+def test_nothing_to_do_is_not_told(capsys):
+    assert list(progress_bar([], desc="Sorting", unit="batch")) == []
+    assert capsys.readouterr().err == ""
