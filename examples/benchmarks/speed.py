@@ -1,10 +1,11 @@
 """What the package's work costs beside the arithmetic that it cannot do without, as ratios.
 
-    python examples/benchmarks/speed.py [--rows layer reading ...] [--repeats 5] [--quick]
+    python examples/benchmarks/speed.py [--rows layer reading ...] [--repeats 5] [--quick] [--mergekit PYTHON]
 
 Each line compares two things that are done in turn in one process, at one thread, first one and then the other first:
 the median, over the repeats, of the ratio of their CPU times, the least and the largest ratio, and the goal. `--quick`
-takes sizes at which the ratios mean nothing, to see that everything runs.
+takes sizes at which the ratios mean nothing, to see that everything runs. `--mergekit` is the Python of an environment
+with mergekit (0.1.5 was tried), which then merges the same files beside `files`.
 
 A line is a `Comparison`; a row is a function that makes some, and stands in `ROWS` by its name.
 """
@@ -12,9 +13,12 @@ A line is a `Comparison`; a row is a function that makes some, and stands in `RO
 import argparse
 import copy
 import gc
+import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -38,6 +42,7 @@ from safedelta_hf import (
     Ridge,
     SafeDelta,
     SafetyProfile,
+    Scale,
     adjust_checkpoint,
     adjust_model,
     collect_profile,
@@ -46,9 +51,10 @@ from safedelta_hf.adjust.factors import ROUNDING_DAMPING
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
-from safedelta_hf.core.curvature import factorise
-from safedelta_hf.core.low_rank import LowRank, dense
+from safedelta_hf.core.curvature import factorise, quadratic_loss
+from safedelta_hf.core.low_rank import LowRank, Matrix, dense, pays, solves_sooner
 from safedelta_hf.core.moment import InputMoment
+from safedelta_hf.core.ridge import low_rank_shrinkage, shrinkage, utility_of
 from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.distributed.open_model import open_model
@@ -94,11 +100,11 @@ def row(make: Row) -> Row:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process."""
+    """CPU time of this process, and what the work says that another one took for it."""
     gc.collect()
     started = time.process_time()
-    work()
-    return time.process_time() - started
+    elsewhere = work()
+    return time.process_time() - started + (elsewhere if isinstance(elsewhere, float) else 0.0)
 
 
 def bytes_read(work: Callable[[], object]) -> float:
@@ -492,10 +498,12 @@ class Checkpoints:
         SafetyProfile(header=header, uses=tuple(uses), moments=moments).save(folder / "profile")
         for place, weight in (("base", one.base), ("tuned", one.tuned)):
             (folder / place).mkdir()
-            save_file({name: weight.clone() for name in self.names}, folder / place / "model.safetensors")
-            (folder / place / "config.json").write_text("{}")
+            weights, path = {name: weight.clone() for name in self.names}, folder / place / "model.safetensors"
+            save_file(weights, path, metadata={"format": "pt"})
+            # Of no architecture that mergekit has a list of weights for, so that it merges those that are there.
+            (folder / place / "config.json").write_text('{"architectures": ["Layers"], "model_type": "llama"}')
 
-    def adjusted(self) -> None:
+    def adjusted(self, rule: Rule | None = None) -> None:
         """What the package does."""
         self.rounds += 1
         adjust_checkpoint(
@@ -503,7 +511,7 @@ class Checkpoints:
             tuned=self.folder / "tuned",
             profile=self.folder / "profile",
             output=self.folder / f"adjusted-{self.rounds}",
-            rule=Ridge(strength=1.0),
+            rule=rule or Ridge(strength=1.0),
             progress=False,
         )
         shutil.rmtree(self.folder / f"adjusted-{self.rounds}")
@@ -522,6 +530,13 @@ class Checkpoints:
                     factorise(self.hessian, ROUNDING_DAMPING)
                     cholesky_and_solve(self.hessian, other - one)
         save_file(found, self.folder / "merged.safetensors")
+
+    def factored(self) -> None:
+        """What a Ridge has to factor and solve."""
+        delta = torch.randn(len(self.hessian), len(self.hessian))
+        for _ in self.names:
+            factorise(self.hessian, ROUNDING_DAMPING)
+            cholesky_and_solve(self.hessian, delta)
 
     def read(self) -> None:
         """All of the inputs, once."""
@@ -544,6 +559,132 @@ def files(quick: bool) -> Iterator[Comparison]:
         yield Comparison(
             name="files to files, bytes read / once", ours=made.adjusted, beside=made.read, goal=1.5, cost=bytes_read
         )
+
+
+MERGING = """
+import json, sys, time, torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+torch.set_num_threads(1)
+options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+for line in sys.stdin:
+    models, output = json.loads(line)
+    started = time.process_time()
+    models = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    run_merge(MergeConfiguration(models=models, merge_method="linear", dtype="bfloat16"), output, options)
+    print("CPU seconds", time.process_time() - started, flush=True)
+"""
+"""What the other process runs: one merge for each line, without the seconds in which it starts."""
+
+
+class Mergekit:
+    """mergekit (github.com/arcee-ai/mergekit) in a process of its own; its `linear` method merges two folders.
+
+    Args:
+        python: Of the environment that it is installed in.
+        folder: That of the inputs.
+    """
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        self.request = json.dumps([[str(folder / "base"), str(folder / "tuned")], str(folder / "by-mergekit")])
+        self.process = subprocess.Popen(
+            [python, "-c", MERGING],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def merged(self) -> float:
+        """The CPU seconds of one merge."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(self.request + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("CPU seconds "):
+                return float(line.split()[-1])
+        raise SystemExit(f"mergekit ended with status {self.process.wait()}; run its mergekit-yaml to see why")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def mergekit(python: Path, quick: bool) -> Iterator[Comparison]:
+    """Files to files beside mergekit's linear merge of the same files; not among `ROWS`, as it may not be installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Checkpoints(Path(folder), 64 if quick else 2048, 2 if quick else 6)
+        other = Mergekit(python, made.folder)
+
+        def merged_and_factored() -> float:
+            made.factored()
+            return other.merged()
+
+        try:
+            for name, ours, beside, goal in (
+                ("ridge, files to files / mergekit and factorisations", made.adjusted, merged_and_factored, 1.5),
+                ("scale, files to files / mergekit", partial(made.adjusted, Scale(strength=0.5)), other.merged, 1.5),
+                ("a linear merge of this script / mergekit", made.merged, other.merged, 1.0),
+            ):
+                yield Comparison(name=name, ours=ours, beside=beside, goal=goal)
+        finally:
+            other.close()
+
+
+@row
+def crossing(quick: bool) -> Iterator[Comparison]:
+    """Solving with the factors of few tokens, beside the same with matrices: where it pays, and what is chosen.
+
+    The first of a share is a ridge and its loss, of a matrix that is at hand; the second a task ridge of two factors,
+    half of the rows each, whose matrices would have to be formed.
+    """
+    size = 64 if quick else 1024
+    shares = (0.25, 0.75) if quick else (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    for count in (16, size):
+        rows = torch.randn(count, size, generator=generator)
+        for rank in (int(share * size) for share in shares):
+            factor = torch.randn(rank, size, generator=generator) * torch.logspace(0, -1, size)
+            one = LowRank(factor=factor)
+            safety, task = (LowRank(factor=factor[part::2].contiguous()) for part in (0, 1))
+            told = f"rank {rank} of {size}, {count} rows"
+            kept, solved = ("factor" if one else "matrix" for one in (pays(rank, size), solves_sooner(rank, size)))
+            yield Comparison(
+                name=f"ridge and loss, {told} / of the matrix; kept: {kept}",
+                ours=partial(solved_of_low_rank, one, None, rows, loss=True),
+                beside=partial(solved_of_matrix, dense(one), None, rows, loss=True),
+                goal=1.0,
+            )
+            yield Comparison(
+                name=f"task ridge, {told} / its matrices formed; solved: {solved}",
+                ours=partial(solved_of_low_rank, safety, task, rows),
+                beside=partial(solved_of_matrix, safety, task, rows),
+                goal=1.0,
+            )
+
+
+def solved_of_low_rank(hessian: LowRank, task: LowRank | None, rows: Tensor, *, loss: bool = False) -> None:
+    """Solve with factors, whether the package would or not."""
+    utility = None if task is None else utility_of(task, 0.1)
+    assert utility is None or isinstance(utility, LowRank)
+    transform = low_rank_shrinkage(hessian, utility, 1.0)
+    assert transform is not None
+    transform(rows)
+    if loss:
+        quadratic_loss(lambda form: float(form.form(rows)), hessian)
+
+
+def solved_of_matrix(hessian: Matrix, task: Matrix | None, rows: Tensor, *, loss: bool = False) -> None:
+    """Solve with matrices, formed where they are not at hand."""
+    utility = None if task is None else utility_of(dense(task), 0.1)
+    shrinkage(dense(hessian), utility, 1.0)(rows)
+    if loss:
+        quadratic_loss(lambda form: float(form.form(rows)), hessian)
 
 
 @row
@@ -627,15 +768,19 @@ def sweeps(quick: bool) -> Iterator[Comparison]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "mergekit"])
+    parser.add_argument("--mergekit", type=Path, metavar="PYTHON", help="Of an environment with mergekit.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="Sizes that only show that it runs.")
     options = parser.parse_args()
+    rows = ROWS if options.mergekit is None else ROWS | {"mergekit": partial(mergekit, options.mergekit)}
+    if "mergekit" in (options.rows or ()) and options.mergekit is None:
+        parser.error("--rows mergekit needs --mergekit PYTHON")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print("| what / beside what | median | least | largest | goal |\n|---|---|---|---|---|", flush=True)
-    for name in options.rows:
-        for comparison in ROWS[name](options.quick):
+    for name in options.rows or rows:
+        for comparison in rows[name](options.quick):
             found = ratios(comparison, options.repeats)
             figures = (statistics.median(found), min(found), max(found), comparison.goal)
             print(f"| {comparison.name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |", flush=True)

@@ -43,6 +43,12 @@ class LowRank(Transform):
         product = (rows @ factor.T) @ factor
         return product if self.rest is None else product + rows * self.rest.to(rows.dtype)
 
+    @override
+    def form(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, ""]:
+        # `|D F^T|^2`: one product in place of two, and nowhere negative.
+        found = (rows @ self.factor.to(rows.dtype).T).square().sum()
+        return found if self.rest is None else found + rows.square().sum(0) @ self.rest.to(rows.dtype)
+
     @property
     def shape(self) -> torch.Size:
         """That of the matrix, [in, in]."""
@@ -155,7 +161,7 @@ def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
 
 
 def pays(rank: int, size: int) -> bool:
-    """Whether a factor takes less memory, and what is solved with it less time, than the upper half of its matrix.
+    """Whether a factor takes less memory, and what is multiplied with it less time, than the upper half of its matrix.
 
     Args:
         rank: Rows of the factor.
@@ -165,6 +171,22 @@ def pays(rank: int, size: int) -> bool:
         Whether it does.
     """
     return 2 * rank <= size
+
+
+def solves_sooner(rank: int, size: int) -> bool:
+    """Whether a system of low rank is solved sooner with its factors than by forming it from them.
+
+    With as many rows as inputs both take as long at three quarters; with the few of an adapter, only near all of them.
+    `examples/benchmarks/speed.py --rows crossing` measures it.
+
+    Args:
+        rank: Rows of all its factors.
+        size: Inputs.
+
+    Returns:
+        Whether it is.
+    """
+    return 4 * rank <= 3 * size
 
 
 def total_of(parts: Sequence[Matrix]) -> Matrix:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from safedelta_hf.core.finite import is_finite
-from safedelta_hf.core.low_rank import LowRank, LowRankShrinkage, Matrix, dense, gram, pays, tensors_of
+from safedelta_hf.core.low_rank import LowRank, LowRankShrinkage, Matrix, dense, gram, solves_sooner, tensors_of
 from safedelta_hf.core.transform import Dense, Transform
 from safedelta_hf.errors import FactorisationError, NumericalError
 
@@ -87,7 +87,7 @@ def shrinkage(hessian: Matrix, utility: Matrix | None, strength: float) -> Dense
         raise NumericalError("the moments of this layer hold NaN or Inf; check the model's activations")
     if isinstance(hessian, LowRank) and not isinstance(utility, Tensor) and hessian.device.type != "mps":
         rank = hessian.rank + (0 if utility is None else utility.rank)
-        found = _low_rank_shrinkage(hessian, utility, strength) if pays(rank, len(hessian)) else None
+        found = low_rank_shrinkage(hessian, utility, strength) if solves_sooner(rank, len(hessian)) else None
         if found is not None:
             return found
     hessian, utility = dense(hessian), None if utility is None else dense(utility)
@@ -108,7 +108,7 @@ def shrinkage(hessian: Matrix, utility: Matrix | None, strength: float) -> Dense
     return _semidefinite_shrinkage(hessian, utility, strength)
 
 
-def _low_rank_shrinkage(hessian: LowRank, utility: LowRank | None, strength: float) -> LowRankShrinkage | None:
+def low_rank_shrinkage(hessian: LowRank, utility: LowRank | None, strength: float) -> LowRankShrinkage | None:
     """The same of low rank: `N + lam H` is a diagonal and the rows of both factors, formed without cancellation.
 
     Args:

@@ -35,6 +35,17 @@ class Transform(ABC):
             [rows, columns], a new tensor.
         """
 
+    def form(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, ""]:
+        """Inner product of rows with what the map makes of them.
+
+        Args:
+            rows: [rows, in]; the map is of [in, in].
+
+        Returns:
+            The sum over all entries.
+        """
+        return (rows * self(rows)).sum()
+
 
 class DeltaMatrix(Protocol):
     """A delta [rows, columns] as one use of its parameter sees it, wherever and in whatever form it is stored."""

@@ -280,7 +280,7 @@ class DenseMatrix(DeltaMatrix):
 
     @override
     def inner(self, transform: Transform) -> float:
-        return figure_of(lambda rows: (rows * transform(rows)).sum(), self._matrix)
+        return figure_of(transform.form, self._matrix)
 
     def transformed(self, transform: Transform) -> Tensor:
         """The transformed delta in the shape of its parameter.

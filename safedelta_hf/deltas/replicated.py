@@ -64,7 +64,7 @@ class ReplicatedMatrix(DenseMatrix):
     @override
     def inner(self, transform: Transform) -> float:
         _, own = own_rows(self._ranks, self._matrix)
-        found = figure_of(lambda rows: (rows * transform(rows)).sum(), own)
+        found = figure_of(transform.form, own)
         return float(self._ranks.sum_(torch.tensor([found], dtype=torch.float64, device=own.device)))
 
     @override

@@ -149,7 +149,10 @@ class ShardedMatrix(DeltaMatrix):
 
     @override
     def inner(self, transform: Transform) -> float:
-        own = figure_of(lambda rows: (rows * self._transformed(transform, rows)).sum(), self._own)
+        has_columns = self._own.shape[1] == self._columns
+        own = figure_of(
+            transform.form if has_columns else lambda rows: (rows * self._transformed(transform, rows)).sum(), self._own
+        )
         return float(self._sum(torch.tensor([own], dtype=torch.float64, device=self._own.device)))
 
     def replace(self, transform: Transform) -> None:

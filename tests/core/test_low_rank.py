@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safedelta_hf.core.curvature import quadratic_loss
-from safedelta_hf.core.low_rank import LowRank, LowRankShrinkage, dense, gram, pays, total_of
+from safedelta_hf.core.low_rank import LowRank, LowRankShrinkage, dense, gram, pays, solves_sooner, total_of
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.core.null_space import null_space
 from safedelta_hf.core.ridge import shrinkage, utility_of
@@ -48,6 +48,9 @@ def test_it_is_the_matrix_in_all_that_it_can_be_asked(rank, rest):
     torch.testing.assert_close(matrix.dense().double(), whole, **close)
     torch.testing.assert_close(matrix.diagonal().double(), whole.diagonal(), **close)
     torch.testing.assert_close(matrix(rows).double(), rows.double() @ whole, **close)
+    form = (rows.double() * (rows.double() @ whole)).sum()
+    assert float(matrix.form(rows)) == pytest.approx(float(form), rel=1e-5)
+    assert float(matrix.form(rows.double())) == pytest.approx(float(form), rel=1e-12)
     torch.testing.assert_close((matrix * 0.3).dense().double(), 0.3 * whole, **close)
     torch.testing.assert_close(matrix.raised(torch.tensor(2.0)).dense().double(), whole + 2 * torch.eye(SIZE), **close)
     assert tuple(matrix.shape) == (SIZE, SIZE) and len(matrix) == SIZE and matrix.any() and matrix.rank == rank
@@ -65,11 +68,12 @@ def test_a_sum_is_of_low_rank_while_that_pays_and_else_the_matrix():
         assert isinstance(found, torch.Tensor)
         torch.testing.assert_close(found.double(), whole, rtol=1e-5, atol=1e-3)
     assert pays(1, 2) and pays(12, 24) and not pays(13, 24) and not pays(1, 1)
+    assert solves_sooner(18, 24) and not solves_sooner(19, 24)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("rest", [False, True])
-@pytest.mark.parametrize("rank", [1, 6, 12])
+@pytest.mark.parametrize("rank", [1, 6, 12, 18])
 def test_ridge_of_a_factor_is_the_closed_form_at_any_strength(rank, rest, strength):
     matrix, rows = low_rank(rank, rest=rest), delta()
     transform = shrinkage(matrix, None, strength)
@@ -80,7 +84,7 @@ def test_ridge_of_a_factor_is_the_closed_form_at_any_strength(rank, rest, streng
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("ranks", [(1, 1), (6, 6), (2, 10)])
+@pytest.mark.parametrize("ranks", [(1, 1), (6, 6), (2, 10), (9, 9)])
 def test_task_ridge_of_two_factors_is_the_closed_form_at_any_strength(ranks, strength):
     matrix, rows = low_rank(ranks[0]), delta()
     utility = utility_of(low_rank(ranks[1], seed=3), 0.1)
