@@ -27,6 +27,9 @@ def test_a_rank_that_fails_inside_a_librarys_collectives_ends_the_run():
     ],
 )
 def test_only_what_neither_python_nor_a_collective_explains_is_run_again(said, again):
-    summary = "[rank1]: Traceback\nRoot Cause (first observed failure):\n  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 7)\n"
+    summary = (
+        "[rank1]: Traceback\nRoot Cause (first observed failure):\n"
+        "  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 7)\n"
+    )
     assert aborted(said + summary) is again
     assert not aborted(said + summary.replace("-6", "1"))
