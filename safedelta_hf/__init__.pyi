@@ -14,7 +14,7 @@ from .polish.config import PolishConfig
 from .polish.polish import polish_model
 from .profile.encodings import Eigenbasis
 from .profile.profile import SafetyProfile, with_ordinary
-from .records import Treatment
+from .records.plan import Treatment
 from .report import Report
 from .rules import (
     AutoStrength,

@@ -21,7 +21,8 @@ from safedelta_hf import SafetyProfile, adjust_adapter_files
 from safedelta_hf.core.low_rank import LowRank, Matrix, pays
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.records import ProfileHeader, Role, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import Role, Use
 
 MOMENTS = {
     "self_attn.q_proj": "attention",

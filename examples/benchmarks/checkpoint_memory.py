@@ -22,7 +22,8 @@ import safedelta_hf
 from safedelta_hf import SafetyProfile, adjust_checkpoint
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.records import ProfileHeader, Role, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import Role, Use
 from safedelta_hf.weights.digest import digest
 
 READS = {

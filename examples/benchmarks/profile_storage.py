@@ -24,7 +24,7 @@ from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.profile.encodings import encoding_for, encoding_of
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from safedelta_hf.rules import LayerMoments
 from safedelta_hf.testbed import CASES
 from safedelta_hf.testbed.comparison import AlignedModel, CaseScenario

@@ -59,7 +59,9 @@ from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.records import ProfileHeader, Role, Treatment, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.plan import Treatment
+from safedelta_hf.records.uses import Role, Use
 from safedelta_hf.rules import Rule
 from safedelta_hf.weights.digest import digest
 

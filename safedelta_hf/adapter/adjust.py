@@ -22,7 +22,8 @@ from safedelta_hf.errors import AdapterError, ProfileError, foreign_errors_named
 from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Plan, ProfileHeader, Treatment
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.plan import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
 from safedelta_hf.weights.digest import parameter_digest

@@ -14,7 +14,9 @@ from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
 from safedelta_hf.deltas.lora_settings import initialised_from_base
 from safedelta_hf.errors import AdapterError, BaseWeightsError, ProfileError, foreign_errors_named, require_kind
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import ProfileHeader, Treatment, inputs_first
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.plan import Treatment
+from safedelta_hf.records.uses import inputs_first
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, compared, tied_aliases, verified

@@ -51,7 +51,9 @@ class MergedDelta(LoraDelta):
         base = self.layer.get_base_layer()
         try:
             merged.merge(safe_merge=True, adapter_names=[self.adapter])
-        except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:  # as PEFT says that it cannot; NotImplementedError is one of them
             raise AdapterError(f"{self.parameter}: its adapter cannot be merged into a weight ({error})") from error
         bias, tuned_bias = getattr(base, "bias", None), getattr(merged.get_base_layer(), "bias", None)
         if bias is not None and tuned_bias is not None and not torch.equal(bias.float(), tuned_bias):

@@ -16,7 +16,7 @@ from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, foreign_errors_named
 from safedelta_hf.modules.names import class_name, parameter_aliases
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
 

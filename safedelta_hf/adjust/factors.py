@@ -11,7 +11,7 @@ from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import FactorisationError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Use
+from safedelta_hf.records.uses import Use
 from safedelta_hf.rules.rule import Factors, LayerMoments, TransformRule
 
 Key = tuple[str, str | None]

@@ -20,9 +20,12 @@ from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import SafeDeltaError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, ParameterRecord, Plan, PlanEntry, RuleRecord, StrengthSearch, Trial, Use
+from safedelta_hf.records.plan import Action, Plan, PlanEntry
+from safedelta_hf.records.uses import Use
 from safedelta_hf.report import Report
 from safedelta_hf.report.progress import progress_bar
+from safedelta_hf.report.records import ParameterRecord, RuleRecord
+from safedelta_hf.report.search import StrengthSearch, Trial
 from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
 
 EXPECTED_TRIALS = 8

@@ -11,7 +11,8 @@ from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.deltas.further_models import FurtherModel, open_further_model, seen_from_base
 from safedelta_hf.errors import NumericalError, SafeDeltaError
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, MatrixView, PlanEntry, Use, inputs_first
+from safedelta_hf.records.plan import Action, PlanEntry
+from safedelta_hf.records.uses import MatrixView, Use, inputs_first
 from safedelta_hf.rules import MergeInput, MergeRule, Rule, source_name
 
 

@@ -9,7 +9,8 @@ from safedelta_hf.core.binomial import upper_bound
 from safedelta_hf.errors import AdapterError, ConfigurationError, CoverageError, ProfileError
 from safedelta_hf.profile.moments import Moments
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Action, Plan, PlanEntry, Treatment, Use
+from safedelta_hf.records.plan import Action, Plan, PlanEntry, Treatment
+from safedelta_hf.records.uses import Use
 from safedelta_hf.rules import AutoStrength, MergeRule, Rule
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from safedelta_hf.core.binomial import upper_bound
 from safedelta_hf.data.refusals import Drift
 from safedelta_hf.errors import FactorisationError, SafeDeltaWarning
-from safedelta_hf.records import StrengthSearch, Trial
+from safedelta_hf.report.search import StrengthSearch, Trial
 from safedelta_hf.rules import AutoStrength, Rule
 
 START = 3.0

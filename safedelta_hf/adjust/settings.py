@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safedelta_hf.errors import require_kind
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.rules import Rule, rule_of
 
 

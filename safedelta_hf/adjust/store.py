@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.records import ParameterRecord
 from safedelta_hf.report import Report
+from safedelta_hf.report.records import ParameterRecord
 
 
 class Written(NamedTuple):

@@ -36,7 +36,7 @@ from safedelta_hf.modules.names import class_name, hub_name
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.profile.moments import SummedMoments
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import fingerprint
 

@@ -15,7 +15,7 @@ from safedelta_hf.core.low_rank import LowRank, Matrix, pays
 from safedelta_hf.core.moment import add_outer_, fill_lower_
 from safedelta_hf.errors import NumericalError
 from safedelta_hf.profile.moments import MomentStorage
-from safedelta_hf.records import MatrixView, Role, Use, moment_key
+from safedelta_hf.records.uses import MatrixView, Role, Use, moment_key
 
 
 @dataclass(frozen=True, kw_only=True)

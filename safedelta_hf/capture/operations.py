@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from safedelta_hf.capture.reader import Arguments, Handler, OperationReader
 from safedelta_hf.capture.views import ParameterView
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 
 aten = torch.ops.aten
 

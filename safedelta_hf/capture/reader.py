@@ -8,7 +8,7 @@ from torch import Tensor
 
 from safedelta_hf.capture.collector import MomentCollector
 from safedelta_hf.capture.views import DependentTensors, ParameterView, TensorTracker
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 
 
 class OperationReader:

@@ -23,7 +23,8 @@ from safedelta_hf.modules.evaluating import evaluating, without_adapters
 from safedelta_hf.modules.names import class_name
 from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import ProfileHeader, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import Use
 from safedelta_hf.report.progress import progress_bar
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from safedelta_hf.records import MatrixView
+from safedelta_hf.records.uses import MatrixView
 
 
 def weak_storage(tensor: Tensor) -> StorageWeakRef:

@@ -17,7 +17,7 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, OutputError, SafeDeltaError, require_kind
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import MergeRule, Rule, rule_of
 from safedelta_hf.weights.digest import Identity, files_identity, profile_identity, source_identity

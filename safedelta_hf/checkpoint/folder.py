@@ -16,10 +16,10 @@ from torch import Tensor
 
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, NumericalError, OutputError
 from safedelta_hf.folders import RunLog, locked, sync, unfinished_of, write_all
-from safedelta_hf.records import ParameterRecord
 from safedelta_hf.report import Report
 from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.report.provenance import write_provenance
+from safedelta_hf.report.records import ParameterRecord
 from safedelta_hf.weights.safetensors_files import INDEX_FILE, SafetensorsFiles, StoredTensor, data_start
 
 LOG_FILE = "finished.jsonl"

@@ -22,7 +22,7 @@ from typing_extensions import override
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import parameter_names, wrapping_told
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.weights.readers import WeightReader, tied_aliases
 from safedelta_hf.weights.safetensors_files import FLOATING, LARGEST_INDEX, SafetensorsFiles
 

@@ -17,7 +17,7 @@ from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.errors import BaseWeightsError, CheckpointError, ConfigurationError, require_kind
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Plan, PlanEntry, Treatment
+from safedelta_hf.records.plan import Plan, PlanEntry, Treatment
 from safedelta_hf.rules import Rule
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 

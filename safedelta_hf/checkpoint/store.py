@@ -11,7 +11,8 @@ from safedelta_hf.adjust.store import WeightStore, Written
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.dense import Delta, DenseDelta, require_finite
-from safedelta_hf.records import ParameterRecord, ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.report.records import ParameterRecord
 from safedelta_hf.weights.digest import digest
 from safedelta_hf.weights.readers import refuse, require_unswapped
 

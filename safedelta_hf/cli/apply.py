@@ -18,7 +18,7 @@ from safedelta_hf.cli.options import (
     one_line_errors,
 )
 from safedelta_hf.errors import ConfigurationError, OutputError
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
 from safedelta_hf.saved.adjust import adjust_saved

@@ -23,7 +23,7 @@ from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, dig
 from safedelta_hf.evaluation.result import Score
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
 

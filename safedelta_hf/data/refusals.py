@@ -19,7 +19,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, NumericalError
 from safedelta_hf.modules.evaluating import coarsest, precision_seen, rounding_otherwise, without_adapters
 from safedelta_hf.modules.names import class_name, unwrapped
-from safedelta_hf.records import ReadingNoise
+from safedelta_hf.report.search import ReadingNoise
 
 
 def tells_likelihoods(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from safedelta_hf.core.finite import is_finite
 from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.records import MatrixView, Use
+from safedelta_hf.records.uses import MatrixView, Use
 
 SMALLEST_FIGURE: Final = 1e-25
 """Below it, squares of float32 may have vanished from a sum."""

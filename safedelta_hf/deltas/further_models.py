@@ -11,7 +11,7 @@ from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
 from safedelta_hf.deltas.lora_settings import CONFIG_FILE
 from safedelta_hf.deltas.low_rank import FactoredDelta
 from safedelta_hf.errors import BaseWeightsError, MergeError
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.weights.readers import FilesReader, ModelReader
 
 FurtherModel = Callable[[str, Tensor], Tensor]

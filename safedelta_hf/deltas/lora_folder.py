@@ -36,7 +36,7 @@ from safedelta_hf.deltas.lora_settings import (
 from safedelta_hf.errors import AdapterError, CheckpointError, ProfileError
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.modules.names import ADAPTER_PREFIX, is_hub_name
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.report import Report
 from safedelta_hf.report.provenance import RECORD_FILE, write_provenance
 from safedelta_hf.weights.digest import digest

@@ -11,7 +11,7 @@ from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.records import MatrixView, Use
+from safedelta_hf.records.uses import MatrixView, Use
 
 Pair = tuple[Tensor, Tensor]
 """`L` [first, rank] and `R` [rank, second]."""

@@ -12,7 +12,7 @@ from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import Transform
 from safedelta_hf.deltas.dense import DenseDelta, DenseMatrix, as_strided, figure_of
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.records import MatrixView, Use
+from safedelta_hf.records.uses import MatrixView, Use
 
 SHARED_WORK: Final = 1 << 26
 """Multiplications that a product has to take for its rows to be worth sending: those of 400 rows of 400 inputs."""

@@ -12,7 +12,7 @@ from safedelta_hf.core.transform import DeltaMatrix, Transform
 from safedelta_hf.deltas.dense import Delta, DenseDelta, DenseMatrix, as_strided, figure_of, round_rows_
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.records import MatrixView, Use
+from safedelta_hf.records.uses import MatrixView, Use
 
 
 class ShardedDelta(Delta):

@@ -21,7 +21,7 @@ from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.sorting import MANY, prompt_text, verdict
 from safedelta_hf.folders import RunLog, locked, require_absent, unfinished_of, write_whole
-from safedelta_hf.records import Outcome
+from safedelta_hf.records.sorting import Outcome
 from safedelta_hf.report.progress import progress_bar
 
 _BATCHES: Final = 16

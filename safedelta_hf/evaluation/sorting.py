@@ -16,7 +16,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ArchitectureError, NothingLeftError, SafeDeltaWarning
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.modules.evaluating import without_adapters
-from safedelta_hf.records import Outcome, RefusedExample, TaskSorting
+from safedelta_hf.records.sorting import Outcome, RefusedExample, TaskSorting
 
 logger = logging.get_logger(__name__)
 

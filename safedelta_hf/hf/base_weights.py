@@ -16,7 +16,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ProfileError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import digest_of
+from safedelta_hf.records.header import digest_of
 from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
 from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, WeightReader, open_base
 

@@ -63,7 +63,8 @@ from safedelta_hf.modules.adapters import trained_adapter
 from safedelta_hf.modules.names import bare
 from safedelta_hf.polish.config import PolishConfig
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
-from safedelta_hf.records import TaskSorting, Treatment
+from safedelta_hf.records.plan import Treatment
+from safedelta_hf.records.sorting import TaskSorting
 from safedelta_hf.report import Report
 from safedelta_hf.report.provenance import remove_provenance
 from safedelta_hf.report.saving import follow_saving, is_adjusted

@@ -30,7 +30,7 @@ from safedelta_hf.polish.lessons import Lessons, aside, lessons_of, lessons_of_b
 from safedelta_hf.polish.polish import polish_weights
 from safedelta_hf.polish.trainer import require_polishable
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import PolishRecord
+from safedelta_hf.report.records import PolishRecord
 
 
 class RunPolish:

@@ -21,7 +21,7 @@ from safedelta_hf.errors import ConfigurationError, SafeDeltaWarning
 from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.modules.adapters import trained_adapter, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import PlanEntry, Treatment
+from safedelta_hf.records.plan import PlanEntry, Treatment
 from safedelta_hf.report.provenance import restore_card
 
 logger = logging.get_logger(__name__)

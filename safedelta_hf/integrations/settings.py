@@ -10,7 +10,7 @@ from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.errors import ConfigurationError, require_kind
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.polish.config import PolishConfig
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.rules import RULES, AutoStrength, Rule, default_rule
 
 SECTION: Final = "safedelta"

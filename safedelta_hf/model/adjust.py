@@ -15,7 +15,7 @@ from safedelta_hf.model.store import ModelStore
 from safedelta_hf.modules.names import parameter_aliases, wrapping_told
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Plan, Treatment
+from safedelta_hf.records.plan import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
 from safedelta_hf.weights.readers import WeightReader, open_base

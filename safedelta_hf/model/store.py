@@ -15,7 +15,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import BaseWeightsError
 from safedelta_hf.modules.names import class_name
 from safedelta_hf.modules.parametrised import parametrised_weights
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.report import Report
 from safedelta_hf.report.saving import follow_saving
 from safedelta_hf.weights.digest import parameter_digest

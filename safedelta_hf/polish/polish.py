@@ -24,7 +24,7 @@ from safedelta_hf.modules.loading import load_model
 from safedelta_hf.polish.config import QUANTILE, PolishConfig
 from safedelta_hf.polish.lessons import Lessons, aside, lessons_of, lessons_of_base, mean_divergences
 from safedelta_hf.polish.trainer import require_polishable, trained
-from safedelta_hf.records import PolishRecord
+from safedelta_hf.report.records import PolishRecord
 from safedelta_hf.weights.journal import Journal
 
 OWNER: Final = "polish_model"

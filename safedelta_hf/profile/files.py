@@ -31,7 +31,8 @@ from safedelta_hf.profile.header import (
     record,
 )
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.records import ProfileHeader, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import Use
 
 LOG_FILE: Final = "done.jsonl"
 """In an unfinished folder: what each finished file holds."""

@@ -17,7 +17,8 @@ from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.profile.encodings import Encoding, Float32, encoding_of
-from safedelta_hf.records import MatrixView, ProfileHeader, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import MatrixView, Use
 
 T = TypeVar("T")
 

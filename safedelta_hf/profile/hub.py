@@ -11,7 +11,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile.header import HEADER_FILE, SHARD_PATTERN
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 
 CARD_FILE: Final = "README.md"
 TAGS: Final = ("safedelta", "safety-profile")

@@ -17,7 +17,8 @@ from safedelta_hf.profile.files import MomentFiles, in_folder, keys_in_order, re
 from safedelta_hf.profile.header import HEADER_FILE
 from safedelta_hf.profile.hub import download, upload, write_card
 from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments, SummedMoments
-from safedelta_hf.records import ProfileHeader, Retention, Use
+from safedelta_hf.records.header import ProfileHeader, Retention
+from safedelta_hf.records.uses import Use
 from safedelta_hf.rules.rule import require_number
 
 DEFAULT_STORAGE = "triangular"

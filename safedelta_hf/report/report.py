@@ -17,14 +17,9 @@ from rich.table import Column, Table
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import write_whole
-from safedelta_hf.records import (
-    ParameterRecord,
-    PolishRecord,
-    RuleRecord,
-    StrengthSearch,
-    TaskSorting,
-    percent,
-)
+from safedelta_hf.records.sorting import TaskSorting
+from safedelta_hf.report.records import ParameterRecord, PolishRecord, RuleRecord
+from safedelta_hf.report.search import StrengthSearch, percent
 
 ROUNDING_SHARE = 0.01
 """Share of the fine-tuned model's safety loss that rounding may bring back without a warning."""

@@ -20,7 +20,8 @@ from safedelta_hf.folders import require_absent
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of
 from safedelta_hf.modules.loading import load_base, load_tokenizer
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
-from safedelta_hf.records import TaskSorting, Treatment
+from safedelta_hf.records.plan import Treatment
+from safedelta_hf.records.sorting import TaskSorting
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, rule_of
 from safedelta_hf.saved.folders import SavedTuned, Work, measured_and_written, opened_tuned

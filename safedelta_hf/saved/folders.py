@@ -32,7 +32,7 @@ from safedelta_hf.errors import AdapterError, BaseWeightsError, CheckpointError,
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.modules.loading import Source, load_base, source_of, with_adapter
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records import Treatment
+from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.report.provenance import renew_provenance
 from safedelta_hf.rules import Rule

@@ -34,7 +34,7 @@ from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.modules.adapters import trained_adapter
 from safedelta_hf.modules.names import bare
 from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
-from safedelta_hf.records import Action, PlanEntry, Treatment
+from safedelta_hf.records.plan import Action, PlanEntry, Treatment
 from safedelta_hf.rules import Ridge
 from safedelta_hf.rules.rule import LayerMoments, Shrinking, number, require_number
 from safedelta_hf.weights.digest import fingerprint

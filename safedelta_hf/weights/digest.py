@@ -15,7 +15,8 @@ from safedelta_hf.distributed.model import Shard, ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.modules.quantised import is_quantised, stored_tensors
-from safedelta_hf.records import ProfileHeader, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import Use
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 LEAST_ROW = 1024

@@ -14,7 +14,7 @@ from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import parameter_aliases, parameter_names, wrapping_told
 from safedelta_hf.modules.quantised import is_quantised
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import digest, digest_of_shard
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles

@@ -102,6 +102,12 @@ def test_a_layer_that_cannot_be_merged_is_named(error):
         delta.delta()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), AttributeError("no"), TypeError("no")])
+def test_what_is_no_fault_of_the_adapter_is_not_called_one(error):
+    with pytest.raises(type(error), match="^no$"):
+        delta_of(nn.Linear(4, 6), torch.ones(6, 4), error=error).delta()
+
+
 def test_a_change_of_the_bias_is_named():
     with pytest.raises(AdapterError, match=r"^up\.weight: the adapter changes the bias"):
         delta_of(nn.Linear(4, 6), torch.ones(6, 4), bias=0.5).delta()

@@ -11,7 +11,7 @@ import torch
 from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.errors import FactorisationError
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from safedelta_hf.rules import TransformRule
 from tests.fixtures import by_hand
 from tests.fixtures.threads import on_each

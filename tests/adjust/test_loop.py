@@ -36,7 +36,8 @@ from safedelta_hf.errors import (
     ProfileError,
     SafeDeltaWarning,
 )
-from safedelta_hf.records import Role, Treatment
+from safedelta_hf.records.plan import Treatment
+from safedelta_hf.records.uses import Role
 from tests.fixtures import by_hand, oracles, refusing, tiny
 
 AUTO = AutoStrength(lost=0.5, precision=2.0)  # five to seven are held out, and none of them may be lost

@@ -6,7 +6,8 @@ import pytest
 from safedelta_hf.adjust.plan import check_entries
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.model.adjust import plan_model
-from safedelta_hf.records import Role, Treatment
+from safedelta_hf.records.plan import Treatment
+from safedelta_hf.records.uses import Role
 from safedelta_hf.rules import Ridge
 from tests.fixtures import adapters, tiny
 

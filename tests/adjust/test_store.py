@@ -7,7 +7,7 @@ from safedelta_hf.adapter.store import AdapterInFiles, AdapterInMemory
 from safedelta_hf.deltas.lora_deltas import FullDelta
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.model.store import ModelStore
-from safedelta_hf.records import ParameterRecord
+from safedelta_hf.report.records import ParameterRecord
 from safedelta_hf.weights.digest import fingerprint
 from safedelta_hf.weights.readers import ModelReader
 from tests.fixtures import by_hand, tiny

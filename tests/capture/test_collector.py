@@ -9,7 +9,7 @@ from safedelta_hf.capture.views import ParameterView
 from safedelta_hf.core.low_rank import LowRank
 from safedelta_hf.errors import CaptureError, NumericalError
 from safedelta_hf.profile.moments import MomentStorage
-from safedelta_hf.records import MatrixView, Role, Use
+from safedelta_hf.records.uses import MatrixView, Role, Use
 from tests.capture.test_reading import collect, moment_of
 from tests.fixtures import tiny
 

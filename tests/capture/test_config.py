@@ -3,7 +3,7 @@ from torch import nn
 
 from safedelta_hf import ProfileConfig, SafeDelta, Treatment, adjust_model, collect_profile
 from safedelta_hf.errors import ConfigurationError, CoverageError
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from tests.fixtures import architectures, tiny
 
 ROWS = tiny.rows(8, seed=1)

@@ -11,7 +11,7 @@ from safedelta_hf import ProfileConfig, collect_profile
 from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.core.low_rank import dense
 from safedelta_hf.deltas.dense import DenseMatrix
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from tests.fixtures import architectures, tiny
 
 ROWS = tiny.rows(10, seed=1, length=6)

@@ -7,7 +7,7 @@ from torch import nn
 from safedelta_hf import ProfileConfig, SafetyProfile, collect_profile
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.errors import CaptureError, ConfigurationError, DataError, NumericalError
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from tests.fixtures import tiny
 
 

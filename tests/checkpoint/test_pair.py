@@ -7,7 +7,7 @@ from safedelta_hf.checkpoint import pair as checkpoint_pair
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.modules.names import parameter_names
-from safedelta_hf.records import ProfileHeader
+from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import architectures
 

@@ -12,7 +12,7 @@ from safedelta_hf.core.compensation import joint_compensation, sequential_compen
 from safedelta_hf.core.curvature import Curvature, factorise
 from safedelta_hf.core.selection import budget
 from safedelta_hf.deltas.dense import DenseMatrix
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from safedelta_hf.rules import LayerMoments, SafeDelta
 from tests.fixtures import oracles
 

@@ -10,7 +10,7 @@ from safedelta_hf.core.null_space import null_space
 from safedelta_hf.core.ridge import shrinkage, utility_of
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseMatrix
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 
 SIZE = 24
 STRENGTHS = [1e-6, 1e-3, 1.0, 1e3, 1e6]

@@ -9,7 +9,7 @@ from safedelta_hf.core.curvature import quadratic_loss
 from safedelta_hf.core.null_space import null_space
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.records import MatrixView
+from safedelta_hf.records.uses import MatrixView
 from tests.fixtures.problems import layer, layers
 
 shares = st.sampled_from([0.0, 1e-4, 0.01, 0.2, 0.9])

@@ -6,7 +6,7 @@ from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseDelta, DenseMatrix
 from safedelta_hf.errors import NumericalError
-from safedelta_hf.records import MatrixView, Role, Use
+from safedelta_hf.records.uses import MatrixView, Role, Use
 
 SHAPES = {
     Role.LINEAR: (5, 3),

@@ -12,7 +12,7 @@ from safedelta_hf.deltas.lora_deltas import (
     TokenRowsDelta,
     low_rank_shape,
 )
-from safedelta_hf.records import MatrixView, Role
+from safedelta_hf.records.uses import MatrixView, Role
 from tests.fixtures import by_hand
 
 SCALING = 1.5

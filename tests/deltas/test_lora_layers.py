@@ -16,7 +16,8 @@ from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.records import MatrixView, ProfileHeader, Role, Use
+from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.records.uses import MatrixView, Role, Use
 from safedelta_hf.rules import LayerMoments
 from safedelta_hf.weights.digest import fingerprint
 from tests.fixtures import adapters, tiny

@@ -6,7 +6,7 @@ import torch
 from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.low_rank import FactoredDelta, StackedDelta, distance, energy
 from safedelta_hf.errors import AdapterError
-from safedelta_hf.records import MatrixView
+from safedelta_hf.records.uses import MatrixView
 from tests.fixtures import by_hand
 
 SCALING = 1.5

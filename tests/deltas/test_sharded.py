@@ -11,7 +11,7 @@ from safedelta_hf.core.transform import Dense
 from safedelta_hf.deltas.dense import DenseDelta, as_strided
 from safedelta_hf.deltas.sharded import ShardedDelta, own_view
 from safedelta_hf.distributed.model import Shard
-from safedelta_hf.records import MatrixView, Role, Use
+from safedelta_hf.records.uses import MatrixView, Role, Use
 from tests.fixtures.problems import SHAPES_BY_ROLE
 from tests.fixtures.threads import on_each
 

@@ -10,7 +10,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError, OutputError
 from safedelta_hf.evaluation import audit as module
 from safedelta_hf.evaluation import audit_data
-from safedelta_hf.records import Outcome
+from safedelta_hf.records.sorting import Outcome
 from safedelta_hf.testbed import CASES, load_aligned, safety_data
 from safedelta_hf.testbed.language import things_of
 from tests.fixtures import tiny

@@ -15,7 +15,7 @@ from safedelta_hf.evaluation import sorting as module
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.evaluation.sorting import FAR, sort_task, verdict
 from safedelta_hf.profile.header import record
-from safedelta_hf.records import Outcome, TaskSorting
+from safedelta_hf.records.sorting import Outcome, TaskSorting
 from safedelta_hf.testbed import CASES, load_aligned, safety_data
 from safedelta_hf.testbed.language import things_of
 from tests.fixtures import tiny

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 from safedelta_hf import SafeDelta, SafeDeltaCallback, adjust_adapter, collect_profile, refactor_adapter
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import AdapterError, ProfileError
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from safedelta_hf.report.provenance import read_provenance
 from safedelta_hf.rules import LayerMoments
 from tests.fixtures import adapters, tiny

@@ -12,7 +12,9 @@ from safedelta_hf.data.refusals import HeldOut
 from safedelta_hf.errors import ProfileError
 from safedelta_hf.profile import header as module
 from safedelta_hf.profile.header import Content, StoredFile, StoredMoment, record
-from safedelta_hf.records import MatrixView, Outcome, ProfileHeader, RefusedExample, Retention, Role, TaskSorting, Use
+from safedelta_hf.records.header import ProfileHeader, Retention
+from safedelta_hf.records.sorting import Outcome, RefusedExample, TaskSorting
+from safedelta_hf.records.uses import MatrixView, Role, Use
 
 
 class Colour(StrEnum):

@@ -9,7 +9,7 @@ from safedelta_hf.errors import ConfigurationError, OutputError, ProfileError
 from safedelta_hf.profile import files
 from safedelta_hf.profile.files import MomentFiles
 from safedelta_hf.profile.moments import Moments
-from safedelta_hf.records import Retention
+from safedelta_hf.records.header import Retention
 from tests.fixtures import tiny
 from tests.profile.saved_profiles import STORAGES, contents, resign, same_moments, tiny_profile
 

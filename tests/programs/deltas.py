@@ -13,7 +13,7 @@ from safedelta_hf.deltas.replicated import ReplicatedDelta
 from safedelta_hf.deltas.sharded import ShardedDelta
 from safedelta_hf.distributed.model import Shard
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.records import MatrixView, Role, Use
+from safedelta_hf.records.uses import MatrixView, Role, Use
 from safedelta_hf.rules import Ridge, SafeDelta
 from safedelta_hf.rules.rule import LayerMoments
 from safedelta_hf.weights.digest import digest, digest_of_shard

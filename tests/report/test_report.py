@@ -9,15 +9,9 @@ import pytest
 
 from safedelta_hf import Report
 from safedelta_hf.errors import ConfigurationError, OutputError
-from safedelta_hf.records import (
-    Outcome,
-    ParameterRecord,
-    RefusedExample,
-    RuleRecord,
-    StrengthSearch,
-    TaskSorting,
-    Trial,
-)
+from safedelta_hf.records.sorting import Outcome, RefusedExample, TaskSorting
+from safedelta_hf.report.records import ParameterRecord, RuleRecord
+from safedelta_hf.report.search import StrengthSearch, Trial
 
 
 @pytest.fixture

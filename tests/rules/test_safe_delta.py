@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from safedelta_hf.rules import RULES, LayerMoments, SafeDelta
 from tests.fixtures import oracles
 from tests.fixtures.problems import layers

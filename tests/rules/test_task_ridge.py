@@ -6,7 +6,7 @@ from hypothesis import given
 
 from safedelta_hf.deltas.dense import DenseMatrix
 from safedelta_hf.errors import ConfigurationError, ProfileError
-from safedelta_hf.records import Role
+from safedelta_hf.records.uses import Role
 from safedelta_hf.rules import LayerMoments, Ridge, TaskRidge
 from tests.fixtures import oracles
 from tests.fixtures.problems import adjusted, layer, layers, strengths

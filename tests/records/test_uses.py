@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedelta_hf.deltas.dense import as_strided
-from safedelta_hf.records import MatrixView, Role, moment_key, percent
+from safedelta_hf.records.uses import MatrixView, Role, moment_key
 from tests.fixtures.problems import SHAPES_BY_ROLE, SIZES
 
 
@@ -95,11 +95,3 @@ def test_a_view_fits_as_long_as_its_last_entry_is_one_of_the_parameter():
         replace(whole, rows=8, row_stride=1),  # it ends within the parameter and has more entries
     ):
         assert not wrong.fits(12)
-
-
-@pytest.mark.parametrize(
-    ("share", "digits", "expected"),
-    [(0.42, 2, "42 %"), (0.996, 2, "100 %"), (0.0012345, 3, "0.123 %"), (1.5, 2, "150 %"), (0.0, 3, "0 %")],
-)
-def test_a_share_is_set_without_an_exponent(share, digits, expected):
-    assert percent(share, digits) == expected

@@ -1,0 +1,1 @@
+"""Plain, frozen values that flow between rooms, without tensors."""
