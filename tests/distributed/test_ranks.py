@@ -23,6 +23,7 @@ def test_a_rank_that_fails_inside_a_librarys_collectives_ends_the_run():
     [
         ("terminate called without an active exception\n", True),
         ("[rank0]: AssertionError\nterminate called without an active exception\n", False),
+        ("double free or corruption\n", False),
         ("terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  op.preamble\n", False),
     ],
 )
