@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -529,16 +530,13 @@ class Checkpoints:
                 one, other = base.get_tensor(name).float(), tuned.get_tensor(name).float()
                 found[name] = (one + 0.5 * (other - one)).bfloat16()
                 if solving:
-                    factorise(self.hessian, ROUNDING_DAMPING)
-                    cholesky_and_solve(self.hessian, other - one)
+                    self.factor(other - one)
         save_file(found, self.folder / "merged.safetensors")
 
-    def factored(self) -> None:
-        """What a Ridge has to factor and solve."""
-        delta = torch.randn(len(self.hessian), len(self.hessian))
-        for _ in self.names:
-            factorise(self.hessian, ROUNDING_DAMPING)
-            cholesky_and_solve(self.hessian, delta)
+    def factor(self, delta: Tensor) -> None:
+        """What a Ridge has to factor and solve of one weight."""
+        factorise(self.hessian, ROUNDING_DAMPING)
+        cholesky_and_solve(self.hessian, delta)
 
     def read(self) -> None:
         """All of the inputs, once."""
@@ -580,62 +578,49 @@ for line in sys.stdin:
 """What the other process runs: one merge for each line, without the seconds in which it starts."""
 
 
-class Mergekit:
-    """mergekit (github.com/arcee-ai/mergekit) in a process of its own; its `linear` method merges two folders.
+@contextmanager
+def merging(python: Path, folder: Path) -> Iterator[Callable[[], float]]:
+    """Mergekit (github.com/arcee-ai/mergekit) in a process of its own, while it is needed.
 
     Args:
         python: Of the environment that it is installed in.
         folder: That of the inputs.
+
+    Yields:
+        A merge of both models by its `linear` method, which returns the CPU seconds that it took.
     """
+    request = json.dumps([[str(folder / "base"), str(folder / "tuned")], str(folder / "by-mergekit")])
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([python, "-c", MERGING], **pipes, text=True, env=own) as process:
 
-    def __init__(self, python: Path, folder: Path) -> None:
-        self.request = json.dumps([[str(folder / "base"), str(folder / "tuned")], str(folder / "by-mergekit")])
-        self.process = subprocess.Popen(
-            [python, "-c", MERGING],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
-        )
+        def merged() -> float:
+            print(request, file=process.stdin, flush=True)
+            for line in process.stdout:
+                if line.startswith("CPU seconds "):
+                    return float(line.split()[-1])
+            raise SystemExit(f"mergekit ended with status {process.wait()}; run its mergekit-yaml to see why")
 
-    def merged(self) -> float:
-        """The CPU seconds of one merge."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(self.request + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("CPU seconds "):
-                return float(line.split()[-1])
-        raise SystemExit(f"mergekit ended with status {self.process.wait()}; run its mergekit-yaml to see why")
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        yield merged
 
 
 def mergekit(python: Path, quick: bool) -> Iterator[Comparison]:
     """Files to files beside mergekit's linear merge of the same files; not among `ROWS`, as it may not be installed."""
     with tempfile.TemporaryDirectory() as folder:
         made = Checkpoints(Path(folder), 64 if quick else 2048, 2 if quick else 6)
-        other = Mergekit(python, made.folder)
+        with merging(python, made.folder) as merged:
 
-        def merged_and_factored() -> float:
-            made.factored()
-            return other.merged()
+            def merged_and_factored() -> float:
+                for _ in made.names:
+                    made.factor(torch.randn(made.hessian.shape))
+                return merged()
 
-        try:
             for name, ours, beside, goal in (
                 ("ridge, files to files / mergekit and factorisations", made.adjusted, merged_and_factored, 1.5),
-                ("scale, files to files / mergekit", partial(made.adjusted, Scale(strength=0.5)), other.merged, 1.5),
-                ("a linear merge of this script / mergekit", made.merged, other.merged, 1.0),
+                ("scale, files to files / mergekit", partial(made.adjusted, Scale(strength=0.5)), merged, 1.5),
+                ("a linear merge of this script / mergekit", made.merged, merged, 1.0),
             ):
                 yield Comparison(name=name, ours=ours, beside=beside, goal=goal)
-        finally:
-            other.close()
 
 
 @row
