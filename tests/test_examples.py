@@ -287,7 +287,7 @@ def test_the_real_model_benchmark_goes_on_where_it_stopped(tmp_path):
     points = [line["point"] for line in lines if "point" in line]
     told = [(point["weights"], point["method"]) for point in points]
     assert told[:3] == [("full", "aligned"), ("full", "fine-tuned"), ("full", "task_ridge")]
-    assert len(told) == len(set(told)) == 2 * 7
+    assert len(told) == len(set(told)) == 2 * 8
     assert all({"attack_success", "new_skill", "ordinary_text"} <= point["scores"].keys() for point in points)
     assert (tmp_path / "comparison.md").read_text().count("| safe_delta, published 0.1 |") == 2
     assert len(list((tmp_path / "work" / "tuned").iterdir())) == 4

@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from safedelta_hf import SafeDelta, SafeDeltaCallback, SafetyProfile, Scale, collect_profile
+from safedelta_hf import PolishConfig, SafeDelta, SafeDeltaCallback, SafetyProfile, Scale, collect_profile
 from safedelta_hf.compare import (
     FULL,
     LORA,
@@ -239,6 +239,11 @@ class Lab:
         """Harmful prompts with the refusals of the aligned model."""
         rows = self._kept("safety.json", lambda: self._answers(self.base, self.prompts["harmful"]["safety"]))
         return [row for row in rows if is_refusal(row["messages"][-1]["content"])]
+
+    @cached_property
+    def ordinary(self) -> list[dict[str, Any]]:
+        """Other ordinary prompts with the answers of the aligned model, for a polish; the model was aligned on them."""
+        return self._kept("ordinary.json", lambda: self._answers(self.base, self.prompts["ordinary"]["align"]))
 
     @cached_property
     def text(self) -> list[dict[str, Any]]:
@@ -453,11 +458,12 @@ def repaired(cell: Cell, given: Callable[[Cell], Mapping[str, Any]]) -> Candidat
     base = {"base": cell.base} if cell.weights == FULL else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = lab.trainer(model, tokenize(cell.rows, lab.tokenizer), cell.seed, folder, lab.rate(cell.weights))
-        run = (trainer.args, trainer.state, trainer.control)
-        loader, started = trainer.get_train_dataloader(), time.process_time()
+        run, loader = (trainer.args, trainer.state, trainer.control), trainer.get_train_dataloader()
+        trainer.state.max_steps = math.ceil(lab.options.epochs * len(loader))
+        started = time.process_time()
         added = SafeDeltaCallback(**given(cell), **base)
         added.on_train_begin(*run, model=model, processing_class=lab.tokenizer, train_dataloader=loader)
-        trainer.state.global_step = trainer.state.max_steps = math.ceil(lab.options.epochs * len(loader))
+        trainer.state.global_step = trainer.state.max_steps
         added.on_train_end(*run, model=model, processing_class=lab.tokenizer)
     seconds, search = time.process_time() - started, added.report.search
     return CandidateModel(model.eval(), seconds, None if search is None else asdict(search))
@@ -488,6 +494,15 @@ def retuned(cell: Cell) -> Candidate:
 
 METHODS: dict[str, Callable[[Cell], Candidate]] = {
     "default": callback(default_rule("task"), lambda cell: {"safety_dataset": cell.lab.safety}),
+    "polished": callback(
+        default_rule("task"),
+        lambda cell: {
+            "safety_dataset": cell.lab.safety,
+            "ordinary_dataset": cell.lab.ordinary,
+            "polish": PolishConfig(),
+        },
+        "task_ridge, then polished",
+    ),
     "interpolation": callback(Scale(), lambda cell: {"profile": cell.profile, "rule": Scale()}),
     "published": callback(SafeDelta(), lambda cell: {"profile": cell.profile, "rule": SafeDelta()}),
     "retuned": retuned,

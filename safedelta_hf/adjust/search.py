@@ -120,10 +120,13 @@ class _Walk:
         if place not in self.found:
             strength = self.grid[place]
             drift = self.measure(strength)
-            # NaN passes nothing.
-            passed = drift.lost <= self.allowed and drift.probability_lost <= self.auto.share
+            bound = drift.probability_lost_at_most(self.auto.confidence)
             self.found[place] = Trial(
-                strength=strength, lost=drift.lost, probability_lost=drift.probability_lost, passed=passed
+                strength=strength,
+                lost=drift.lost,
+                probability_lost=drift.probability_lost,
+                probability_lost_bound=bound,
+                passed=drift.lost <= self.allowed and bound <= self.auto.share,  # NaN passes nothing
             )
             self.tell(self.found[place])
         return self.found[place].passed

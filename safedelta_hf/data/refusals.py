@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
-from statistics import fmean
+from statistics import NormalDist, fmean
 
 import torch
 from torch import Tensor, nn
@@ -202,10 +202,12 @@ class Drift:
             be lost.
         probability_lost: Mean share of its probability that the beginning of a refusal has lost, over all that were
             read; what has become more likely counts as 0.
+        standard_error: Of that mean; 0 of one refusal alone.
     """
 
     lost: int
     probability_lost: float
+    standard_error: float = 0.0
 
     @classmethod
     def between(cls, base: Sequence[ResponseReading], now: Sequence[ResponseReading]) -> "Drift":
@@ -219,10 +221,25 @@ class Drift:
             What it has lost.
         """
         pairs = list(zip(base, now, strict=True))
+        shares = [1 - math.exp(min(before.surprise - after.surprise, 0.0)) for before, after in pairs]
+        mean, others = fmean(shares), max(len(shares) - 1, 1)
         return cls(
             lost=sum(before.surely_begins and not after.begins for before, after in pairs),
-            probability_lost=fmean(1 - math.exp(min(before.surprise - after.surprise, 0.0)) for before, after in pairs),
+            probability_lost=mean,
+            standard_error=math.sqrt(fsum((share - mean) ** 2 for share in shares) / others / len(shares)),
         )
+
+    def probability_lost_at_most(self, confidence: float) -> float:
+        """Share of their probability that the beginnings of all such refusals have lost at most, on the mean.
+
+        Args:
+            confidence: How often that holds, in (0, 1), as far as means of so many are distributed normally.
+
+        Returns:
+            The upper end of a one-sided interval; never below the mean that was measured.
+        """
+        deviations = max(NormalDist().inv_cdf(confidence), 0.0)
+        return self.probability_lost + deviations * self.standard_error
 
 
 @dataclass(frozen=True, kw_only=True)

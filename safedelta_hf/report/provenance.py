@@ -207,6 +207,7 @@ def _measured(report: Report) -> dict[str, float] | None:
         "lost_as_tuned": search.trials[0].lost,
         "lost": search.applied.lost,
         "probability_lost": search.applied.probability_lost,
+        "probability_lost_bound": search.applied.probability_lost_bound,
         "allowed": search.allowed,
         "share": search.share,
         "bound": search.bound,

@@ -190,6 +190,7 @@ class Report:
             "refusals_lost_bound": search.bound,
             "refusals_to_tighten": float(search.more),
             "refusal_probability_lost": last.probability_lost,
+            "refusal_probability_lost_bound": last.probability_lost_bound,
             **{f"reading_noise_{name}": float(value) for name, value in measured.items() if value is not None},
         }
 

@@ -16,12 +16,15 @@ class Trial:
         lost: How many of those that the base surely begins are no longer begun.
         probability_lost: Mean share of its probability that the beginning of a held-out refusal has lost: what is lost
             where responses are sampled.
+        probability_lost_bound: What that mean is at most over all such refusals: the upper end of a one-sided normal
+            interval, with the confidence of the search.
         passed: Whether as few are lost as have to be.
     """
 
     strength: float
     lost: int
     probability_lost: float
+    probability_lost_bound: float
     passed: bool
 
 
@@ -96,18 +99,19 @@ class StrengthSearch:
         before = "" if tuned is last else f"; {tuned.lost} before"
         counted = f"{last.lost} of {self.examples} held-out ones lost (limit {self.allowed}{before})"
         return (
-            f"Refusals: {self._likelihood} (limit {percent(self.share)} less); "
+            f"Refusals: {self._likelihood}; "
             f"{counted if self.examples else 'no held-out one could be counted'}{self._noise_told}. "
             f"{told[self.outcome]} {self.promise}"
         )
 
     @property
     def _likelihood(self) -> str:
-        lost = self.applied.probability_lost
+        lost, limit = self.applied.probability_lost, f"limit {percent(self.share)} less"
         # NaN is not as likely as anything.
         if lost < AS_LIKELY:
-            return "as likely as in the base"
-        return f"{percent(lost)} less likely than in the base"
+            return f"as likely as in the base ({limit})"
+        bound = percent(self.applied.probability_lost_bound)
+        return f"{percent(lost)} less likely than in the base (at most {bound}, {limit})"
 
     @property
     def promise(self) -> str:

@@ -26,7 +26,8 @@ class AutoStrength:
     Refusals that were held out of the profile's moments are read by the adjusted model. One is lost where the base
     surely begins it, under greedy decoding, and the adjusted model no longer does. As few may be lost as show, with the
     confidence, that no larger share of all such refusals is: an exact binomial bound. Nor may the
-    beginnings of refusals lose a larger share of their probability, on the mean.
+    beginnings of refusals lose a larger share of their probability, on the mean: the upper end of a one-sided interval
+    about it, with the same confidence, counts.
 
     Args:
         lost: Share of refusals that may be lost, in (0, 1). None for 5 %, or, if the held-out refusals are too few to

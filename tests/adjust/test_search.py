@@ -21,8 +21,8 @@ RULES = [Ridge(), TaskRidge(), Scale(), SafeDelta(strength="auto")]
 REFUSALS = 100  # of which one may be lost
 
 
-def losing(lost, probability_lost=0.0):
-    return lambda strength: Drift(lost=lost, probability_lost=probability_lost)
+def losing(lost, probability_lost=0.0, standard_error=0.0):
+    return lambda strength: Drift(lost=lost, probability_lost=probability_lost, standard_error=standard_error)
 
 
 def returning(rule, thresholds):
@@ -41,7 +41,7 @@ def in_sequence(rule, auto, measure, allowed):
     chosen = None
     for strength in [*strengths_of(rule, auto.precision), rule.mildest]:
         drift = measure(strength)
-        if drift.lost > allowed or not drift.probability_lost <= auto.share:
+        if drift.lost > allowed or not drift.probability_lost_at_most(auto.confidence) <= auto.share:
             break
         chosen = strength
     return chosen
@@ -86,10 +86,22 @@ def test_a_strictest_strength_that_fails_is_said(rule):
     assert found.bound == upper_bound(2, REFUSALS, 0.95) and not found.holds
 
 
-@pytest.mark.parametrize("probability_lost", [0.051, math.nan])
-def test_what_sampling_loses_counts_too_and_no_number_never_passes(probability_lost):
-    found = search_strength(Ridge(), AUTO, losing(0, probability_lost), REFUSALS)
+@pytest.mark.parametrize(
+    ("mean", "standard_error"), [(0.051, 0.0), (0.04, 0.0061), (math.nan, 0.0), (0.0, math.nan), (math.nan, math.nan)]
+)
+def test_what_sampling_loses_counts_too_and_no_number_never_passes(mean, standard_error):
+    found = search_strength(Ridge(), AUTO, losing(0, mean, standard_error), REFUSALS)
     assert found.outcome == "strictest fails"
+
+
+@pytest.mark.parametrize(("confidence", "deviations"), [(0.5, 0.0), (0.2, 0.0), (0.95, 1.6448536), (0.99, 2.3263479)])
+def test_what_sampling_loses_is_within_the_share_with_the_confidence(confidence, deviations):
+    auto = AutoStrength(lost=0.4, confidence=confidence)
+    for spare, passes in ((1e-6, True), (-1e-6, False)):
+        mean = 0.4 - deviations * 0.02 - spare
+        found = search_strength(Ridge(), auto, losing(0, mean, 0.02), REFUSALS)
+        assert found.trials[0].passed == passes
+        assert found.trials[0].probability_lost_bound == pytest.approx(mean + deviations * 0.02, abs=1e-7)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

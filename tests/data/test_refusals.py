@@ -1,5 +1,5 @@
 import math
-from statistics import fmean
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -118,6 +118,9 @@ def test_what_is_lost_is_what_the_base_begins_and_another_model_does_not():
     drift = Drift.between(readings, held_out.read(open_model(tuned)))
     assert 0 < drift.lost == lost
     assert drift.probability_lost == pytest.approx(fmean(shares), abs=1e-4)
+    assert drift.standard_error == pytest.approx(stdev(shares) / len(shares) ** 0.5, abs=1e-4)
+    alone = Drift.between(readings[:1], held_out.read(open_model(tuned))[:1])
+    assert alone.probability_lost_at_most(0.95) == alone.probability_lost == pytest.approx(shares[0], abs=1e-4)
 
 
 READINGS = st.tuples(st.integers(0, 6), st.integers(0, 6)).map(

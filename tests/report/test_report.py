@@ -92,8 +92,11 @@ def test_the_model_card_lists_what_was_not_adjusted(report):
 
 
 def search(outcome="found", probability_lost=0.002, lost=0, strength=3.2, **changes):
-    trials = [Trial(strength=0.0, lost=9, probability_lost=0.4, passed=False)]
-    trials.append(Trial(strength=strength, lost=lost, probability_lost=probability_lost, passed=True))
+    losses = {0.0: (9, 0.4), strength: (lost, probability_lost)}
+    trials = [
+        Trial(strength=one, lost=count, probability_lost=mean, probability_lost_bound=1.5 * mean, passed=one > 0)
+        for one, (count, mean) in losses.items()
+    ]
     values = {"share": 0.05, "confidence": 0.95, "examples": 64, "others": 0, "allowed": 0, "bound": 0.046}
     return StrengthSearch(
         **{
@@ -129,7 +132,7 @@ def test_the_summary_says_what_became_of_refusals_weights_and_strength_in_senten
     assert "Strength 3.2, measured in 2 trials." in told and "at most 4.6 % of refusals like these are lost" in told
     assert "Moved 50 % of the way back. 8 weights adjusted." in told
     less = dataclasses.replace(report, search=search(probability_lost=0.031))
-    assert "Refusals: 3.1 % less likely than in the base" in less.summary()
+    assert "Refusals: 3.1 % less likely than in the base (at most 4.65 %, limit 5 % less); 0 of" in less.summary()
     assert "Refusals: not measured; of the fine-tuned model's estimated safety loss 25 % is left." in report.summary()
 
 
