@@ -21,7 +21,7 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import SafeDeltaError, SafeDeltaWarning
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Action, Plan, PlanEntry
-from safedelta_hf.records.uses import Use
+from safedelta_hf.records.uses import MatrixView, Use
 from safedelta_hf.report import Report
 from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.report.records import ParameterRecord, RuleRecord
@@ -197,12 +197,22 @@ def _transformed(
     entry: PlanEntry, delta: Delta, rule: TransformRule, factors: FactorCache
 ) -> tuple[Delta, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
-    for use in entry.uses:
+    for use in entry.uses if rule.reads_moments else _once(entry):
         factors.hold(_together(entry, use), delta.device)
         transform = factors.transform(rule, use, delta.matrix(use))
         delta = delta.transformed(use, transform)
         notes += transform.notes
     return delta, notes
+
+
+def _once(entry: PlanEntry) -> Iterator[Use]:
+    # Uses that moments alone tell apart are one: a tied embedding and head, a matrix that is read both ways.
+    whole = next((use for use in entry.uses if use.view.covers(math.prod(entry.shape))), None)
+    seen: set[MatrixView] = set()
+    for use in entry.uses if whole is None else (whole,):
+        if use.view not in seen:
+            yield use
+        seen |= {use.view, use.view.transposed}
 
 
 def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, float, str]:

@@ -332,6 +332,20 @@ def test_of_a_weight_with_two_uses_each_transforms_what_the_last_one_left():
     assert record.roles == ("embedding", "head")
 
 
+def test_a_rule_that_reads_no_moments_changes_a_weight_with_two_uses_once():
+    shape = (4, 3)
+    uses = [
+        by_hand.use_of("tied", shape, Role.EMBEDDING, moment="in"),
+        by_hand.use_of("tied", shape, Role.HEAD, moment="out"),
+    ]
+    profile = by_hand.profile_of(uses)
+    base, tuned = torch.randn(shape), torch.randn(shape)
+    store = Store({"tied": tuned}, {"tied": base})
+    plan = plan_parameters({"tied": shape}, profile, Treatment())
+    adjust_weights(store, plan, profile, Scale(strength=3.0), progress=False)
+    torch.testing.assert_close(store.now["tied"], base + (tuned - base) / 4)
+
+
 def test_an_error_names_its_parameter_and_every_weight_is_as_it_was():
     store, profile = small_store(), small_profile()
     profile.moments["down"].total[1, 1] = torch.nan
