@@ -132,6 +132,18 @@ def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[ty
         raise ConfigurationError(f"{owner}: {setting}={reprlib.repr(value)} must be {told}")
 
 
+def how_to_install(extra: str) -> str:
+    """Say how the packages of an extra are installed: no index has this package, so its repository is needed.
+
+    Args:
+        extra: Name of the extra.
+
+    Returns:
+        The command, and where it is run.
+    """
+    return f'pip install -e ".[{extra}]" in a clone of this package\'s repository'
+
+
 @contextmanager
 def extra_needed(purpose: str, extra: str) -> Iterator[None]:
     """Say how a package is installed that is missing.
@@ -149,7 +161,7 @@ def extra_needed(purpose: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ConfigurationError(f'{purpose} ({error}); pip install "safedelta_hf[{extra}]"') from error
+        raise ConfigurationError(f"{purpose} ({error}); {how_to_install(extra)}") from error
 
 
 def figures_needed() -> AbstractContextManager[None]:

@@ -1,11 +1,9 @@
 """What will happen to a model in files, decided from headers before any tensor is read or anything is written."""
 
-import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from safedelta_hf.adjust.plan import check_rule, plan_parameters
@@ -18,6 +16,7 @@ from safedelta_hf.errors import BaseWeightsError, CheckpointError, Configuration
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Plan, PlanEntry, Treatment
+from safedelta_hf.report.printing import printed
 from safedelta_hf.rules import Rule
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
@@ -74,7 +73,7 @@ class CheckpointPlan:
         return unfinished_of(self.output).exists()
 
     def table(self) -> str:
-        """The plan as a table for a terminal.
+        """The plan as a table within the width of the terminal, or as wide as it needs where there is none.
 
         Returns:
             Text with one row for each tensor, and the files below.
@@ -90,11 +89,7 @@ class CheckpointPlan:
         for name, tensor in self.pair.others.items():
             told = _described(name, tensor.shape, tensor.dtype)
             table.add_row(*told, "", "keep", "no parameter of the profile's model")
-        text = io.StringIO()
-        console = Console(file=text, width=200, highlight=False)
-        console.print(table)
-        console.print("\n".join(self._files()), soft_wrap=True, markup=False)
-        return text.getvalue()
+        return printed(table) + "".join(f"{line}\n" for line in self._files())
 
     def _files(self) -> list[str]:
         size = sum(path.stat().st_size for path in self.tuned.paths.values())

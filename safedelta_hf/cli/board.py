@@ -1,7 +1,6 @@
 """`safedelta board`: evaluations side by side, for people who decide and for pipelines that stop."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -47,7 +46,7 @@ def board(
     with one_line_errors():
         shown = Board.read(_named(results), subject)
         verdicts = [judged(condition, shown) for condition in fail_if or ()]
-        typer.echo(texts.table(shown, verdicts, width=max(shutil.get_terminal_size().columns, 80)))
+        typer.echo(texts.table(shown, verdicts))
         if output is not None:
             typer.echo(f"Written: {', '.join(map(str, _write(output, shown, verdicts, examples)))}")
     if any(one.fails for one in verdicts):

@@ -33,7 +33,7 @@ from safedelta_hf.compare import (
 from safedelta_hf.compare.points import RESULTS
 from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
 from safedelta_hf.compare.scenarios import ModelScenario
-from safedelta_hf.errors import ConfigurationError, figures_needed
+from safedelta_hf.errors import ConfigurationError, figures_needed, how_to_install
 from safedelta_hf.evaluation import Questions, model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings
 from safedelta_hf.folders import write_whole
@@ -196,9 +196,7 @@ def _of_testbed(given: Mapping[str, Any], output: Path) -> tuple[list[Scenario],
     for name in trained:
         one_of(WEIGHTS, name, "--weights")
     if LORA in trained and find_spec("peft") is None:  # told now, and not after the half of the work
-        raise ConfigurationError(
-            '--weights lora needs PEFT; pip install "safedelta_hf[peft]", or choose --weights full'
-        )
+        raise ConfigurationError(f"--weights lora needs PEFT; {how_to_install('peft')}, or choose --weights full")
     methods, questions = _methods(given["method"] or CHEAP), given["questions"] or QUESTIONS
     aligned = AlignedModel()
     digest = model_digest(aligned.model, aligned.tokenizer)

@@ -1,6 +1,5 @@
 """The demo: one fine-tuning of the shipped aligned model, measured before, after, and after the adjustment."""
 
-import io
 import json
 import tempfile
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -19,6 +17,7 @@ from safedelta_hf.cli.options import DEFAULT_RULE_HELP, RULE_HELP, STRENGTH_HELP
 from safedelta_hf.errors import ConfigurationError, figures_needed
 from safedelta_hf.folders import write_whole
 from safedelta_hf.hf.callback import SafeDeltaCallback
+from safedelta_hf.report.printing import printed
 from safedelta_hf.rules import Rule
 from safedelta_hf.testbed import (
     CASES,
@@ -149,9 +148,7 @@ def table(found: dict[str, Behaviour], title: str) -> str:
     rows = Table("model", *_LABELS.values())
     for name, behaviour in found.items():
         rows.add_row(name, *("-" if share is None else f"{share:.1%}" for share in behaviour.values()))
-    text = io.StringIO()
-    Console(file=text, width=100).print(title, rows)
-    return text.getvalue()
+    return printed(title, rows)
 
 
 def draw(found: dict[str, Behaviour], title: str, path: Path) -> None:

@@ -5,7 +5,6 @@ weights, the basin in which a model stays safe, and VISAGE, its mean safety ther
 """
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +26,7 @@ from safedelta_hf.evaluation.metrics import Metric
 from safedelta_hf.folders import RunLog, write_whole
 from safedelta_hf.modules.names import base_modules, join
 from safedelta_hf.modules.quantised import is_quantised
+from safedelta_hf.report.printing import printed
 from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.weights.digest import source_identity
 from safedelta_hf.weights.journal import Journal
@@ -517,9 +516,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=100).print(table)
-    return text.getvalue()
+    return printed(table)
 
 
 def _figure() -> tuple["Figure", Any]:

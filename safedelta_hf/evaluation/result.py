@@ -1,6 +1,5 @@
 """What an evaluation found: named scores with their counts and intervals, and what they were measured on."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,11 +8,11 @@ from pathlib import Path
 from statistics import NormalDist, stdev
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 
 from safedelta_hf.errors import DataError
 from safedelta_hf.folders import write_whole
+from safedelta_hf.report.printing import printed
 
 CONFIDENCE: Final = 0.95
 """Coverage of every interval."""
@@ -190,9 +189,7 @@ class Evaluation:
             has_interval = score.low is not None and score.high is not None
             interval = f"{shown(score, score.low)} to {shown(score, score.high)}" if has_interval else ""
             rows.add_row(name, shown(score, score.value), interval, score.unit, str(score.count))
-        text = io.StringIO()
-        Console(file=text, width=100).print(rows)
-        return text.getvalue()
+        return printed(rows)
 
     def __str__(self) -> str:
         return self.table()

@@ -116,6 +116,7 @@ class SafeDeltaCallback(TrainerCallback):
         profile: The safety profile; None until training has started, unless it was given.
         task_profile: The profile of the fine-tuning data, if the rule weighs it; None until training has started, and
             where the base would refuse all of it.
+        says_outcome: Whether the outcome is printed when training has ended; launchers say it when the model is saved.
 
     Raises:
         ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or an argument is of another
@@ -158,6 +159,7 @@ class SafeDeltaCallback(TrainerCallback):
                 f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
             )
         self.report: Report | None = None
+        self.says_outcome = True
         self._given_profile = None if profile is None else opened_profile(OWNER, profile)
         self.profile = self._given_profile
         self.task_profile: SafetyProfile | None = None
@@ -278,7 +280,7 @@ class SafeDeltaCallback(TrainerCallback):
             error.add_note(whereabouts(error, saved, model, processing_class, output_dir(args), state))
             raise
         self.report = replace(report, seconds=time.perf_counter() - started)
-        if report.changed_anything and shows_progress(args, state):
+        if self.says_outcome and report.changed_anything and shows_progress(args, state):
             tqdm.write(f"Safe Delta: {report.told}")
         log_metrics(report.metrics(), trainer, args, state, control, printed=False)
 
@@ -352,7 +354,7 @@ class SafeDeltaCallback(TrainerCallback):
             record = self._polish.polish(opened, workspace=workspace, progress=progress)
             self.report = replace(self.report, polish=record)
         follow_saving(opened.model, self.report, adapter=adapter, writes=opened.ranks.is_main)
-        if not self.report.changed_anything and Ranks.of_run().is_main:
+        if self.says_outcome and not self.report.changed_anything and Ranks.of_run().is_main:
             logger.warning("Safe Delta: no weight was changed. %s", self.report.summary())
         return self.report
 

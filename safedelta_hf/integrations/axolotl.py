@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.hf.callback import SafeDeltaCallback
-from safedelta_hf.integrations.running import tell
+from safedelta_hf.integrations.running import save_report, tell
 from safedelta_hf.integrations.settings import SECTION, Settings
 
 PLUGIN: Final = "safedelta_hf.integrations.axolotl.SafeDeltaPlugin"
@@ -95,5 +95,10 @@ class SafeDeltaPlugin(BasePlugin):  # type: ignore[misc]
     @override
     def post_train(self, cfg: Mapping[str, Any], model: object) -> None:
         if self._callback is not None:  # Axolotl calls this before it saves, and again after
+            save_report(self._callback, cfg["output_dir"])
+
+    @override
+    def post_train_unload(self, cfg: Mapping[str, Any]) -> None:
+        if self._callback is not None:
             callback, self._callback = self._callback, None
             tell(callback, cfg["output_dir"])

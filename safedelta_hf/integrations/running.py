@@ -12,6 +12,8 @@ from accelerate import PartialState
 
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.callback import SafeDeltaCallback
+from safedelta_hf.report import Report
+from safedelta_hf.report.provenance import restore_card
 
 REPORT: Final = "safedelta-report.json"
 """Name of the report's file, in the folder that the run saves its model to."""
@@ -45,12 +47,15 @@ def require_installed(package: str, distribution: str) -> None:
         raise ConfigurationError(f"{distribution} is not installed in this environment; pip install {distribution}")
 
 
-def tell(callback: SafeDeltaCallback, folder: str | Path) -> None:
-    """Show what was done, and save the report beside the model; on the main process.
+def save_report(callback: SafeDeltaCallback, folder: str | Path) -> Report:
+    """Save the report beside the model, on the main process.
 
     Args:
         callback: The callback of the run.
         folder: Where the run saves its model.
+
+    Returns:
+        The report.
 
     Raises:
         AdjustmentError: The run has ended without an adjustment.
@@ -61,6 +66,21 @@ def tell(callback: SafeDeltaCallback, folder: str | Path) -> None:
             f"callbacks. What it saved to {folder} is as it was trained"
         )
     if PartialState().is_main_process:
-        path = Path(folder) / REPORT
-        callback.report.save(path)
-        typer.echo(f"Safe Delta: {callback.report.summary()}\nThe whole report: {path}")
+        callback.report.save(Path(folder) / REPORT)
+    return callback.report
+
+
+def tell(callback: SafeDeltaCallback, folder: str | Path) -> None:
+    """Show what was done, when all else was said and the model is saved; on the main process.
+
+    The report is saved beside the model, whose README gets its section back if it was written by something else than
+    the method of this very trainer, as LLaMA-Factory does.
+
+    Args:
+        callback: The callback of the run.
+        folder: Where the run has saved its model.
+    """
+    report = save_report(callback, folder)
+    if PartialState().is_main_process:
+        restore_card(Path(folder))
+        typer.echo(f"Safe Delta: {report.summary()}\nThe whole report: {Path(folder) / REPORT}")

@@ -97,9 +97,11 @@ class Settings:
         """The callback that they describe.
 
         Returns:
-            A new one; it has found the files and folders.
+            A new one, which leaves it to the launcher to say what was done; it has found the files and folders.
         """
-        return SafeDeltaCallback(**{name: getattr(self, name) for name in _settings_of(type(self))})
+        callback = SafeDeltaCallback(**{name: getattr(self, name) for name in _settings_of(type(self))})
+        callback.says_outcome = False
+        return callback
 
 
 def _rule(given: object, strength: object) -> Rule | None:

@@ -1,10 +1,8 @@
 """What was done to each parameter, for people and for programs."""
 
-import io
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,12 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import write_whole
 from safedelta_hf.records.sorting import TaskSorting
+from safedelta_hf.report.printing import printed
 from safedelta_hf.report.records import ParameterRecord, PolishRecord, RuleRecord
 from safedelta_hf.report.search import StrengthSearch, percent
 
@@ -236,7 +234,7 @@ class Report:
         """The report within the width of a terminal: weights of one kind, and neighbouring layers, share a row.
 
         Args:
-            width: Columns of the text; None for those of the terminal, or 80 where there is none.
+            width: Columns of the text; None for those of the terminal, or as many as are needed where there is none.
 
         Returns:
             Text with a row for each kind of weight and each block of layers, and the summary below; a warning, if there
@@ -248,7 +246,7 @@ class Report:
             for group in groups:
                 table.add_row(*group)
             table.add_section()
-        return self._printed(width or shutil.get_terminal_size().columns, table)
+        return self._printed(width, table)
 
     def to_pandas(self) -> Any:  # noqa: ANN401 - of pandas, which need not be there
         """The records of all parameters as a data frame.
@@ -268,16 +266,10 @@ class Report:
         rows = [asdict(record) | {"moved_share": _moved([record])} for record in self.parameters]
         return pandas.DataFrame(rows)
 
-    def _printed(self, width: int, table: Table) -> str:
-        text = io.StringIO()
-        console = Console(file=text, width=width, highlight=False)
-        if self.warning:
-            console.print(f"WARNING: {self.warning}", markup=False)
-        console.print(table)
-        console.print(self.told, markup=False)
-        if self.sorting is not None and self.sorting.shown:
-            console.print(self.sorting.told, soft_wrap=True, markup=False)
-        return text.getvalue()
+    def _printed(self, width: int | None, table: Table) -> str:
+        warning = f"WARNING: {self.warning}" if self.warning else ""
+        rows = f"{self.sorting.told}\n" if self.sorting is not None and self.sorting.shown else ""
+        return printed(warning, table, self.told, width=width) + rows
 
     def _groups(self) -> Iterator[list["_Group"]]:
         kinds: dict[tuple[str, str], list[ParameterRecord]] = {}

@@ -61,7 +61,7 @@ def test_a_lora_loses_its_refusals_and_gets_them_back(tmp_path):
 def test_matplotlib_that_is_missing_is_found_before_the_work(command, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = CliRunner().invoke(app, [command, "--output", str(tmp_path / "out")])
-    assert result.exit_code == 1 and 'pip install "safedelta_hf[plot]"' in result.output
+    assert result.exit_code == 1 and 'pip install -e ".[plot]" in a clone' in result.output
     assert result.output.startswith("safedelta: ") and not (tmp_path / "out").exists()
 
 

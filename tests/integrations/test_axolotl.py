@@ -30,6 +30,7 @@ def module(monkeypatch):
             def load_datasets(self, cfg, preprocess=False): ...
             def add_callbacks_post_trainer(self, cfg, trainer): ...
             def post_train(self, cfg, model): ...
+            def post_train_unload(self, cfg): ...
 
         for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -73,6 +74,7 @@ def test_a_plugin_that_a_configuration_does_not_name_does_nothing(module, tmp_pa
     plugin = module.SafeDeltaPlugin()
     assert plugin.load_datasets({}) is None and plugin.add_callbacks_post_trainer({}, None) == []
     plugin.post_train({"output_dir": str(tmp_path)}, None)
+    plugin.post_train_unload({"output_dir": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
 
@@ -92,14 +94,16 @@ def test_the_hooks_adjust_what_is_trained_and_leave_a_report(module, tmp_path, c
     }
     plugin = module.SafeDeltaPlugin()
     assert plugin.load_datasets(config) is None
-    trainer = tiny.trainer(llama, None, tmp_path / "run")
+    trainer = tiny.trainer(llama, None, tmp_path / "run", disable_tqdm=False)
     for callback in plugin.add_callbacks_post_trainer(config, trainer):
         trainer.add_callback(callback)
     trainer.train()
     for _ in range(2):  # as Axolotl does
         plugin.post_train(config, trainer.model)
-    assert (tmp_path / "run" / running.REPORT).exists()
-    assert capsys.readouterr().out.count("The whole report") == 1
+        assert (tmp_path / "run" / running.REPORT).exists()
+    assert "Safe Delta" not in capsys.readouterr().out
+    plugin.post_train_unload(config)
+    assert capsys.readouterr().out.count("Safe Delta: ") == 1
 
 
 CONFIG = {
@@ -135,3 +139,5 @@ def test_axolotl_saves_what_was_adjusted(changes, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     require_halved(tmp_path / "run", tmp_path / "before", tmp_path / "model")
     assert (tmp_path / "run" / running.REPORT).exists()
+    assert "Safety adjustment" in (tmp_path / "run" / "README.md").read_text()
+    assert (ended.stdout + ended.stderr).count("Safe Delta: Refusals") == 1

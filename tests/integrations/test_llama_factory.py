@@ -129,3 +129,5 @@ def test_llama_factory_saves_what_was_adjusted(form, changes, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     require_halved(tmp_path / "run", tmp_path / "before", tmp_path / "model")
     assert (tmp_path / "run" / running.REPORT).exists()
+    assert "Safety adjustment" in (tmp_path / "run" / "README.md").read_text()
+    assert (ended.stdout + ended.stderr).count("Safe Delta: Refusals") == 1

@@ -1,18 +1,17 @@
 """A board as text: for a terminal, as Markdown, as plain values, and as JUnit's XML."""
 
-import io
 from collections.abc import Container, Iterator, Sequence
 from typing import Any, Final
 from xml.etree import ElementTree
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
 from safedelta_hf.evaluation.board.gates import Verdict
 from safedelta_hf.evaluation.board.paired import Difference
 from safedelta_hf.evaluation.board.results import Board, meaning_of
 from safedelta_hf.evaluation.result import Score, shown
+from safedelta_hf.report.printing import printed
 
 SCORES: Final = "Scores, with 95 % intervals"
 DIFFERENCES: Final = "Differences on the same prompts, with 95 % intervals"
@@ -106,19 +105,18 @@ def verdict_line(verdict: Verdict, subject: str) -> str:
     return f"{how}: {subject} fails if {verdict.condition} ({verdict.told})"
 
 
-def table(board: Board, verdicts: Sequence[Verdict] = (), width: int = 120) -> str:
+def table(board: Board, verdicts: Sequence[Verdict] = (), width: int | None = None) -> str:
     """The board for a terminal.
 
     Args:
         board: The results.
         verdicts: What the conditions say.
-        width: Columns of the terminal.
+        width: Columns that it takes at most; None for those of the terminal, and where there is none, what it needs.
 
     Returns:
         Tables of all scores, and of differences in the chief ones; what else is to be known; a line for each condition.
     """
-    text = io.StringIO()
-    console = Console(file=text, width=width, highlight=False, markup=False)
+    parts: list[str | Table] = []
     for title, heads, rows in (
         (SCORES, ("score", *board.names), score_rows(board)),
         (DIFFERENCES, DIFFERENCE_HEADS, difference_rows(board, board.chief)),
@@ -128,11 +126,9 @@ def table(board: Board, verdicts: Sequence[Verdict] = (), width: int = 120) -> s
         for name, *cells in rows:
             shown_table.add_row("" if name == before else name, *cells)
             before = name
-        console.print(shown_table)
-    for line in (explained(board), *board.notes, *(verdict_line(one, board.subject.name) for one in verdicts)):
-        if line:
-            console.print(line)
-    return text.getvalue()
+        parts.append(shown_table)
+    lines = (verdict_line(one, board.subject.name) for one in verdicts)
+    return printed(*parts, explained(board), *board.notes, *lines, width=width)
 
 
 def markdown(board: Board, verdicts: Sequence[Verdict] = ()) -> str:
