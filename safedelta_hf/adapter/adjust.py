@@ -13,6 +13,7 @@ from safedelta_hf.adapter.store import AdapterInMemory
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
+from safedelta_hf.capture.without_data import profile_without_data
 from safedelta_hf.deltas.lora_deltas import FullDelta, by_parameter
 from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
 from safedelta_hf.deltas.lora_settings import initialised_from_base, require_low_rank
@@ -26,7 +27,7 @@ from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.records.plan import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
-from safedelta_hf.weights.digest import parameter_digest
+from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
 from safedelta_hf.weights.readers import WeightReader, open_base, verified
 
 
@@ -34,7 +35,7 @@ from safedelta_hf.weights.readers import WeightReader, open_base, verified
 def adjust_adapter(
     model: nn.Module | ShardedModel,
     *,
-    profile: SafetyProfile | str | Path,
+    profile: SafetyProfile | str | Path | None = None,
     rule: Rule | str | None = None,
     task_profile: SafetyProfile | str | Path | None = None,
     adapter_name: str = "default",
@@ -52,7 +53,8 @@ def adjust_adapter(
     Args:
         model: The model with the adapter on it, unmerged, opened or not. Where it is sharded, or the run has several
             processes, all of them call this; the adapter's own tensors are brought together, those of the base are not.
-        profile: Profile of its base, or the folder of one.
+        profile: Profile of its base, or the folder of one; None for a rule that needs no safety data, such as
+            `Scale(strength=1.0)`.
         rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a
             `task_profile`, else `Ridge()`, if None.
         task_profile: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh
@@ -72,10 +74,18 @@ def adjust_adapter(
         ProfileError: The profile was made for another base.
         SafeDeltaError: Named by parameter. Whatever was raised, the adapter is as it was.
     """
-    settings = opened_settings("adjust_adapter", profile, rule, task_profile, treatment, workspace)
     _require_kinds(model, adapter_name, new_adapter_name, base)
     opened = open_model(model)
     config = require_adjustable(opened.model, adapter_name)
+    settings = opened_settings(
+        "adjust_adapter",
+        profile,
+        rule,
+        task_profile,
+        treatment,
+        workspace,
+        without_data=lambda: profile_without_data(opened, _digests(opened, config, base)),
+    )
     if settings.rule.auto is not None:
         _require_active(opened.model, adapter_name, new_adapter_name)
     header = settings.profile.header
@@ -175,6 +185,28 @@ def require_base(model: ShardedModel, header: ProfileHeader, *, but: Set[str] = 
                 f"profile: made for another base: {name} differs below the adapter; collect a profile of this base, in "
                 "the same precision"
             )
+
+
+def _digests(
+    model: ShardedModel,
+    config: Any,  # noqa: ANN401
+    base: nn.Module | str | Path | WeightReader | None,
+) -> dict[str, str]:
+    # What lies below the adapter is the base, but for biases that it trained in place.
+    found = fingerprint(model)
+    if config.bias == "none":
+        return found
+    if base is None:
+        raise AdapterError(
+            f"profile: the adapter (bias={config.bias!r}) trains biases of the base itself, so nothing tells what they "
+            "were; pass base=<the model or folder that the fine-tuning started from>, or a profile of it"
+        )
+    reader = open_base(base, unwrapped(model.model)) if isinstance(base, nn.Module | str | Path) else base
+    for name in found:
+        if name.endswith("bias") and reader.holds(name):
+            weight = reader.read(name, model.shard(name)).to(model.dtype(name))
+            found[name] = digest_of_shard(weight, model.shape(name), model.shard(name), model.ranks)
+    return found
 
 
 def _trained_in_place(

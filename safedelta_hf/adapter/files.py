@@ -10,24 +10,34 @@ from safedelta_hf.adapter.store import AdapterInFiles
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters, require_number
 from safedelta_hf.adjust.settings import opened_settings
+from safedelta_hf.capture.without_data import base_without_data, digested, profile_without_data
 from safedelta_hf.deltas.lora_folder import AdapterFolder, LoraTensors
 from safedelta_hf.deltas.lora_settings import initialised_from_base
-from safedelta_hf.errors import AdapterError, BaseWeightsError, ProfileError, foreign_errors_named, require_kind
+from safedelta_hf.distributed.open_model import open_model
+from safedelta_hf.errors import (
+    AdapterError,
+    BaseWeightsError,
+    CheckpointError,
+    ProfileError,
+    foreign_errors_named,
+    require_kind,
+)
 from safedelta_hf.profile.profile import SafetyProfile
-from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.records.uses import inputs_first
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, rule_of
+from safedelta_hf.weights.digest import fingerprint
 from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader, compared, tied_aliases, verified
+from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
 @foreign_errors_named("adjusting the adapter", "nothing was written")
 def adjust_adapter_files(
     adapter: str | Path,
     *,
-    profile: SafetyProfile | str | Path,
     output: str | Path,
+    profile: SafetyProfile | str | Path | None = None,
     rule: Rule | str | None = None,
     task_profile: SafetyProfile | str | Path | None = None,
     base: nn.Module | str | Path | None = None,
@@ -43,8 +53,9 @@ def adjust_adapter_files(
 
     Args:
         adapter: Folder of the adapter.
-        profile: Profile of its base, or the folder of one.
         output: Folder to write; must not exist.
+        profile: Profile of its base, or the folder of one; None for a rule that needs no safety data, such as
+            `Scale(strength=1.0)`, and then the files of the base have to be there.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
             `TaskRidge()` with `task_profile` and else `Ridge()`, is measured. A name stands for that rule as it is by
             default.
@@ -76,9 +87,16 @@ def adjust_adapter_files(
         raise AdapterError(f"output: {str(output)!r} exists already; remove it or choose another folder")
     require_number(rule_of("adjust_adapter_files", rule, task_profile))
     folder = opened_adapter(adapter, initial_adapter)
-    settings = opened_settings("adjust_adapter_files", profile, rule, task_profile, treatment)
+    settings = opened_settings(
+        "adjust_adapter_files",
+        profile,
+        rule,
+        task_profile,
+        treatment,
+        without_data=lambda: _without_data(base, folder, progress=progress),
+    )
     profile, rule, task = settings.profile, settings.rule, settings.task
-    reader = _Base(base, folder, profile.header, progress=progress)
+    reader = _Base(base, folder, profile, progress=progress)
     shapes = {use.parameter: use.shape for use in profile.uses}
     store = AdapterInFiles(
         list(LoraTensors(folder, profile.header, inputs_first(profile.uses), reader.read, shapes)),
@@ -116,20 +134,38 @@ def opened_adapter(adapter: str | Path, initial_adapter: str | Path | None) -> A
     return folder
 
 
+def _without_data(base: nn.Module | str | Path | None, adapter: AdapterFolder, *, progress: bool) -> SafetyProfile:
+    if isinstance(base, nn.Module):
+        opened = open_model(base)
+        return profile_without_data(opened, fingerprint(opened))
+    named = base or adapter.config.base_model_name_or_path
+    try:
+        files = SafetensorsFiles(str(named), adapter.config.revision if base is None else None)
+    except CheckpointError as error:
+        raise BaseWeightsError(
+            f"base: {named!r} cannot be read ({error}), and without a profile nothing else tells the weights that the "
+            "adapter is on; pass base=<folder of the base model> (--base on the command line), or a profile of it"
+        ) from error
+    profile, reader = base_without_data(files)
+    return digested(profile, reader, progress=progress)
+
+
 class _Base:
     """The base of a saved adapter: compared with the profile, and read where the adapter carries parameters whole."""
 
     def __init__(
-        self, given: nn.Module | str | Path | None, adapter: AdapterFolder, header: ProfileHeader, *, progress: bool
+        self, given: nn.Module | str | Path | None, adapter: AdapterFolder, profile: SafetyProfile, *, progress: bool
     ) -> None:
         self._given = given
         self._named = adapter.config.base_model_name_or_path
         self._revision = adapter.config.revision
-        self._header = header
+        self._header = profile.header
         self._opened: WeightReader | None = None
         self._failure: BaseWeightsError | None = None
         self._open()
-        self.unverified = "" if self._is_profiles(progress) else adapter.doubt(header)
+        # Where no data was read, the base itself was.
+        is_known = not profile.is_read or self._is_profiles(progress)
+        self.unverified = "" if is_known else adapter.doubt(profile.header)
 
     @property
     def source(self) -> str:

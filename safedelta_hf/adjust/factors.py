@@ -62,6 +62,11 @@ class FactorCache:
         self._rounding: dict[Key, Tensor] = {}
         self._everywhere: set[Key] = set()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no data was read, so that there are no moments."""
+        return not self._profile.is_read
+
     def hold(self, uses: Sequence[Use], device: torch.device) -> None:
         """Hold what these uses of a parameter need, and of the rest what the memory allows.
 

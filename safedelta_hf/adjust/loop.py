@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from safedelta_hf.adjust.factors import FactorCache
@@ -26,7 +27,7 @@ from safedelta_hf.report import Report
 from safedelta_hf.report.progress import progress_bar
 from safedelta_hf.report.records import ParameterRecord, RuleRecord
 from safedelta_hf.report.search import StrengthSearch, Trial
-from safedelta_hf.rules import AutoStrength, MergeRule, Rule, TransformRule
+from safedelta_hf.rules import AutoStrength, LayerMoments, MergeRule, Rule, TransformRule
 
 EXPECTED_TRIALS = 8
 """Strengths that a search tries, about: what a progress bar reckons with."""
@@ -198,8 +199,12 @@ def _transformed(
 ) -> tuple[Delta, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     for use in entry.uses if rule.reads_moments else _once(entry):
-        factors.hold(_together(entry, use), delta.device)
-        transform = factors.transform(rule, use, delta.matrix(use))
+        if rule.reads_moments:
+            factors.hold(_together(entry, use), delta.device)
+            transform = factors.transform(rule, use, delta.matrix(use))
+        else:
+            none = LayerMoments(safety=torch.zeros(use.view.columns, device=delta.device))
+            transform = rule.transform(rule.factorise(none), delta.matrix(use))
         delta = delta.transformed(use, transform)
         notes += transform.notes
     return delta, notes
@@ -215,7 +220,7 @@ def _once(entry: PlanEntry) -> Iterator[Use]:
         seen |= {use.view, use.view.transposed}
 
 
-def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, float, str]:
+def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, float | None, str]:
     """Round a delta to the data type of its weights in whichever way costs less safety.
 
     Args:
@@ -224,7 +229,8 @@ def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delt
         factors: The moments.
 
     Returns:
-        What the weights can hold of it, its quadratic loss, and which way it was.
+        What the weights can hold of it, its quadratic loss, and which way it was; the nearest where there are no
+        moments.
     """
 
     def feeding() -> Iterator[tuple[Use, Tensor]]:
@@ -235,15 +241,17 @@ def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delt
     mixing = [use for use in entry.uses if not use.role.is_diagonal]  # of others nothing can make up for an error
     nearest = delta.rounded()
     name, loss = str(delta.dtype).removeprefix("torch."), _loss(entry, nearest, factors)
-    if mixing:
+    if mixing and loss is not None:
         fed = delta.rounded_along(feeding()).rounded()
         lower = _loss(entry, fed, factors)
-        if lower < loss:
+        if lower is not None and lower < loss:
             return fed, lower, f"rounded to {name}, errors fed on"
     return nearest, loss, f"rounded to the nearest {name}"
 
 
-def _loss(entry: PlanEntry, delta: Delta, factors: FactorCache) -> float:
+def _loss(entry: PlanEntry, delta: Delta, factors: FactorCache) -> float | None:
+    if factors.is_empty:
+        return None
     total = 0.0
     for use in entry.uses:
         factors.hold(_together(entry, use), delta.device)

@@ -109,9 +109,14 @@ def check_rule(rule: Rule, profile: SafetyProfile, task: SafetyProfile | None) -
         task: Profile of that base on examples of the fine-tuning data, for rules that weigh them.
 
     Raises:
-        ProfileError: No safety data was held out for a strength that is to be measured, or too little to show what is
-            asked for; or the task's profile is missing or of another base.
+        ProfileError: No safety data was read, and the rule needs it; none was held out for a strength that is to be
+            measured, or too little to show what is asked for; or the task's profile is missing or of another base.
     """
+    if rule.needs_safety_data and not profile.is_read:
+        raise ProfileError(
+            f"{rule.name}: this rule needs safety data, and none was read; give the data, or a profile of them, or the "
+            "strength as a number to a rule that reads none, such as Scale(strength=1.0)"
+        )
     if rule.auto is not None and profile.held_out is None:
         raise ProfileError(
             f"{rule.name}: strength='auto' measures refusals on safety data that no moment has seen, and none of the "

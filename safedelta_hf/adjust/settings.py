@@ -1,9 +1,10 @@
 """What every way to adjust takes, checked and opened before anything is read of the weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safedelta_hf.errors import require_kind
+from safedelta_hf.errors import ConfigurationError, require_kind
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.rules import Rule, rule_of
@@ -29,30 +30,43 @@ class Settings:
 
 
 def opened_settings(
-    owner: str, profile: object, rule: object, task: object, treatment: object, workspace: object = None
+    owner: str,
+    profile: object,
+    rule: object,
+    task: object,
+    treatment: object,
+    workspace: object = None,
+    *,
+    without_data: Callable[[], SafetyProfile],
 ) -> Settings:
     """Check the arguments of an adjustment, and open the profiles that they name.
 
     Args:
         owner: What has the arguments, for errors.
-        profile: A profile, the folder of one, or its repository on the Hub.
+        profile: A profile, the folder of one, or its repository on the Hub; None for a rule that needs no data.
         rule: A rule, the name of one, or None for the default.
         task: As `profile`; None for none.
         treatment: A treatment; None for the default.
         workspace: A folder, or None.
+        without_data: Describes the base where no profile was given.
 
     Returns:
         The arguments.
 
     Raises:
-        ConfigurationError: One is of another kind.
+        ConfigurationError: One is of another kind, or the rule needs a profile and there is none.
         ProfileError: A profile cannot be read.
     """
     chosen = rule_of(owner, rule, task)
     require_kind(owner, "treatment", treatment, (Treatment, type(None)), "a Treatment")
     require_kind(owner, "workspace", workspace, (str, Path, type(None)), "a folder")
+    if profile is None and chosen.needs_safety_data:
+        raise ConfigurationError(
+            f"{owner}: {chosen.name} needs a safety profile of the base; give profile=collect_profile(base, "
+            "safety_data, ...), or the folder of one (--profile)"
+        )
     return Settings(
-        profile=opened_profile(owner, profile),
+        profile=without_data() if profile is None else opened_profile(owner, profile),
         rule=chosen,
         task=None if task is None else opened_profile(owner, task, "task_profile"),
         treatment=treatment if isinstance(treatment, Treatment) else Treatment(),

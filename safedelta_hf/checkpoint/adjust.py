@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from safedelta_hf.adjust.loop import adjust_weights, report_of
 from safedelta_hf.adjust.plan import require_number
+from safedelta_hf.capture.without_data import digested
 from safedelta_hf.checkpoint.folder import CheckpointFolder
 from safedelta_hf.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from safedelta_hf.checkpoint.store import CheckpointStore
@@ -28,7 +29,7 @@ def adjust_checkpoint(
     base: str | Path,
     tuned: str | Path,
     output: str | Path,
-    profile: SafetyProfile | str | Path,
+    profile: SafetyProfile | str | Path | None = None,
     rule: Rule | str | None = None,
     task_profile: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
@@ -44,7 +45,8 @@ def adjust_checkpoint(
         base: Folder or cached repository of the base, in safetensors.
         tuned: Folder of the fine-tuned model, in safetensors.
         output: Folder to write; must not exist.
-        profile: Profile of the base, or the folder of one.
+        profile: Profile of the base, or the folder of one; None for a rule that needs no safety data, such as
+            `Scale(strength=1.0)`.
         rule: Which part of each delta to keep, at a strength that is a number, so it has to be given: the default,
             `TaskRidge()` with `task_profile` and else `Ridge()`, is measured. A name stands for that rule as it is by
             default.
@@ -100,7 +102,10 @@ def adjust_planned(plan: CheckpointPlan, *, device: torch.device | str = "cpu", 
             for the next run.
     """
     require_number(plan.rule)
-    place, header = _usable_device(device), plan.profile.header
+    place = _usable_device(device)
+    if not plan.profile.is_read:
+        plan = replace(plan, profile=digested(plan.profile, plan.pair.base, progress=progress))
+    header = plan.profile.header
     with (
         _failing_by_name(plan.output),
         CheckpointFolder(plan.output, plan.tuned, _manifest(plan, place), progress=progress) as folder,

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 
 from safedelta_hf.adjust.plan import check_rule, plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
+from safedelta_hf.capture.without_data import base_without_data
 from safedelta_hf.checkpoint.folder import require_absent
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.pair import CheckpointPair
@@ -29,7 +30,7 @@ class CheckpointPlan:
         base: Files of the base.
         tuned: Files of the fine-tuned model.
         output: Folder that will be written.
-        profile: Profile of the base.
+        profile: Profile of the base; where no data was read, its digests are empty before the weights are.
         rule: Which part of each delta will be kept.
         task_profile: Profile of the base on examples of the fine-tuning data, for rules that weigh them.
         treatment: What will be done with parameters other than linear weights.
@@ -111,7 +112,7 @@ def plan_checkpoint(
     base: str | Path,
     tuned: str | Path,
     output: str | Path,
-    profile: SafetyProfile | str | Path,
+    profile: SafetyProfile | str | Path | None = None,
     rule: Rule | str | None = None,
     task_profile: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
@@ -124,7 +125,8 @@ def plan_checkpoint(
         base: Folder or cached repository of the base.
         tuned: Folder of the fine-tuned model.
         output: Folder that will be written.
-        profile: Profile of the base, or the folder of one.
+        profile: Profile of the base, or the folder of one; None for a rule that needs no safety data, such as
+            `Scale(strength=1.0)`.
         rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with `task_profile`, else
             `Ridge()`, if None.
         task_profile: Profile of the same base on examples of the fine-tuning data; or its folder.
@@ -144,7 +146,14 @@ def plan_checkpoint(
     output = Path(output)
     require_apart(output, base, tuned, profile, task_profile)
     require_absent(output)
-    settings = opened_settings("adjust_checkpoint", profile, rule, task_profile, treatment)
+    settings = opened_settings(
+        "adjust_checkpoint",
+        profile,
+        rule,
+        task_profile,
+        treatment,
+        without_data=lambda: base_without_data(open_base_files(base))[0],
+    )
     check_rule(settings.rule, settings.profile, settings.task)
     tuned_files, base_files = open_tuned_files(Path(tuned)), open_base_files(base)
     pair = CheckpointPair(base_files, tuned_files, settings.profile.header)

@@ -21,8 +21,11 @@ RULE_HELP = f"How to adjust: {', '.join(RULES)}."
 DEFAULT_RULE_HELP = (
     f"Default {default_rule('a task').name} where task data are at hand, else {default_rule(None).name}."
 )
+_UNREADING: Final = ", ".join(name for name, rule in RULES.items() if not rule.reads_moments)
+SAFETY_DATA_HELP = f"Harmful prompts with the base's refusals; not needed by {_UNREADING} where --strength is a number."
 SORT_TASK_HELP = "Leave out of the task what the base would refuse, as it refuses the safety data."
 ORDINARY_WEIGHT: Final = 0.1
+ORDINARY_WEIGHT_HELP = f"Weight of the ordinary data; default {ORDINARY_WEIGHT:g}."
 STRENGTH_HELP = "Strength of the rule: a number, or 'auto' to measure."
 
 

@@ -12,8 +12,19 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from safedelta_hf.capture.collect import Checkpointing, collect_profile
-from safedelta_hf.capture.config import ALL_LINEAR, ProfileConfig
-from safedelta_hf.cli.options import ORDINARY_WEIGHT, one_line_errors, one_of
+from safedelta_hf.capture.config import ProfileConfig
+from safedelta_hf.cli.options import ORDINARY_WEIGHT, ORDINARY_WEIGHT_HELP, one_line_errors, one_of
+from safedelta_hf.cli.reading import (
+    BatchSize,
+    Holdout,
+    MaxLength,
+    MomentMemory,
+    OffloadFolder,
+    ShareMoments,
+    Targets,
+    reading,
+    reading_config,
+)
 from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.errors import ConfigurationError, ProfileError
@@ -25,12 +36,7 @@ from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_or
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 STORAGES: Final = ", ".join(f"{name}:RANK" if name == "eigenbasis" else name for name in ENCODINGS)
 
-_READING: Final = "How the data is read"
 _HUB: Final = "Hub"
-
-
-def _reading(text: str, **settings: Any) -> Any:  # noqa: ANN401 - what Annotated takes
-    return typer.Option(help=text, rich_help_panel=_READING, **settings)
 
 
 def profile(
@@ -47,29 +53,21 @@ def profile(
     ordinary_data: Annotated[
         Path | None, typer.Option(help="Ordinary prompts with the base's responses, to protect as well.")
     ] = None,
-    ordinary_weight: Annotated[
-        float | None, typer.Option(help=f"Weight of --ordinary-data; default {ORDINARY_WEIGHT:g}.")
-    ] = None,
+    ordinary_weight: Annotated[float | None, typer.Option(help=ORDINARY_WEIGHT_HELP)] = None,
     storage: Annotated[str, typer.Option(help=f"How moments are stored: {STORAGES}.")] = DEFAULT_STORAGE,
-    batch_size: Annotated[int, _reading("Sequences of one length per forward pass, at most.", min=1)] = 8,
-    max_length: Annotated[int | None, _reading("Cut sequences to this many tokens.", min=1)] = None,
+    batch_size: BatchSize = ProfileConfig.batch_size,
+    max_length: MaxLength = None,
     dtype: Annotated[
-        str, _reading(f"Data type of the weights: {', '.join(DTYPES)}; that of the fine-tuning, if they are to match.")
+        str, reading(f"Data type of the weights: {', '.join(DTYPES)}; that of the fine-tuning, if they are to match.")
     ] = "auto",
-    device: Annotated[str, _reading("Device, or device map of transformers: cpu, cuda:0, auto, ...")] = "auto",
-    holdout: Annotated[
-        float | None, _reading("Share of the safety data to measure refusals by; default 0.25 of at least 16 rows.")
-    ] = None,
-    targets: Annotated[
-        list[str] | None, _reading("Linear weights to read, as PEFT's target modules; repeatable; default all.")
-    ] = None,
-    share_moments: Annotated[bool, _reading("One moment for layers that read the same tensor.")] = True,
-    moment_memory: Annotated[
-        str | None, _reading('Memory for moments on the device, such as "8GB"; default no limit.')
-    ] = None,
-    offload_folder: Annotated[Path | None, _reading("Folder for the moments beyond --moment-memory.")] = None,
+    device: Annotated[str, reading("Device, or device map of transformers: cpu, cuda:0, auto, ...")] = "auto",
+    holdout: Holdout = None,
+    targets: Targets = None,
+    share_moments: ShareMoments = True,
+    moment_memory: MomentMemory = None,
+    offload_folder: OffloadFolder = None,
     save_every: Annotated[
-        int | None, _reading("Keep the sums after every so many batches; a killed run goes on there.", min=1)
+        int | None, reading("Keep the sums after every so many batches; a killed run goes on there.", min=1)
     ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Repository on the Hub to upload to as well.", rich_help_panel=_HUB)
@@ -87,14 +85,14 @@ def profile(
         _require_name(push_to_hub)
         one_of(dict.fromkeys(DTYPES), dtype, "--dtype")
         encoding = encoding_of(storage)
-        config = ProfileConfig(
+        config = reading_config(
             batch_size=batch_size,
             max_length=max_length,
-            moment_memory=_size(moment_memory),
-            offload_folder=offload_folder,
-            share_moments=share_moments,
             holdout=0.0 if task_data is not None else holdout,
-            targets=targets or ALL_LINEAR,
+            targets=targets,
+            share_moments=share_moments,
+            moment_memory=moment_memory,
+            offload_folder=offload_folder,
         )
         require_absent(output)
         read, what = source_of(model, "--model"), f"--model {model!r}"
@@ -155,10 +153,6 @@ def _source(
     if ordinary_data is not None or holdout is not None:
         raise ConfigurationError("--ordinary-data and --holdout go with --safety-data, and have no effect on a task")
     return task_data, "task data"
-
-
-def _size(memory: str | None) -> int | str | None:
-    return int(memory) if memory is not None and memory.isdecimal() else memory
 
 
 def _require_name(repository: str | None) -> None:

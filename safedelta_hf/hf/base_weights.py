@@ -102,11 +102,11 @@ def warn_of_other_data(profile: SafetyProfile, state: TrainerState) -> None:
         state: The Trainer's state.
     """
     begun_with = (_record(state) or {}).get("data")
-    if begun_with not in (None, profile.header.data) and Ranks.of_run().is_main:
+    if begun_with and begun_with != profile.header.data and Ranks.of_run().is_main:
         warnings.warn(
             "SafeDeltaCallback: the resumed run began with other safety data, or with the same in another order or "
-            f"tokenisation (fingerprint {begun_with[:12]}, now {profile.header.data[:12]}); it is adjusted by those "
-            "that are given now",
+            f"tokenisation (fingerprint {begun_with[:12]}, now {profile.header.data[:12] or 'none'}); it is adjusted "
+            "by those that are given now",
             SafeDeltaWarning,
             stacklevel=2,
         )

@@ -25,7 +25,6 @@ from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import (
     BaseWeightsError,
-    ConfigurationError,
     NothingLeftError,
     SafeDeltaError,
     foreign_errors_named,
@@ -40,7 +39,7 @@ from safedelta_hf.hf.base_weights import (
     warn_of_other_data,
 )
 from safedelta_hf.hf.polishing import RunPolish
-from safedelta_hf.hf.profiles import ProfileCollector, RunData, warn_of_trained_refusals
+from safedelta_hf.hf.profiles import ProfileCollector, RunData, require_use, warn_of_trained_refusals
 from safedelta_hf.hf.trainer_facts import (
     OWNER,
     close_training_bar,
@@ -90,7 +89,7 @@ class SafeDeltaCallback(TrainerCallback):
     Args:
         safety_dataset: Harmful prompts with the responses of a safe model, usually refusals; a Dataset, a list of
             dicts, the path of a file (JSON lines, a JSON array, CSV, Parquet), or the name of a data set on the Hub, in
-            any form that TRL takes.
+            any form that TRL takes. Not needed by rules that read none, such as `Scale(strength=1.0)`.
         rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` if None, whose strength is
             measured.
         config: How the data is read, and which linear weights are adjusted; `ProfileConfig()` if None.
@@ -119,8 +118,8 @@ class SafeDeltaCallback(TrainerCallback):
         says_outcome: Whether the outcome is printed when training has ended; launchers say it when the model is saved.
 
     Raises:
-        ConfigurationError: Neither or both of `safety_dataset` and `profile` were given, or an argument is of another
-            kind, outside its range or without effect.
+        ConfigurationError: Neither of `safety_dataset` and `profile` was given, and the rule needs one, or both were;
+            or an argument is of another kind, outside its range or without effect.
         DataError: There is no such file, a row is none, or there are too few to measure a strength by.
         ProfileError: The profile cannot be read.
     """
@@ -144,25 +143,12 @@ class SafeDeltaCallback(TrainerCallback):
         polish: PolishConfig | None = None,
     ) -> None:
         require_kind(OWNER, "polish", polish, (PolishConfig, type(None)), "a PolishConfig")
-        if (safety_dataset is None) == (profile is None) and (polish is None or profile is None):
-            raise ConfigurationError("SafeDeltaCallback: pass either safety_dataset or profile")
         self._rule = rule_of(OWNER, rule, task="drawn from the Trainer's data")
         require_kind(OWNER, "config", config, (ProfileConfig, type(None)), "a ProfileConfig")
         require_kind(OWNER, "treatment", treatment, (Treatment, type(None)), "a Treatment")
         require_kind(OWNER, "base", base, (nn.Module, str, Path, type(None)), "a model, or the folder of one")
         require_kind(OWNER, "keep_tuned", keep_tuned, (str, Path, type(None)), "a folder")
         require_processing_class(OWNER, processing_class)
-        if profile is not None and ordinary_dataset is not None and polish is None:
-            raise ConfigurationError("SafeDeltaCallback: ordinary_dataset has no effect beside a profile made before")
-        if task_dataset is not None and not self._rule.needs_task and polish is None:
-            raise ConfigurationError(
-                f"SafeDeltaCallback: {self._rule.name} does not weigh the task; leave out task_dataset"
-            )
-        self.report: Report | None = None
-        self.says_outcome = True
-        self._given_profile = None if profile is None else opened_profile(OWNER, profile)
-        self.profile = self._given_profile
-        self.task_profile: SafetyProfile | None = None
         self._data = RunData(
             safety=safety_dataset,
             ordinary=ordinary_dataset,
@@ -171,6 +157,12 @@ class SafeDeltaCallback(TrainerCallback):
             task_examples=task_examples,
             sort_task=sort_task,
         )
+        require_use(self._data, self._rule, profile=profile, is_polished=polish is not None)
+        self.report: Report | None = None
+        self.says_outcome = True
+        self._given_profile = None if profile is None else opened_profile(OWNER, profile)
+        self.profile = self._given_profile
+        self.task_profile: SafetyProfile | None = None
         self._config = config or ProfileConfig()
         self._polish = None if polish is None else RunPolish(polish, self._data, self._config)
         self._is_measured = self._rule.auto is not None or polish is not None

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from safedelta_hf.capture.collect import DEFAULT_HOLDOUT, FEWEST_HELD_OUT_OF, collect_profile
 from safedelta_hf.capture.config import ProfileConfig
+from safedelta_hf.capture.without_data import profile_without_data
 from safedelta_hf.data.dataset import Source, require_source
 from safedelta_hf.data.forms import is_tokenised
 from safedelta_hf.data.openings import divided
@@ -24,7 +25,7 @@ from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import ConfigurationError, DataError, NothingLeftError, SafeDeltaWarning, require_kind
 from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
-from safedelta_hf.rules.rule import require_number
+from safedelta_hf.rules.rule import Rule, require_number
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +39,8 @@ class RunData:
 
     Attributes:
         owner: What has the data, for errors.
-        safety: Harmful prompts with the responses of a safe model; None if there is a profile of it already.
+        safety: Harmful prompts with the responses of a safe model; None if there is a profile of it already, or no
+            need.
         ordinary: Ordinary prompts with the base model's responses, to protect them beside the refusals.
         ordinary_weight: Weight of that data's Hessians.
         task: Examples of the fine-tuning data; None for the Trainer's own.
@@ -85,6 +87,42 @@ class RunData:
             )
 
 
+def require_use(
+    data: RunData,
+    rule: Rule,
+    *,
+    profile: object,
+    task_profile: object = None,
+    is_polished: bool = False,
+) -> None:
+    """Make sure that safety data are given once, if the rule needs them, and that whatever is given has an effect.
+
+    Args:
+        data: The data of the run.
+        rule: Which part of each delta will be kept.
+        profile: What was given as a safety profile made before, if anything.
+        task_profile: The same of the task data.
+        is_polished: Whether the model is polished too, which reads data whatever profiles there are.
+
+    Raises:
+        ConfigurationError: It is not so.
+    """
+    owner, safety = data.owner, data.safety
+    has_none, has_both = safety is None and profile is None, safety is not None and profile is not None
+    if (has_none and (rule.needs_safety_data or is_polished)) or (has_both and not is_polished):
+        raise ConfigurationError(
+            f"{owner}: give either safety_dataset or profile (--safety-data FILE of harmful prompts with refusals, or "
+            "--profile FOLDER)"
+        )
+    if data.ordinary is not None and safety is None:
+        why = "without safety_dataset" if profile is None else "beside a profile made before"
+        raise ConfigurationError(f"{owner}: ordinary_dataset has no effect {why}")
+    if data.task is not None and task_profile is not None:
+        raise ConfigurationError(f"{owner}: give either task_dataset or task_profile")
+    if (data.task is not None or task_profile is not None) and not rule.needs_task and not is_polished:
+        raise ConfigurationError(f"{owner}: {rule.name} does not weigh the task; leave out the task data")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProfileCollector:
     """Collects profiles of one base model.
@@ -109,12 +147,13 @@ class ProfileCollector:
         """The profile that protects the refusals, and ordinary behaviour if there is data for it.
 
         Args:
-            data: The data of the run; its safety data is not None.
+            data: The data of the run.
 
         Returns:
-            The profile.
+            The profile; one without moments where there is no safety data, as the rule needs none.
         """
-        assert data.safety is not None, "there is no profile, so there is safety data"
+        if data.safety is None:
+            return profile_without_data(self.model, self.digests, self.config)
         holdout = self.config.holdout
         if self.is_measured and holdout is None:
             holdout = DEFAULT_HOLDOUT

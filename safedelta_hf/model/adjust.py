@@ -8,16 +8,19 @@ from torch import nn
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
+from safedelta_hf.capture.without_data import profile_without_data
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ProfileError, foreign_errors_named, require_kind
 from safedelta_hf.model.store import ModelStore
 from safedelta_hf.modules.names import parameter_aliases, wrapping_told
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
+from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
+from safedelta_hf.weights.digest import digest_of_shard, parameter_digest
 from safedelta_hf.weights.readers import WeightReader, open_base
 
 
@@ -26,7 +29,7 @@ def adjust_model(
     model: nn.Module | ShardedModel,
     *,
     base: nn.Module | str | Path | WeightReader,
-    profile: SafetyProfile | str | Path,
+    profile: SafetyProfile | str | Path | None = None,
     rule: Rule | str | None = None,
     task_profile: SafetyProfile | str | Path | None = None,
     treatment: Treatment | None = None,
@@ -39,7 +42,8 @@ def adjust_model(
         model: The fine-tuned model, opened or not. Where it is sharded, or the run has several processes, all of them
             call this; each adjusts what it holds.
         base: The base model, a folder or cached repository of its safetensors files, or an open reader.
-        profile: Profile of that base, or the folder of one.
+        profile: Profile of that base, or the folder of one; None for a rule that needs no safety data, such as
+            `Scale(strength=1.0)`.
         rule: Which part of each delta to keep, or the name of a rule; `TaskRidge()` with a
             `task_profile`, else `Ridge()`, if None.
         task_profile: Profile of that base on examples of the fine-tuning data, or its folder, for rules that weigh
@@ -54,15 +58,35 @@ def adjust_model(
     Raises:
         SafeDeltaError: Named by parameter; every weight is as it was.
     """
-    settings = opened_settings("adjust_model", profile, rule, task_profile, treatment, workspace)
     require_kind("adjust_model", "model", model, (nn.Module, ShardedModel), "a model")
     if not (hasattr(base, "read") and hasattr(base, "source")):
         require_kind("adjust_model", "base", base, (nn.Module, str, Path), "a model, or the folder of one")
     opened = open_model(model)
     reader = open_base(base, opened.model) if isinstance(base, nn.Module | str | Path) else base
+    settings = opened_settings(
+        "adjust_model",
+        profile,
+        rule,
+        task_profile,
+        treatment,
+        workspace,
+        without_data=lambda: profile_without_data(opened, _digests(opened, reader)),
+    )
     plan = plan_model(opened, settings.profile, settings.treatment)
     store = ModelStore(opened, reader, settings.profile.header, settings.workspace)
     return adjust_weights(store, plan, settings.profile, settings.rule, task=settings.task, progress=progress)
+
+
+def _digests(model: ShardedModel, base: WeightReader) -> dict[str, str]:
+    # Of packed weights none can be moved.
+    return {
+        name: parameter_digest(model, name)
+        if is_quantised(model.live(name))
+        else digest_of_shard(
+            base.read(name, model.shard(name)).to(model.dtype(name)), model.shape(name), model.shard(name), model.ranks
+        )
+        for name in model.names
+    }
 
 
 def plan_model(model: nn.Module | ShardedModel, profile: SafetyProfile, treatment: Treatment) -> Plan:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from safedelta_hf.core.low_rank import LowRank, tensors_of
 from safedelta_hf.core.moment import InputMoment
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import CaptureError, ConfigurationError
+from safedelta_hf.errors import CaptureError, ConfigurationError, ProfileError
 
 
 class Moments(Mapping[str, InputMoment]):
@@ -156,6 +156,30 @@ class ShardedMoments(Moments):
         moment = self[key] if owner == rank else None
         moment = moment if owner == receiver else self.ranks.broadcast(moment, owner)
         return moment if rank == receiver else None
+
+
+class NoMoments(Moments):
+    """What stands for the moments where no data was read; keys and shapes are those that they would have.
+
+    Args:
+        shapes: Shape of each.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(shapes)
+
+    @override
+    def __getitem__(self, key: str) -> InputMoment:
+        raise ProfileError(f"{key}: no data was read, so there is no moment; give safety data, or a profile of them")
+
+    @override
+    def shape(self, key: str) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self._entries[key]
+        return shape
+
+    @override
+    def identity(self) -> str:
+        return "no data was read"
 
 
 class SummedMoments(Moments):

@@ -16,7 +16,7 @@ from safedelta_hf.profile.encodings import Encoding, encoding_of
 from safedelta_hf.profile.files import MomentFiles, in_folder, keys_in_order, read_header, write_profile
 from safedelta_hf.profile.header import HEADER_FILE
 from safedelta_hf.profile.hub import download, upload, write_card
-from safedelta_hf.profile.moments import Moments, MomentStorage, ShardedMoments, SummedMoments
+from safedelta_hf.profile.moments import Moments, MomentStorage, NoMoments, ShardedMoments, SummedMoments
 from safedelta_hf.records.header import ProfileHeader, Retention
 from safedelta_hf.records.uses import Use
 from safedelta_hf.rules.rule import require_number
@@ -43,6 +43,11 @@ class SafetyProfile:
     moments: Moments
     held_out: HeldOut | None = None
     storage: MomentStorage | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any data was read, so that there are moments."""
+        return not isinstance(self.moments, NoMoments)
 
     def key_of(self, use: Use) -> str | None:
         """Key of the moment of a use, be it of another profile of the same base.

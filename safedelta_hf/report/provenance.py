@@ -70,7 +70,9 @@ class Provenance:
             f"{self.folder}: {done} with rule {rule['name']}{strength}, {found['date']} ({versions}).",
             f"Base: {base['model'] or base['source']} ({base['architecture']}), digest {base['digest'][:16]}.",
             f"Safety data: {data['sequences']} examples, {data['tokens']} tokens, fingerprint "
-            f"{data['fingerprint'][:16]}.",
+            f"{data['fingerprint'][:16]}."
+            if data["sequences"]
+            else "Safety data: none were read.",
             found["summary"],
         ]
         return "\n".join([*lines, self.compared] if self.is_of_weights else lines)

@@ -30,10 +30,14 @@ LAYER_BLOCKS: Final = 8
 
 _OUTCOMES: Final = {
     "adjusted": "adjusted",
+    "left": "left as tuned",
     "kept": "kept as tuned",
     "reset": "reset to the base",
     "unchanged": "not moved by the fine-tuning",
 }
+
+
+_UNREAD: Final = "no safety data were read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,14 @@ class Report:
         return " ".join(filter(None, (doubt, found, sorting, unpolished)))
 
     @property
+    def _is_read(self) -> bool:
+        """Whether any safety data were read."""
+        return self.sequences > 0
+
+    @property
     def _rounding_warning(self) -> str:
+        if not self._is_read:
+            return ""
         metrics = self.metrics()
         tuned, adjusted = metrics["safedelta/quadratic_loss_tuned"], metrics["safedelta/quadratic_loss_adjusted"]
         by_rounding = adjusted - metrics.get("safedelta/quadratic_loss_unrounded", adjusted)
@@ -150,7 +161,7 @@ class Report:
             Values by name, each prefixed with `safedelta/`. `kept_share` is `1 - |D - D*|^2 / |D|^2`: 1 where the delta
             is kept whole, 0 at the base, negative where compensation or rounding moved the weights further than it
             kept them. All are those of the weights that were written, but for `quadratic_loss_unrounded`, there where
-            the weights are coarser than float32.
+            the weights are coarser than float32. Losses are left out where no safety data were read.
         """
         delta = sum(record.delta_energy for record in self.parameters)
         lost = sum(record.lost_energy for record in self.parameters)
@@ -172,6 +183,8 @@ class Report:
         counts = {
             f"parameters_{name}": float(self.outcomes[name]) for name in ("adjusted", "kept", "reset", "unchanged")
         }
+        if not self._is_read:
+            values = {name: value for name, value in values.items() if not name.startswith("quadratic_loss")}
         more = self._search_metrics() | self._task_metrics() | ({} if self.polish is None else self.polish.metrics())
         return {f"safedelta/{name}": value for name, value in (values | counts | more).items()}
 
@@ -293,14 +306,15 @@ class Report:
         left = [record for record in self.parameters if record.outcome in ("kept", "reset")]
         listed = "\n".join(f"- `{record.parameter}`: {record.outcome} ({record.reason})" for record in left)
         base = self.base + (f" ({self.base_model})" if self.base_model and self.base_model != self.base else "")
+        data = f" and {self.sequences} safety examples ({self.tokens} tokens)" if self._is_read else f"; {_UNREAD}"
         estimate = "The quadratic safety loss is an estimate at the base weights, not a measured refusal rate.\n"
         return (
             "## Safety adjustment\n\n"
             + (f"**Warning:** {self.warning}\n\n" if self.warning else "")
             + f"The fine-tuned weights were adjusted with [Safe Delta](https://arxiv.org/abs/2505.12038), rule "
             f"`{self.rule.name}`{self._at_strength}{f' ({settings})' if settings else ''}, against base weights from "
-            f"{base} and {self.sequences} safety examples ({self.tokens} tokens).\n\n{self.told}\n\n"
-            + (estimate if self.search is None else "")
+            f"{base}{data}.\n\n{self.told}\n\n"
+            + (estimate if self.search is None and self._is_read else "")
             + (f"\nNot adjusted:\n\n{listed}\n" if listed else "")
         )
 
@@ -352,6 +366,8 @@ class Report:
         return " ".join(filter(None, (*told, sorting, polished)))
 
     def _estimate(self) -> str:
+        if not self._is_read:
+            return f"Refusals: not measured; {_UNREAD}."
         metrics = self.metrics()
         tuned, finer = metrics["safedelta/quadratic_loss_tuned"], metrics.get("safedelta/quadratic_loss_unrounded")
         if not tuned:
@@ -400,8 +416,14 @@ def _counted(records: Iterable[ParameterRecord]) -> str:
 
 
 def _counts(records: Iterable[ParameterRecord]) -> list[str]:
-    found = Counter(record.outcome for record in records)
+    found = Counter(map(_outcome, records))
     return [f"{found[name]} {told}" for name, told in _OUTCOMES.items() if found[name]] or ["0 adjusted"]
+
+
+def _outcome(record: ParameterRecord) -> str:
+    # Of a weight that the rule keeps whole nobody would say that it was adjusted.
+    is_left = record.outcome == "adjusted" and record.lost_energy <= UNMOVED * record.delta_energy
+    return "left" if is_left else record.outcome
 
 
 def _moved(records: Iterable[ParameterRecord]) -> float:
@@ -434,7 +456,7 @@ def _cells(record: ParameterRecord) -> tuple[str, ...]:
         record.parameter,
         "x".join(map(str, record.shape)),
         "+".join(record.roles),
-        record.outcome,
+        _OUTCOMES["left"] if _outcome(record) == "left" else record.outcome,
         _way([record], short=True),
         _loss([record]),
         "; ".join(filter(None, (record.reason, _origin(record), *record.notes))),

@@ -170,7 +170,7 @@ class Rule(ABC):
     needs_task: ClassVar[bool] = False
     """Whether it weighs what the task data uses."""
     reads_moments: ClassVar[bool] = True
-    """Whether what it keeps depends on the safety data's moments at all."""
+    """Whether what it keeps depends on the safety data's moments at all; one that reads none is given zeros."""
     factors_serve_any_strength: ClassVar[bool] = False
     """Whether what `factorise` returns holds for every strength."""
     needs_dense: ClassVar[bool] = False
@@ -191,6 +191,11 @@ class Rule(ABC):
     def auto(self) -> AutoStrength | None:
         """How to find the strength, if it is not a number."""
         return self.strength if isinstance(self.strength, AutoStrength) else None
+
+    @property
+    def needs_safety_data(self) -> bool:
+        """Whether it takes safety data, or a profile of them: for their moments, or to measure its strength."""
+        return self.reads_moments or self.auto is not None
 
     def at(self, strength: float) -> Self:
         """The same rule at another strength.

@@ -17,9 +17,9 @@ from safedelta_hf.data.templates import ProcessingClass, require_processing_clas
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, NothingLeftError, foreign_errors_named, require_kind
 from safedelta_hf.folders import require_absent
-from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of
+from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of, require_use
 from safedelta_hf.modules.loading import load_base, load_tokenizer
-from safedelta_hf.profile.profile import SafetyProfile, opened_profile
+from safedelta_hf.profile.profile import SafetyProfile, opened_profile, with_ordinary
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.records.sorting import TaskSorting
 from safedelta_hf.report import Report
@@ -45,6 +45,7 @@ def adjust_saved(
     task_dataset: Source | None = None,
     task_profile: SafetyProfile | str | Path | None = None,
     ordinary_dataset: Source | None = None,
+    ordinary_profile: SafetyProfile | str | Path | None = None,
     ordinary_weight: float = 0.1,
     task_examples: int = 256,
     sort_task: bool = True,
@@ -70,11 +71,13 @@ def adjust_saved(
         output: Folder to write; must not exist.
         base: The model that the fine-tuning started from, a folder or cached repository; the one that an adapter names
             if None.
-        safety_dataset: Harmful prompts with the base's refusals, as in `SafeDeltaCallback`.
+        safety_dataset: Harmful prompts with the base's refusals, as in `SafeDeltaCallback`; not needed by rules that
+            read none, such as `Scale(strength=1.0)`.
         profile: A safety profile of the base made before, or its folder, instead.
         task_dataset: The fine-tuning data, for rules that weigh them.
         task_profile: A profile of those made before, or its folder, instead.
         ordinary_dataset: Ordinary prompts with the base's responses, to protect them too.
+        ordinary_profile: A profile of those made before, or its folder, instead.
         ordinary_weight: Weight of that data against the safety data.
         task_examples: Number of its rows to draw, at most: those that the callback would draw of the same data.
         sort_task: Whether examples of the task that the base would refuse are left out; if none is left, the rule is
@@ -117,7 +120,7 @@ def adjust_saved(
         sort_task=sort_task,
     )
     data = _drawn(data)
-    profiles = _given(rule, data, profile, task_profile, save_profile)
+    profiles = _given(rule, data, profile, task_profile, ordinary_profile, save_profile)
     saved = opened_tuned(
         Path(tuned),
         Path(output),
@@ -128,7 +131,6 @@ def adjust_saved(
     reading = _Reading(saved, rule, data, config or ProfileConfig(), device, progress)
     reading.require_possible()
     held, profiles = reading.profiles(profiles, processing_class, None if save_profile is None else Path(save_profile))
-    assert profiles.safety is not None, "given or collected"
     work = Work(
         rule=rule if profiles.nothing_left is None else rule.without_task(),
         profile=profiles.safety,
@@ -144,13 +146,15 @@ class _Profiles(NamedTuple):
     """What is known of the base.
 
     Attributes:
-        safety: Its safety profile; None until that is collected.
+        safety: Its safety profile; None until that is collected, and for rules that need none.
         task: Its profile on the task data, for rules that weigh them; None until then.
+        ordinary: Its profile on ordinary data, to be protected too; None where there is none, or it is in the first.
         nothing_left: How the task was sorted, where the base would refuse all of it.
     """
 
     safety: SafetyProfile | None
     task: SafetyProfile | None
+    ordinary: SafetyProfile | None = None
     nothing_left: TaskSorting | None = None
 
 
@@ -167,23 +171,19 @@ def _given(
     data: RunData,
     profile: SafetyProfile | str | Path | None,
     task_profile: SafetyProfile | str | Path | None,
+    ordinary_profile: SafetyProfile | str | Path | None,
     save_profile: str | Path | None,
 ) -> _Profiles:
     # All that is needed was given, and once.
-    if (data.safety is None) == (profile is None):
-        raise ConfigurationError(
-            f"{OWNER}: give either safety_dataset or profile (--safety-data FILE of harmful prompts with refusals, or "
-            "--profile FOLDER)"
-        )
-    for name, value in (("ordinary_dataset", data.ordinary), ("save_profile", save_profile)):
-        if profile is not None and value is not None:
-            raise ConfigurationError(f"{OWNER}: {name} has no effect beside a profile made before")
-    if data.task is not None and task_profile is not None:
-        raise ConfigurationError(f"{OWNER}: give either task_dataset or task_profile")
-    has_task = data.task is not None or task_profile is not None
-    if has_task and not rule.needs_task:
-        raise ConfigurationError(f"{OWNER}: {rule.name} does not weigh the task; leave out the task data")
-    if rule.needs_task and not has_task:
+    require_use(data, rule, profile=profile, task_profile=task_profile)
+    if ordinary_profile is not None and data.ordinary is not None:
+        raise ConfigurationError(f"{OWNER}: give either ordinary_dataset or ordinary_profile")
+    if ordinary_profile is not None and data.safety is None and profile is None:
+        raise ConfigurationError(f"{OWNER}: ordinary_profile has no effect without safety_dataset or profile")
+    if save_profile is not None and data.safety is None:
+        why = "without safety_dataset" if profile is None else "beside a profile made before"
+        raise ConfigurationError(f"{OWNER}: save_profile has no effect {why}")
+    if rule.needs_task and data.task is None and task_profile is None:
         raise ConfigurationError(
             f"{OWNER}: {rule.name} weighs what the fine-tuning data uses; give task_dataset (--task-data FILE of "
             "examples) or task_profile, or leave out the rule"
@@ -191,7 +191,10 @@ def _given(
     found = _Profiles(
         None if profile is None else opened_profile(OWNER, profile),
         None if task_profile is None else opened_profile(OWNER, task_profile, "task_profile"),
+        None if ordinary_profile is None else opened_profile(OWNER, ordinary_profile, "ordinary_profile"),
     )
+    if found.safety is not None and found.ordinary is not None:
+        found = found._replace(safety=with_ordinary(found.safety, found.ordinary, data.ordinary_weight), ordinary=None)
     if found.safety is not None and data.task is None:
         check_rule(rule, found.safety, found.task)
     return found
@@ -287,13 +290,15 @@ class _Reading(NamedTuple):
             progress=self.progress,
         )
         safety = given.safety or collector.safety(self.data)
+        if given.ordinary is not None:
+            safety = with_ordinary(safety, given.ordinary, self.data.ordinary_weight)
         if self.data.task is None:
             return _Profiles(safety, given.task)
         try:
             return _Profiles(safety, collector.task(self.data, None, safety))
         except NothingLeftError as error:
             assert isinstance(error.sorting, TaskSorting), "it was raised by what sorts"
-            return _Profiles(safety, None, error.sorting)
+            return _Profiles(safety, None, nothing_left=error.sorting)
 
 
 def _is_tokenised(source: Source) -> bool:

@@ -49,14 +49,14 @@ class Work:
 
     Attributes:
         rule: Which part of each delta to keep.
-        profile: Profile of the base.
+        profile: Profile of the base; None for a rule that needs no safety data.
         task: Profile of the base on the task data, for rules that weigh them.
         treatment: What to do with parameters other than linear weights.
         progress: Whether to show progress bars.
     """
 
     rule: Rule
-    profile: SafetyProfile
+    profile: SafetyProfile | None
     task: SafetyProfile | None
     treatment: Treatment | None
     progress: bool

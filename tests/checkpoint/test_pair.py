@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from safedelta_hf.checkpoint import pair as checkpoint_pair
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.errors import CheckpointError
 from safedelta_hf.modules.names import parameter_names
 from safedelta_hf.records.header import ProfileHeader
+from safedelta_hf.weights import stored
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 from tests.fixtures import architectures
 
@@ -81,7 +81,7 @@ def test_weights_of_every_architecture_are_found_and_put_back(key, tmp_path):
 def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, monkeypatch):
     model = architectures.tiny_model("mixtral")
     model.save_pretrained(tmp_path)
-    revert = checkpoint_pair.revert_weight_conversion
+    revert = stored.revert_weight_conversion
 
     def incomplete(*values):
         saved = revert(*values)
@@ -92,6 +92,6 @@ def test_a_layout_that_does_not_cover_a_parameter_is_refused(lost, tmp_path, mon
 
     files, header = SafetensorsFiles(tmp_path), header_of(model)
     CheckpointPair(files, files, header)
-    monkeypatch.setattr(checkpoint_pair, "revert_weight_conversion", incomplete)
+    monkeypatch.setattr(stored, "revert_weight_conversion", incomplete)
     with pytest.raises(CheckpointError, match=r"experts.*transformers saves \d+ of its \d+ entries"):
         CheckpointPair(files, files, header)

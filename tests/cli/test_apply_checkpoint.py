@@ -1,9 +1,12 @@
+import dataclasses
 import json
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from safedelta_hf import Ridge
+from safedelta_hf import ProfileConfig, Ridge, Scale
+from safedelta_hf.cli import apply as command
 from safedelta_hf.cli.main import app
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import contents
@@ -50,6 +53,44 @@ def test_a_task_profile_and_a_treatment_are_passed_on(case):
     assert result.exit_code == 1 and "uncovered='magic' is not one of ['error', 'keep', 'reset']" in result.output
 
 
+def test_a_rule_that_reads_no_moments_asks_for_no_data(case):
+    result = apply(case, "--rule", "scale", "--strength", 1, "--dry-run", profile=None)
+    assert result.exit_code == 0 and not case.output.exists(), result.output
+    result = apply(case, "--rule", "scale", "--strength", 1, profile=None)
+    assert result.exit_code == 0 and "no safety data were read" in result.output, result.output
+    shown = CliRunner().invoke(app, ["show", str(case.output)])
+    assert shown.exit_code == 0 and "Safety data: none were read." in shown.output
+    case.adjust(output=case.folder / "expected", rule=Scale(strength=1.0))
+    assert contents(case.output) == contents(case.folder / "expected")
+
+
+def test_how_data_is_read_is_asked_as_by_the_profile_command_and_passed_on(case, monkeypatch):
+    commands = typer.main.get_command(app).commands
+    own, other = ({one.name: one for one in commands[name].params} for name in ("apply", "profile"))
+    for field in dataclasses.fields(ProfileConfig):
+        if not field.name.startswith("layers"):
+            assert (own[field.name].help, own[field.name].default) == (
+                other[field.name].help,
+                other[field.name].default,
+            )
+    seen = []
+    monkeypatch.setattr(command, "adjust_saved", lambda **given: seen.append(given) or case.adjust())
+    options = [
+        "--holdout=.5",
+        "--targets=q_proj",
+        "--no-share-moments",
+        "--moment-memory=1000",
+        f"--offload-folder={case.folder}",
+    ]
+    given = {"safety-data": case.folder / "rows.jsonl", "ordinary-profile": case.folder / "profile", "profile": None}
+    result = apply(case, "--strength", 1, *options, **given)
+    assert result.exit_code == 0, result.output
+    assert seen[0]["ordinary_profile"] == case.folder / "profile"
+    assert seen[0]["config"] == ProfileConfig(
+        holdout=0.5, targets=["q_proj"], share_moments=False, moment_memory=1000, offload_folder=case.folder
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "paths", "message"),
     [
@@ -58,6 +99,13 @@ def test_a_task_profile_and_a_treatment_are_passed_on(case):
         (["--initial-adapter", "somewhere", "--strength", "1"], {}, "(--initial-adapter): '"),
         (["--dry-run"], {"profile": None}, "--dry-run needs --base and --profile"),
         (["--ordinary-weight", "1"], {}, "--ordinary-weight has no effect without --ordinary-data"),
+        (["--holdout", ".5"], {}, "--holdout has no effect without --safety-data"),
+        (
+            ["--targets", "q_proj", "--batch-size", "2"],
+            {},
+            "--batch-size, --targets: has no effect where no data is read",
+        ),
+        (["--rule", "scale"], {"profile": None}, "give either safety_dataset or profile"),
         (["--save-profile", "somewhere"], {}, "save_profile has no effect beside a profile made before"),
         (["--strength", "auto"], {}, "ridge: strength='auto' measures refusals on safety data that no moment has seen"),
         ([], {}, "ridge: strength='auto' measures refusals"),

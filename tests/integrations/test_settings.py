@@ -77,7 +77,7 @@ def test_a_wrong_setting_is_named(text, told):
 @pytest.mark.parametrize(
     "text, error, told",
     [
-        ("rule: ridge", ConfigurationError, "pass either safety_dataset or profile"),
+        ("rule: ridge", ConfigurationError, "give either safety_dataset or profile"),
         ("safety_dataset: nowhere.jsonl", DataError, "nowhere.jsonl"),
         ("{safety_dataset: FILE, task_examples: 1.5}", ConfigurationError, "task_examples=1.5 must be a whole number"),
         ("{safety_dataset: FILE, sort_task: 'no'}", ConfigurationError, "sort_task='no' must be True or False"),

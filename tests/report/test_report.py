@@ -55,6 +55,15 @@ def test_the_table_names_every_parameter_and_reason(report):
         assert text in report.table()
 
 
+def test_what_the_rule_keeps_whole_is_not_told_as_adjusted(report):
+    kept = [dataclasses.replace(report.parameters[0], parameter=name, lost_energy=0.0) for name in ("d", "e")]
+    told = dataclasses.replace(report, parameters=(*report.parameters, *kept))
+    assert "1 weight adjusted, 2 left as tuned, 1 reset" in told.summary()
+    whole = dataclasses.replace(report, parameters=tuple(kept))
+    for text in (str(whole), whole.table(), whole._repr_html_()):
+        assert "left as tuned" in text and "adjusted" not in text.replace("Nothing was adjusted", "")
+
+
 def test_long_names_are_never_cut(report):
     name = "model.layers.31.block_sparse_moe.experts.127.gate_up_projection.weight"
     record = dataclasses.replace(report.parameters[1], parameter=name, reason="a long reason " * 12)

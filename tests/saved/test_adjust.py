@@ -14,6 +14,7 @@ from safedelta_hf import (
     Ridge,
     SafeDeltaCallback,
     SafetyProfile,
+    Scale,
     TaskRidge,
     adjust_adapter,
     adjust_model,
@@ -184,6 +185,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(folder, monkeypatc
     assert not (folder / "output").exists()
 
 
+def test_a_profile_of_ordinary_data_is_added_to_whatever_profile_of_the_safety_data_there_is(folder):
+    ordinary = tiny.rows(9, seed=8)
+    safety().save(folder / "profile")
+    collect_profile(refusing.base(), ordinary, config=WHOLE, progress=False).save(folder / "ordinary")
+    rule = {"rule": Ridge(strength=1.0), "ordinary_weight": 0.3}
+    adjust(folder, ordinary_dataset=ordinary, **rule, output=folder / "read")
+    made = {"ordinary_profile": folder / "ordinary", **rule}
+    adjust(folder, **made)
+    adjust(folder, **made, safety_dataset=None, profile=folder / "profile", output=folder / "given")
+    found = [checkpoints.tensors(folder / name) for name in ("read", "output", "given")]
+    plain = adjust(folder, **rule, output=folder / "plain")
+    for one in found[1:]:
+        for name, value in one.items():
+            torch.testing.assert_close(value, found[0][name])
+    assert plain.outcome == "adjusted" and not tiny.same(found[0], checkpoints.tensors(folder / "plain"))
+
+
 def test_the_memory_is_that_of_the_weights_and_four_copies_of_the_largest(folder):
     model = refusing.base()
     sizes = [parameter.numel() * 4 for parameter in model.parameters()]
@@ -202,6 +220,16 @@ def test_the_memory_is_that_of_the_weights_and_four_copies_of_the_largest(folder
         ({"safety_dataset": refusing.REFUSALS[:9], "config": None}, DataError, "give at least 16 refusals"),
         ({"device": "abacus"}, ConfigurationError, "device='abacus' cannot be used"),
         ({"ordinary_weight": 0}, ConfigurationError, "adjust_saved: ordinary_weight=0"),
+        (
+            {"ordinary_dataset": refusing.TASK, "ordinary_profile": "x"},
+            ConfigurationError,
+            "either ordinary_dataset or",
+        ),
+        (
+            {"safety_dataset": None, "rule": Scale(strength=1.0), "ordinary_profile": "x"},
+            ConfigurationError,
+            "ordinary_profile has no effect without",
+        ),
         ({"output": None}, ConfigurationError, "output=None must be a folder"),
         ({"safety_dataset": None, "profile": "nowhere/at/all"}, ProfileError, "there is no folder"),
         ({"base": "nowhere"}, BaseWeightsError, "base: 'nowhere'"),
