@@ -21,4 +21,4 @@ trainer = SFTTrainer(
 )
 trainer.train()
 trainer.save_model()
-print(callback.report)
+# What was done has been printed; print(callback.report) shows it for each kind of weight and each layer.

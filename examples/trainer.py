@@ -50,4 +50,4 @@ trainer = Trainer(
 )
 trainer.train()
 trainer.save_model()
-print(callback.report)
+# What was done has been printed; print(callback.report) shows it for each kind of weight and each layer.

@@ -1,6 +1,8 @@
 """Named causes of failure. Every message says what is wrong, where, and what to do."""
 
+import inspect
 import reprlib
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -22,6 +24,21 @@ class SafeDeltaError(Exception):
 
 class SafeDeltaWarning(UserWarning):
     """Something was done that its user has to know of."""
+
+
+def warn(message: str) -> None:
+    """Warn of something that the user has to know of, by the name of the module that calls this.
+
+    Python's own `warnings.warn` would show a line of code below, which tells a user nothing.
+
+    Args:
+        message: What it is.
+    """
+    frame = inspect.currentframe()
+    assert frame is not None and frame.f_back is not None, "CPython has frames"
+    own = frame.f_back.f_globals
+    registry = own.setdefault("__warningregistry__", {})  # by which the same warning is not shown again
+    warnings.warn_explicit(message, SafeDeltaWarning, own["__name__"], frame.f_back.f_lineno, registry=registry)
 
 
 class ConfigurationError(SafeDeltaError, ValueError):

@@ -1,9 +1,11 @@
 """What other libraries raise is told by a named error of this package, with its cause."""
 
+import warnings
+
 import pytest
 import torch
 
-from safedelta_hf.errors import AdjustmentError, CoverageError, DataError, foreign_errors_named
+from safedelta_hf.errors import AdjustmentError, CoverageError, DataError, SafeDeltaWarning, foreign_errors_named, warn
 
 
 def test_foreign_errors_get_a_name_and_own_ones_keep_theirs():
@@ -26,3 +28,12 @@ def test_foreign_errors_get_a_name_and_own_ones_keep_theirs():
         raise StopIteration
     with pytest.raises(DataError, match="ValueError while reading"), foreign_errors_named("reading", kind=DataError):
         raise ValueError
+
+
+def test_a_warning_names_the_module_that_warns_and_shows_no_code(recwarn):
+    for _ in range(2):  # where it is shown at all, it is shown once for each place
+        warn("look")
+    told = recwarn[0]
+    assert told.category is SafeDeltaWarning and told.filename == __name__
+    shown = warnings.formatwarning(told.message, told.category, told.filename, told.lineno)
+    assert shown.count("\n") == 1 and shown.endswith("SafeDeltaWarning: look\n")

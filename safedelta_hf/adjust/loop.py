@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -19,7 +18,7 @@ from safedelta_hf.core.rounding import is_coarse
 from safedelta_hf.data.refusals import Drift
 from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import SafeDeltaError, SafeDeltaWarning
+from safedelta_hf.errors import SafeDeltaError, warn
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Action, Plan, PlanEntry
 from safedelta_hf.records.uses import MatrixView, Use
@@ -146,11 +145,9 @@ class Adjustment:
         number = itertools.count(1)
 
         def tell(trial: Trial) -> None:
-            found = f"{trial.strength:.3g} {'passes' if trial.passed else 'fails'}"
+            found = f"strength {trial.strength:.3g} {'passes' if trial.passed else 'fails'}"
             self._bar.total = max(self._bar.total, self._bar.n + len(self._plan.entries))
-            self._bar.set_description_str(
-                f"Measuring strength, trial {next(number)} of about {EXPECTED_TRIALS}: {found}"
-            )
+            self._bar.set_description_str(f"Trial {next(number)} of about {EXPECTED_TRIALS}: {found}")
 
         def measure(strength: float) -> Drift:
             apply(strength, figures=False)
@@ -326,7 +323,7 @@ def adjust_weights(
         bar.total = bar.n
         bar.set_description_str("Adjusted")
     if report.warning and ranks.is_main:
-        warnings.warn(f"{rule.name}: {report.warning}", SafeDeltaWarning, stacklevel=3)
+        warn(f"{rule.name}: {report.warning}")
     return report
 
 

@@ -2,14 +2,13 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from safedelta_hf.core.binomial import upper_bound
 from safedelta_hf.data.refusals import Drift
-from safedelta_hf.errors import FactorisationError, SafeDeltaWarning
+from safedelta_hf.errors import FactorisationError, warn
 from safedelta_hf.report.search import StrengthSearch, Trial
 from safedelta_hf.rules import AutoStrength, Rule
 
@@ -164,11 +163,7 @@ class _Walk:
         try:
             self.passes(place)
         except FactorisationError as error:
-            warnings.warn(
-                f"{self.rule.name}: the search stays milder than strength {self.grid[place]:g} ({error})",
-                SafeDeltaWarning,
-                stacklevel=2,
-            )
+            warn(f"{self.rule.name}: the search stays milder than strength {self.grid[place]:g} ({error})")
             return False
         return True
 

@@ -33,6 +33,7 @@ from safedelta_hf.cli.reading import (
 from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
+from safedelta_hf.report.printing import printed
 from safedelta_hf.rules import Rule
 from safedelta_hf.saved.adjust import adjust_saved
 
@@ -184,7 +185,7 @@ def _require_place(report: Path | None) -> None:
 
 
 def _finish(done: Report, output: Path, report: Path | None) -> None:
-    typer.echo(done.summary())
+    typer.echo(printed(done.summary()), nl=False)
     typer.echo(f"Written: {output}")
     if report is not None:
         try:

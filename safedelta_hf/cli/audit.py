@@ -10,6 +10,7 @@ from safedelta_hf.cli.options import one_line_errors
 from safedelta_hf.evaluation.audit import audit_data
 from safedelta_hf.folders import require_absent
 from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
+from safedelta_hf.report.printing import printed
 
 TOO_MANY = 3
 """Exit status where more is refused than --fail-above allows."""
@@ -42,7 +43,7 @@ def audit(
         tokenizer = load_tokenizer(read, what)
         loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)
         found = audit_data(loaded, task_data, safety_data, tokenizer, output=output, batch_size=batch_size)
-        typer.echo(found.summary())
+        typer.echo(printed(found.summary()), nl=False)
         typer.echo(f"Written: {output}")
     if fail_above is not None and found.share > fail_above:
         typer.echo(f"More than --fail-above {fail_above:g}", err=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from safedelta_hf.cli.options import one_line_errors
+from safedelta_hf.report.printing import printed
 from safedelta_hf.report.provenance import RECORD_FILE, read_provenance
 
 
@@ -24,7 +25,7 @@ def show(
         if found is None:
             typer.echo(f"{folder}: not adjusted, or saved by something that leaves no {RECORD_FILE}.")
             sys.exit(1)
-        typer.echo(json.dumps(found.content, indent=1) if as_json else found.told)
+        typer.echo(f"{json.dumps(found.content, indent=1)}\n" if as_json else printed(found.told), nl=False)
         if not found.is_of_weights:
             typer.echo(f"safedelta: {found.compared}", err=True)
             sys.exit(1)

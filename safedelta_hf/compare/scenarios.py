@@ -16,7 +16,7 @@ from safedelta_hf.adapter.adjust import adjust_adapter, plan_adapter
 from safedelta_hf.capture.collect import collect_profile
 from safedelta_hf.capture.config import ProfileConfig
 from safedelta_hf.data.phrases import SAFETY_DATA
-from safedelta_hf.errors import AdapterError, NothingLeftError, SafeDeltaWarning
+from safedelta_hf.errors import AdapterError, NothingLeftError, warn
 from safedelta_hf.evaluation.evaluate import evaluate_model
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.questions import EvaluationSettings, Questions, digest_of_prompts
@@ -348,7 +348,7 @@ def _merged_unless_adjustable(model: PreTrainedModel, profile: SafetyProfile) ->
         merge = getattr(model, "merge_and_unload", None)
         if merge is None:  # an adapter that transformers put on the model itself
             raise
-        warnings.warn(f"The adapter is merged into its base and compared as a model: {error}", SafeDeltaWarning, 2)
+        warn(f"The adapter is merged into its base and compared as a model: {error}")
         merged: PreTrainedModel = merge()
         return merged
     return model

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -134,7 +134,12 @@ def refusal_probabilities(
         ConfigurationError: `batch_size` is below 1.
         NumericalError: The model's logits are NaN or Inf.
     """
-    with model.ranks.together(), without_adapters(model.model):
+    is_shown = progress and bool(prompts) and model.ranks.is_main
+    with (
+        model.ranks.together(),
+        without_adapters(model.model),
+        progress_bar(total=0, desc=desc, unit="batch", disable=not is_shown) as bar,
+    ):
         if batch_size < 1:
             raise ConfigurationError(f"batch_size: must be at least 1, got {batch_size}")
         require_likelihoods(model.model)
@@ -151,7 +156,7 @@ def refusal_probabilities(
             sequences = [SafetySequence(input_ids=prompt + start, labels=prompt + start) for prompt, start in likely]
             require_fit(model.runnable, [sequence.input_ids for sequence in sequences], "prompts")
             wanted = sorted({token for tokens in following.values() for token in tokens})
-            found = _next_tokens(model, sequences, wanted, batch_size, desc if progress else None)
+            found = _next_tokens(model, sequences, wanted, batch_size, bar)
             longer: dict[Tokens, dict[Tokens, float]] = {prompt: {} for prompt, _ in likely}
             for (prompt, start), mass in likely.items():
                 after = found[prompt + start]
@@ -172,7 +177,11 @@ def _following(openings: Collection[Tokens], depth: int) -> dict[Tokens, list[in
 
 
 def _next_tokens(
-    model: ShardedModel, sequences: Sequence[SafetySequence], wanted: Sequence[int], batch_size: int, desc: str | None
+    model: ShardedModel,
+    sequences: Sequence[SafetySequence],
+    wanted: Sequence[int],
+    batch_size: int,
+    bar: Any,  # noqa: ANN401 - of tqdm
 ) -> Mapping[Tokens, Mapping[int, float]]:
     # The probability of each wanted token after each sequence.
     ranks, runnable = model.ranks, model.runnable
@@ -180,13 +189,15 @@ def _next_tokens(
     share = share_of(list(dict.fromkeys(sequences)), batch_size, model) if sequences else []
     ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
     with evaluating(runnable):
-        for batch, counts in progress_bar(share, desc=desc, unit="batch", disable=desc is None or not ranks.is_main):
+        bar.total += len(share)
+        for batch, counts in share:
             with forward_guard(model):
                 rows = _batch_probabilities(runnable, batch, wanted)
             if counts:
                 found.update(
                     (one.input_ids, dict(zip(wanted, row, strict=True))) for one, row in zip(batch, rows, strict=True)
                 )
+            bar.update()
     everyone = {tokens: row for own in ranks.gather(found) for tokens, row in own.items()}
     if not all(0 <= value <= 1 for row in everyone.values() for value in row.values()):
         raise NumericalError("the base's logits after a prompt are NaN or Inf; are its weights intact?")

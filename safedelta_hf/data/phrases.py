@@ -1,12 +1,11 @@
 """What a refusal sounds like: phrases, and whether a text holds one."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Final
 
-from safedelta_hf.errors import SafeDeltaWarning
+from safedelta_hf.errors import warn
 
 REFUSAL_PHRASES: Final[tuple[str, ...]] = (
     "sorry",
@@ -110,7 +109,7 @@ def warn_unless_refusals(responses: Sequence[str], losses: Sequence[float] = (),
             "write the refusals, and ask it with `safedelta eval`"
         )
     if doubts:
-        warnings.warn(f"{purpose}: {'; and '.join(doubts)}", SafeDeltaWarning, stacklevel=3)
+        warn(f"{purpose}: {'; and '.join(doubts)}")
 
 
 def _normalised(text: str) -> str:

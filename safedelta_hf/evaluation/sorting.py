@@ -1,6 +1,5 @@
 """The examples of a task that its base would refuse: which they are, and whether it is they or the base that is odd."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +12,7 @@ from safedelta_hf.data.dataset import SafetySequence
 from safedelta_hf.data.openings import REFUSED, Tokens, asked, refusal_probabilities
 from safedelta_hf.data.templates import ProcessingClass, tokenizer_of
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.errors import ArchitectureError, NothingLeftError, SafeDeltaWarning
+from safedelta_hf.errors import ArchitectureError, NothingLeftError, warn
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.modules.evaluating import without_adapters
 from safedelta_hf.records.sorting import Outcome, RefusedExample, TaskSorting
@@ -185,7 +184,7 @@ def prompt_text(prompt: Tokens, processing_class: ProcessingClass | None) -> str
 
 def _tell(sorting: TaskSorting) -> None:
     if sorting.warning:
-        warnings.warn(f"{sorting.warning}\n{sorting.told}".rstrip(), SafeDeltaWarning, stacklevel=4)
+        warn(f"{sorting.warning}\n{sorting.told}".rstrip())
     elif sorting.left_out:
         logger.warning("Safe Delta: %s The surest:\n%s", sorting.summary, sorting.told)
     elif sorting.unjudged == sorting.examples:

@@ -1,7 +1,6 @@
 """Which weights are the base of a training run. Never a guess: what cannot be known is an error."""
 
 import secrets
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safedelta_hf.data.dataset import tokenizer_digest
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import BaseWeightsError, ProfileError, SafeDeltaWarning
+from safedelta_hf.errors import BaseWeightsError, ProfileError, warn
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.header import digest_of
 from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
@@ -103,12 +102,10 @@ def warn_of_other_data(profile: SafetyProfile, state: TrainerState) -> None:
     """
     begun_with = (_record(state) or {}).get("data")
     if begun_with and begun_with != profile.header.data and Ranks.of_run().is_main:
-        warnings.warn(
+        warn(
             "SafeDeltaCallback: the resumed run began with other safety data, or with the same in another order or "
             f"tokenisation (fingerprint {begun_with[:12]}, now {profile.header.data[:12] or 'none'}); it is adjusted "
-            "by those that are given now",
-            SafeDeltaWarning,
-            stacklevel=2,
+            "by those that are given now"
         )
 
 

@@ -65,6 +65,7 @@ from safedelta_hf.profile.profile import SafetyProfile, opened_profile
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.records.sorting import TaskSorting
 from safedelta_hf.report import Report
+from safedelta_hf.report.printing import printed
 from safedelta_hf.report.provenance import remove_provenance
 from safedelta_hf.report.saving import follow_saving, is_adjusted
 from safedelta_hf.rules import Rule, rule_of
@@ -273,7 +274,7 @@ class SafeDeltaCallback(TrainerCallback):
             raise
         self.report = replace(report, seconds=time.perf_counter() - started)
         if self.says_outcome and report.changed_anything and shows_progress(args, state):
-            tqdm.write(f"Safe Delta: {report.told}")
+            tqdm.write(printed(f"Safe Delta: {report.told}"), end="")
         log_metrics(report.metrics(), trainer, args, state, control, printed=False)
 
     def on_push_begin(
@@ -395,7 +396,7 @@ class SafeDeltaCallback(TrainerCallback):
             assert isinstance(error.sorting, TaskSorting), "it was raised by what sorts"
             self._nothing_left = error.sorting
             if Ranks.of_run().is_main:
-                logger.warning("Safe Delta: %s is used, since there is no task.", self._fitting(self._rule))
+                logger.warning("Safe Delta: rule %s is used, since there is no task.", self._fitting(self._rule).name)
 
     def _fitting(self, rule: Rule) -> Rule:
         # Where there turned out to be no task, what a rule is without one.

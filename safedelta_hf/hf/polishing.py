@@ -1,6 +1,5 @@
 """The polish of a run: what is learned of its base and of its fine-tune at the right moments, and what is done then."""
 
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from safedelta_hf.errors import (
     NothingLeftError,
     RestoreError,
     SafeDeltaError,
-    SafeDeltaWarning,
     foreign_errors_named,
+    warn,
 )
 from safedelta_hf.evaluation.sorting import sort_task
 from safedelta_hf.hf.profiles import RunData, task_examples
@@ -183,9 +182,7 @@ class RunPolish:
             if isinstance(error, RestoreError) or not is_shared(error):
                 raise
             if model.ranks.is_main:
-                warnings.warn(
-                    f"Safe Delta: the adjusted model was not polished: {error}", SafeDeltaWarning, stacklevel=3
-                )
+                warn(f"Safe Delta: the adjusted model was not polished: {error}")
             return PolishRecord(
                 outcome="failed",
                 steps=steps,

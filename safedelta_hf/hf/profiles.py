@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ from safedelta_hf.data.refusals import HeldOut, is_language_model
 from safedelta_hf.data.rows import kept
 from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
-from safedelta_hf.errors import ConfigurationError, DataError, NothingLeftError, SafeDeltaWarning, require_kind
+from safedelta_hf.errors import ConfigurationError, DataError, NothingLeftError, require_kind, warn
 from safedelta_hf.profile.profile import SafetyProfile, with_ordinary
 from safedelta_hf.rules.rule import Rule, require_number
 
@@ -243,13 +242,11 @@ def warn_of_trained_refusals(held_out: HeldOut, train_dataset: Any) -> None:  # 
             trained |= prompts.intersection(tokens[:size] for size in sizes)
     number = sum(part is not None and part[0] in trained for part in parts)
     if number:
-        warnings.warn(
+        warn(
             f"safety data: {number} of the {len(parts)} refusals that the strength is measured by have prompts that "
             "are in the training data as well. What is trained on is remembered, so the strength may come out too "
             "mild, or as 0, while other harmful requests are answered. Give the callback refusals that are not trained "
-            "on, or a rule whose strength is a number",
-            SafeDeltaWarning,
-            stacklevel=2,
+            "on, or a rule whose strength is a number"
         )
 
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from safedelta_hf.adapter.adjust import plan_adapter
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.ranks import Ranks
-from safedelta_hf.errors import ConfigurationError, SafeDeltaWarning
+from safedelta_hf.errors import ConfigurationError, warn
 from safedelta_hf.model.adjust import plan_model
 from safedelta_hf.modules.adapters import trained_adapter, tuner_layers
 from safedelta_hf.profile.profile import SafetyProfile
@@ -117,12 +116,10 @@ def warn_of_empty_adapters(model: ShardedModel) -> None:
     """
     # PEFT looks for the adapter under the names of modules, and FSDP1's units are part of those.
     if model.kind == "FSDP1" and getattr(model.model, "peft_config", None) and model.ranks.is_main:
-        warnings.warn(
+        warn(
             "under FSDP1, PEFT finds no tensor of an adapter: trainer.save_model() writes an empty one, or waits for "
             "ever where there are modules_to_save. Use FSDP2, or keep_tuned=<folder>, which holds the whole tuned "
-            "adapter, and adjust_adapter_files() on that folder, with callback.profile",
-            SafeDeltaWarning,
-            stacklevel=2,
+            "adapter, and adjust_adapter_files() on that folder, with callback.profile"
         )
 
 

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from safedelta_hf.errors import AdjustmentError, ConfigurationError, SafeDeltaError
 from safedelta_hf.hf.callback import SafeDeltaCallback
 from safedelta_hf.report import Report
+from safedelta_hf.report.printing import printed
 from safedelta_hf.report.provenance import restore_card
 
 REPORT: Final = "safedelta-report.json"
@@ -83,4 +84,4 @@ def tell(callback: SafeDeltaCallback, folder: str | Path) -> None:
     report = save_report(callback, folder)
     if PartialState().is_main_process:
         restore_card(Path(folder))
-        typer.echo(f"Safe Delta: {report.summary()}\nThe whole report: {Path(folder) / REPORT}")
+        typer.echo(f"{printed(f'Safe Delta: {report.summary()}')}The whole report: {Path(folder) / REPORT}")

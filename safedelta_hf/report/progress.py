@@ -12,6 +12,9 @@ EVERY: Final = 30.0
 
 _LINE: Final = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}]"
 
+_BAR: Final = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+"""Without a rate, so that there is room for what is done in a terminal of 80 columns."""
+
 
 class _Lines:
     """Takes what a bar draws over and over, and writes each state that is new as a line."""
@@ -44,8 +47,10 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, desc: str | None, uni
     if isinstance(iterable, Sized) and not len(iterable):
         settings["disable"] = True
     is_notebook = shown_bar.__mro__[1] is not terminal_bar and "notebook" in shown_bar.__mro__[1].__module__
-    if is_notebook or sys.stderr.isatty():
-        return shown_bar(iterable, desc=desc, unit=unit, dynamic_ncols=True, **settings)
+    if is_notebook:
+        return shown_bar(iterable, desc=desc, unit=unit, **settings)
+    if sys.stderr.isatty():
+        return shown_bar(iterable, desc=desc, unit=unit, dynamic_ncols=True, bar_format=_BAR, **settings)
     # Any delay leaves out the line before anything is done; one that is too small to be waited for, no other.
     plain = {"file": _Lines(), "bar_format": _LINE, "mininterval": EVERY, "delay": 1e-9}
     return terminal_bar(iterable, desc=desc, unit=unit, **plain, **settings)

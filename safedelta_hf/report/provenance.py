@@ -5,7 +5,6 @@ The file names the weights that it speaks of by SHA-256 of each of their files, 
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from safedelta_hf.errors import CheckpointError, SafeDeltaWarning
+from safedelta_hf.errors import CheckpointError, warn
 from safedelta_hf.folders import write_whole
 from safedelta_hf.report.report import Report
 
@@ -269,9 +268,5 @@ def _tagged(text: str, *, is_adjusted: bool) -> str:
         card.data["tags"] = [*tags, TAG] if is_adjusted else tags or None
         return str(card)
     except Exception as error:  # of the YAML parser, and what else the text gives rise to
-        warnings.warn(
-            f"{CARD_FILE}: its metadata cannot be read, so the tag {TAG!r} is not in it ({error})",
-            SafeDeltaWarning,
-            stacklevel=2,
-        )
+        warn(f"{CARD_FILE}: its metadata cannot be read, so the tag {TAG!r} is not in it ({error})")
         return text

@@ -10,12 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import write_whole
 from safedelta_hf.records.sorting import TaskSorting
-from safedelta_hf.report.printing import printed
+from safedelta_hf.report.printing import Dotted, printed
 from safedelta_hf.report.records import ParameterRecord, PolishRecord, RuleRecord
 from safedelta_hf.report.search import StrengthSearch, percent
 
@@ -241,7 +242,8 @@ class Report:
         table = Table(*(Column(name, overflow="fold") for name in names), title=self._title())
         for record in self.parameters:
             table.add_row(*_cells(record))
-        return self._printed(200, table)
+        rows = f"{self.sorting.told}\n" if self.sorting is not None and self.sorting.shown else ""
+        return self._printed(table, width=200) + rows
 
     def overview(self, width: int | None = None) -> str:
         """The report within the width of a terminal: weights of one kind, and neighbouring layers, share a row.
@@ -254,12 +256,13 @@ class Report:
             is one, comes first.
         """
         names = ("weights", "role", "outcome", "moved", "safety loss")
-        table = Table(*(Column(name, overflow="fold") for name in names), title=self._title())
+        heads = (Column(name, overflow="fold") for name in names)
+        table = Table(*heads, title=self._title(), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for groups in self._groups():
-            for group in groups:
-                table.add_row(*group)
+            for name, *cells in groups:
+                table.add_row(Dotted(name), *cells)
             table.add_section()
-        return self._printed(width, table)
+        return self._printed(table, width=width)
 
     def to_pandas(self) -> Any:  # noqa: ANN401 - of pandas, which need not be there
         """The records of all parameters as a data frame.
@@ -279,10 +282,9 @@ class Report:
         rows = [asdict(record) | {"moved_share": _moved([record])} for record in self.parameters]
         return pandas.DataFrame(rows)
 
-    def _printed(self, width: int | None, table: Table) -> str:
+    def _printed(self, table: Table, *, width: int | None) -> str:
         warning = f"WARNING: {self.warning}" if self.warning else ""
-        rows = f"{self.sorting.told}\n" if self.sorting is not None and self.sorting.shown else ""
-        return printed(warning, table, self.told, width=width) + rows
+        return printed(warning, table, self.told, width=width)
 
     def _groups(self) -> Iterator[list["_Group"]]:
         kinds: dict[tuple[str, str], list[ParameterRecord]] = {}

@@ -28,7 +28,14 @@ from safedelta_hf.checkpoint.plan import (
     require_apart,
 )
 from safedelta_hf.deltas.lora_settings import CONFIG_FILE
-from safedelta_hf.errors import AdapterError, BaseWeightsError, CheckpointError, ConfigurationError, SafeDeltaWarning
+from safedelta_hf.errors import (
+    AdapterError,
+    BaseWeightsError,
+    CheckpointError,
+    ConfigurationError,
+    SafeDeltaWarning,
+    warn,
+)
 from safedelta_hf.model.adjust import adjust_model
 from safedelta_hf.modules.loading import Source, load_base, source_of, with_adapter
 from safedelta_hf.profile.profile import SafetyProfile
@@ -273,11 +280,9 @@ def _warn_if_other(measured: Report, written: Report) -> None:
         other = found.get(one.parameter, one)
         pairs = ((one.lost_energy, other.lost_energy), (one.adjusted_loss or 0.0, other.adjusted_loss or 0.0))
         if not all(math.isclose(*pair, rel_tol=TOLERANCE, abs_tol=1e-12) for pair in pairs):
-            warnings.warn(
+            warn(
                 f"{one.parameter}: what was written differs by more than {TOLERANCE:.0%} from what was measured in "
-                "memory; measure the output too (safedelta eval)",
-                SafeDeltaWarning,
-                stacklevel=4,
+                "memory; measure the output too (safedelta eval)"
             )
             return
 

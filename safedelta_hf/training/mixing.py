@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from safedelta_hf.data.dataset import SafetySequence, Source, read_safety_data
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.templates import ProcessingClass
-from safedelta_hf.errors import ConfigurationError, DataError
+from safedelta_hf.errors import ConfigurationError, DataError, warn
 from safedelta_hf.rules.rule import require_number
 from safedelta_hf.training.rows import (
     OVER_REFUSAL,
@@ -22,7 +22,6 @@ from safedelta_hf.training.rows import (
     required_tokenizer,
     rows_of,
     to_dataset,
-    warn,
 )
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Rows of token ids with labels of their own, as TRL's SFTTrainer and the plain Trainer take them."""
 
 import random
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,7 +10,7 @@ from safedelta_hf.data.dataset import SafetySequence, Source
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass, tokenizer_of
-from safedelta_hf.errors import ConfigurationError, DataError, SafeDeltaWarning
+from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.rules.rule import require_number
 
 if TYPE_CHECKING:
@@ -216,12 +215,3 @@ def require_share(owner: str, field: str, value: object) -> None:
         value: What was given.
     """
     require_number(owner, field, value, "of at least 0 and below 1", lambda share: 0 <= share < 1)
-
-
-def warn(message: str) -> None:
-    """Tell the caller of a public function something that they have to know.
-
-    Args:
-        message: What.
-    """
-    warnings.warn(message, SafeDeltaWarning, stacklevel=3)

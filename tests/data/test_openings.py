@@ -1,6 +1,7 @@
 """How likely a base is to begin its answer as refusals begin, against the same by hand in float64."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -48,6 +49,13 @@ def test_probabilities_are_those_by_hand(batch_size):
     assert min(expected) < REFUSED < max(expected)  # some are settled by the first token, others are not
     found = refusal_probabilities(ShardedModel(base), PROMPTS, OPENINGS, batch_size=batch_size)
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_bar_counts_the_passes_of_all_depths(capsys):
+    refusal_probabilities(ShardedModel(model()), PROMPTS, OPENINGS, batch_size=1, progress=True, desc="Sorting")
+    lines = capsys.readouterr().err.splitlines()
+    counted = re.fullmatch(r"Sorting: (\d+)/(\d+) batch \[.*\]", lines[-1])
+    assert len(lines) == 1 and counted[1] == counted[2] and int(counted[1]) > len(set(PROMPTS))
 
 
 def test_what_one_pass_settles_is_read_once(monkeypatch):

@@ -107,7 +107,7 @@ def test_one_bar_for_a_repair_and_one_sentence_instead_of_a_dictionary(tmp_path,
     ran(tmp_path, callback, disable_tqdm=False)
     out, err = capsys.readouterr()
     assert "safedelta/" not in out + err and out.count("Safe Delta: ") == 1
-    assert "Measuring strength, trial 1 of about 8" in err and err.count("Adjusted: ") == 1
+    assert "Trial 1 of about 8: strength " in err and err.count("Adjusted: ") == 1
     assert "Adjusting (" not in err
     ran(tmp_path / "quiet", SafeDeltaCallback(ROWS, RULE), disable_tqdm=True)
     out, err = capsys.readouterr()
