@@ -140,18 +140,18 @@ class Adjustment:
             return self.at(rule.at(strength), factors, figures=figures)
 
         self._put_base()
-        base, noise = held_out.read_again(running)
-
-        number = itertools.count(1)
+        base, noise = held_out.read_again(running, bar=self._bar)
+        number, last = itertools.count(1), ""
 
         def tell(trial: Trial) -> None:
-            found = f"strength {trial.strength:.3g} {'passes' if trial.passed else 'fails'}"
+            nonlocal last
+            last = f" ({trial.strength:.3g} {'passes' if trial.passed else 'fails'})"
             self._bar.total = max(self._bar.total, self._bar.n + len(self._plan.entries))
-            self._bar.set_description_str(f"Trial {next(number)} of about {EXPECTED_TRIALS}: {found}")
 
         def measure(strength: float) -> Drift:
+            self._bar.set_description_str(f"Trial {next(number)} of about {EXPECTED_TRIALS}{last}")
             apply(strength, figures=False)
-            return Drift.between(base, held_out.read(running))
+            return Drift.between(base, held_out.read(running, bar=self._bar))
 
         refusals = sum(reading.surely_begins for reading in base)
         search = search_strength(rule, auto, measure, refusals, len(base) - refusals, tell)
@@ -304,9 +304,10 @@ def adjust_weights(
     """
     ranks = ranks or Ranks.of_run()
     # Every weight is looked at once, and adjusted at each strength that is tried, and at the one that is found.
-    passes = 2 if rule.auto is None else 2 + EXPECTED_TRIALS
-    settings: dict[str, Any] = {"total": passes * len(plan.entries), "disable": not (progress and ranks.is_main)}
-    with progress_bar(desc="Checking weights", unit="weight", **settings) as bar:
+    steps, unit = 2 * len(plan.entries), "weight"
+    if rule.auto is not None:
+        steps, unit = steps + EXPECTED_TRIALS * len(plan.entries) + _readings(profile, ranks), "step"
+    with progress_bar(desc="Checking weights", unit=unit, total=steps, disable=not (progress and ranks.is_main)) as bar:
         with ranks.together():
             loop = Adjustment(store, plan, profile, rule, task, ranks=ranks, bar=bar)
         with store, ranks.together():  # on a failure all ranks leave the store's block, and put back what they hold
@@ -325,6 +326,12 @@ def adjust_weights(
     if report.warning and ranks.is_main:
         warn(f"{rule.name}: {report.warning}")
     return report
+
+
+def _readings(profile: SafetyProfile, ranks: Ranks) -> int:
+    # The base reads the held-out refusals twice, for the noise, and each trial once; equal ones are read once.
+    refusals = 0 if profile.held_out is None else len(set(profile.held_out.sequences))
+    return (2 + EXPECTED_TRIALS) * math.ceil(refusals / ranks.size)
 
 
 def report_of(

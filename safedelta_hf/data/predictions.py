@@ -1,7 +1,7 @@
 """What a model predicts of the responses of rows, all ranks sharing the work."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ def read_predictions(
     batch_size: int = 8,
     progress: bool = False,
     desc: str,
+    bar: Any = None,  # noqa: ANN401 - of tqdm
 ) -> list[R]:
     """Read from a model's predictions of every response token, given all tokens before it.
 
@@ -36,6 +37,7 @@ def read_predictions(
         batch_size: Sequences per forward pass, at most.
         progress: Whether to show a progress bar.
         desc: What the progress bar says.
+        bar: A bar of a larger work, to be moved by every sequence that this process reads; None for none.
 
     Returns:
         One value for each sequence, in their order. The first token of a sequence has nothing before it, and no
@@ -63,6 +65,8 @@ def read_predictions(
             for batch, counts in progress_bar(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
                 with forward_guard(model):
                     values = read(_logits(runnable, batch), batch)
+                if counts and bar is not None:
+                    bar.update(len(batch))
                 if counts:
                     found.update(zip(batch, values, strict=True))
         everyone = {sequence: value for own in ranks.gather(found) for sequence, value in own.items()}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 from statistics import NormalDist, fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,7 @@ def read_responses(
     batch_size: int = 8,
     progress: bool = False,
     desc: str = "Likelihood",
+    bar: Any = None,  # noqa: ANN401 - of tqdm
 ) -> list[ResponseReading]:
     """Let a model read responses, and how it finds every token of them.
 
@@ -121,6 +123,7 @@ def read_responses(
         batch_size: Sequences per forward pass, at most.
         progress: Whether to show a progress bar.
         desc: What the progress bar says.
+        bar: A bar of a larger work, to be moved by every sequence that this process reads; None for none.
 
     Returns:
         For each sequence, in their order, how the model finds its response tokens. The first token of a sequence has
@@ -135,7 +138,9 @@ def read_responses(
     """
     with model.ranks.together():
         require_likelihoods(model.model)
-    readings = read_predictions(model, sequences, _read_batch, batch_size=batch_size, progress=progress, desc=desc)
+    readings = read_predictions(
+        model, sequences, _read_batch, batch_size=batch_size, progress=progress, desc=desc, bar=bar
+    )
     for number, reading in enumerate(readings):
         if not all(map(math.isfinite, reading.losses)):
             raise NumericalError(f"row {number}: the loss of the model is NaN or Inf; are its weights intact?")
@@ -275,19 +280,32 @@ class HeldOut:
             losses = response_losses(model, sequences, batch_size=batch_size)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
-    def read(self, model: ShardedModel, *, batch_size: int = 8) -> list[ResponseReading]:
+    def read(
+        self,
+        model: ShardedModel,
+        *,
+        batch_size: int = 8,
+        bar: Any = None,  # noqa: ANN401 - of tqdm
+    ) -> list[ResponseReading]:
         """Let a model read the examples.
 
         Args:
             model: The base model, or a fine-tune of it.
             batch_size: Sequences per forward pass, at most.
+            bar: A bar of a larger work, to be moved by every example that this process reads; None for none.
 
         Returns:
             How it finds each of them; the same on all ranks.
         """
-        return read_responses(model, self.sequences, batch_size=batch_size)
+        return read_responses(model, self.sequences, batch_size=batch_size, bar=bar)
 
-    def read_again(self, model: ShardedModel, *, batch_size: int = 8) -> tuple[list[ResponseReading], ReadingNoise]:
+    def read_again(
+        self,
+        model: ShardedModel,
+        *,
+        batch_size: int = 8,
+        bar: Any = None,  # noqa: ANN401 - of tqdm
+    ) -> tuple[list[ResponseReading], ReadingNoise]:
         """Let the base model read the examples as a fine-tune of it is about to, and measure the noise of that.
 
         The fine-tune runs in the module that was trained, on the machine and in the batches of now. Compared with what
@@ -296,16 +314,17 @@ class HeldOut:
         Args:
             model: What the fine-tune runs in, holding the base weights.
             batch_size: Sequences per forward pass, at most.
+            bar: As in `read`.
 
         Returns:
             How it finds each of the examples now, and the noise; the same on all ranks.
         """
         with precision_seen(model.model) as seen:
-            base = self.read(model, batch_size=batch_size)
+            base = self.read(model, batch_size=batch_size, bar=bar)
         names = {name for own in model.ranks.gather(sorted(map(str, seen))) for name in own} or {"torch.float32"}
         dtype = coarsest({getattr(torch, name.removeprefix("torch.")) for name in names})
         with rounding_otherwise(model.model, dtype) as is_moved:
-            other = self.read(model, batch_size=batch_size) if is_moved else None
+            other = self.read(model, batch_size=batch_size, bar=bar) if is_moved else None
         # Either of the two readings might as well have been the other.
         noise = [] if other is None else [Drift.between(base, other), Drift.between(other, base)]
         return base, ReadingNoise(

@@ -346,6 +346,45 @@ def test_a_rule_that_reads_no_moments_changes_a_weight_with_two_uses_once():
     torch.testing.assert_close(store.now["tied"], base + (tuned - base) / 4)
 
 
+class Watched:
+    """A bar that notes what it is told."""
+
+    def __init__(self, **settings):
+        self.total, self.n, self.told, self.largest = settings["total"], 0, [settings["desc"]], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count=1):
+        self.n += count
+        self.largest.append(self.total)
+        assert self.n <= self.total
+
+    def set_description_str(self, text):
+        self.told.append(text)
+
+
+def test_one_bar_counts_weights_and_every_refusal_that_is_read(profile, monkeypatch):
+    bars = []
+    monkeypatch.setattr(loop, "progress_bar", lambda **settings: bars.append(Watched(**settings)) or bars[-1])
+    monkeypatch.setattr(
+        "safedelta_hf.data.predictions.progress_bar", lambda share, *, disable, **_: share if disable else 1 / 0
+    )
+    model = refusing.fine_tuned()
+    search = adjust_model(model, base=refusing.base(), profile=profile, rule=Ridge()).search
+    (bar,) = bars
+    readings, passes = len(search.trials) + 1 + (search.noise.lost is not None), len(search.trials) + 2
+    assert len(search.trials) > 2
+    assert bar.n == readings * len(profile.held_out.sequences) + passes * len(profile.header.base)
+    told = [text for text in bar.told if text.startswith("Trial ")]
+    assert len(told) == len(search.trials) and told[0] == f"Trial 1 of about {loop.EXPECTED_TRIALS}"
+    for text, before in zip(told[1:], search.trials, strict=False):
+        assert text.endswith(f"({before.strength:.3g} {'passes' if before.passed else 'fails'})")
+
+
 def test_an_error_names_its_parameter_and_every_weight_is_as_it_was():
     store, profile = small_store(), small_profile()
     profile.moments["down"].total[1, 1] = torch.nan

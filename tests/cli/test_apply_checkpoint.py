@@ -2,12 +2,11 @@ import dataclasses
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from safedelta_hf import ProfileConfig, Ridge, Scale
 from safedelta_hf.cli import apply as command
-from safedelta_hf.cli.main import app
+from safedelta_hf.cli.main import app, loaded
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import contents
 
@@ -65,8 +64,7 @@ def test_a_rule_that_reads_no_moments_asks_for_no_data(case):
 
 
 def test_how_data_is_read_is_asked_as_by_the_profile_command_and_passed_on(case, monkeypatch):
-    commands = typer.main.get_command(app).commands
-    own, other = ({one.name: one for one in commands[name].params} for name in ("apply", "profile"))
+    own, other = ({one.name: one for one in loaded(name).params} for name in ("apply", "profile"))
     for field in dataclasses.fields(ProfileConfig):
         if not field.name.startswith("layers"):
             assert (own[field.name].help, own[field.name].default) == (
