@@ -217,7 +217,7 @@ def collect_profile(
             return capture_profile(opened, some, config, made_of, purpose=purpose, progress=progress)
 
         profile = read(sequences) if checkpointing is None else checkpointing.collect(sequences, config, read, made_of)
-        held_out = HeldOut.measured(opened, aside, config.batch_size) if aside else None
+        held_out = HeldOut.measured(opened, aside, config.batch_size, progress=progress) if aside else None
         if purpose == SAFETY_DATA and ranks.is_main:
             losses = () if held_out is None else held_out.losses
             warn_unless_refusals(responses_of(sequences + aside, processing_class), losses)

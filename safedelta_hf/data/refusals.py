@@ -265,6 +265,8 @@ class HeldOut:
         model: ShardedModel,
         sequences: Sequence[SafetySequence],
         batch_size: int,
+        *,
+        progress: bool = False,
     ) -> "HeldOut":
         """Let the base model read the examples.
 
@@ -272,12 +274,15 @@ class HeldOut:
             model: The base model; adapters on it are disabled meanwhile.
             sequences: Tokenised examples.
             batch_size: Sequences per forward pass, at most.
+            progress: Whether to show a progress bar.
 
         Returns:
             The examples with their likelihood; the same on all ranks.
         """
         with without_adapters(model.model):
-            losses = response_losses(model, sequences, batch_size=batch_size)
+            losses = response_losses(
+                model, sequences, batch_size=batch_size, progress=progress, desc="Reading what is held out"
+            )
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
     def read(

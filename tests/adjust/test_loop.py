@@ -350,7 +350,7 @@ class Watched:
     """A bar that notes what it is told."""
 
     def __init__(self, **settings):
-        self.total, self.n, self.told, self.largest = settings["total"], 0, [settings["desc"]], []
+        self.total, self.n, self.told = settings["total"], 0, [settings["desc"]]
 
     def __enter__(self):
         return self
@@ -360,7 +360,6 @@ class Watched:
 
     def update(self, count=1):
         self.n += count
-        self.largest.append(self.total)
         assert self.n <= self.total
 
     def set_description_str(self, text):
@@ -371,7 +370,8 @@ def test_one_bar_counts_weights_and_every_refusal_that_is_read(profile, monkeypa
     bars = []
     monkeypatch.setattr(loop, "progress_bar", lambda **settings: bars.append(Watched(**settings)) or bars[-1])
     monkeypatch.setattr(
-        "safedelta_hf.data.predictions.progress_bar", lambda share, *, disable, **_: share if disable else 1 / 0
+        "safedelta_hf.data.predictions.progress_bar",
+        lambda share, *, disable, **_: share if disable else pytest.fail("a bar inside the bar"),
     )
     model = refusing.fine_tuned()
     search = adjust_model(model, base=refusing.base(), profile=profile, rule=Ridge()).search
