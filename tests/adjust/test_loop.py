@@ -25,7 +25,7 @@ from safedelta_hf.adjust import loop
 from safedelta_hf.adjust.loop import adjust_weights
 from safedelta_hf.adjust.plan import plan_parameters
 from safedelta_hf.adjust.store import WeightStore, Written
-from safedelta_hf.data.refusals import Drift
+from safedelta_hf.data.refusals import Drift, HeldOut
 from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import (
@@ -425,7 +425,7 @@ def test_what_is_missing_is_told_before_the_store_is_entered(rule, treatment, er
 
 
 def test_a_strength_cannot_be_measured_where_no_model_runs():
-    store, profile = small_store(), dataclasses.replace(small_profile(), held_out=object())
+    store, profile = small_store(), dataclasses.replace(small_profile(), held_out=HeldOut(sequences=(), losses=()))
     with pytest.raises(ConfigurationError, match=r"none here; give a number: rule=Ridge\(strength="):
         adjusted(store, Ridge(), profile)
     assert store.events == ["entered", ConfigurationError] and store.now == store.tuned
