@@ -162,10 +162,12 @@ class DenseDelta(Delta):
             carried: What the weights carry of what is kept.
 
         Returns:
-            The sums over all entries, taken in float64.
+            The sums over all entries, those of the pieces taken in float32.
         """
-        pieces = zip(*map(_pieces, (self._delta, self.values, carried.values)), strict=True)
-        return Lost(*torch.stack([_lost(*each) for each in pieces]).sum(0).tolist())
+        values = [self._delta, self.values] + ([] if carried is self else [carried.values])
+        sums = [_lost(*pieces) for pieces in zip(*map(_pieces, values), strict=True)]
+        kept, product, *rounded = torch.stack(sums).double().sum(0).tolist()
+        return Lost(kept, product, sum(rounded))
 
     @property
     def is_whole(self) -> bool:
@@ -362,10 +364,12 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     return torch.stack([(left - right).square().sum() for left, right in pairs]).sum()
 
 
-def _lost(tuned: Tensor, kept: Tensor, carried: Tensor) -> Tensor:
+def _lost(tuned: Tensor, kept: Tensor, carried: Tensor | None = None) -> Tensor:
+    lost = tuned - kept
+    if carried is None:
+        return torch.stack([kept.square().sum(), lost.mul_(kept).sum()])
     rounded = carried - kept
-    pairs = ((kept, kept), (tuned - kept, carried + rounded), (rounded, rounded))
-    return torch.stack([(one * other).sum(dtype=torch.float64) for one, other in pairs])
+    return torch.stack([kept.square().sum(), lost.mul_(carried + rounded).sum(), rounded.square_().sum()])
 
 
 def _wanted(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
