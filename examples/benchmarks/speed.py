@@ -578,24 +578,45 @@ for line in sys.stdin:
 """What the other process runs: one merge for each line, without the seconds in which it starts."""
 
 
+class Models:
+    """A base and a fine-tune of it, whole models in files, for rules that need no profile."""
+
+    def __init__(self, folder: Path, width: int, layers: int) -> None:
+        self.folder = folder
+        model = llama(width, layers).to(torch.bfloat16)
+        model.save_pretrained(folder / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        model.save_pretrained(folder / "tuned")
+
+    def scaled(self) -> None:
+        """What the package does for the mean of the two."""
+        output = self.folder / "adjusted"
+        rule = Scale(strength=1.0)
+        adjust_checkpoint(
+            base=self.folder / "base", tuned=self.folder / "tuned", output=output, rule=rule, progress=False
+        )
+        shutil.rmtree(output)
+
+
 @contextmanager
-def merging(python: Path, folder: Path) -> Iterator[Callable[[], float]]:
+def merging(python: Path) -> Iterator[Callable[[Path], float]]:
     """Mergekit (github.com/arcee-ai/mergekit) in a process of its own, while it is needed.
 
     Args:
         python: Of the environment that it is installed in.
-        folder: That of the inputs.
 
     Yields:
-        A merge of both models by its `linear` method, which returns the CPU seconds that it took.
+        A merge of both models in a folder by its `linear` method, which returns the CPU seconds that it took.
     """
-    request = json.dumps([[str(folder / "base"), str(folder / "tuned")], str(folder / "by-mergekit")])
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([python, "-c", MERGING], **pipes, text=True, env=own) as process:
 
-        def merged() -> float:
-            print(request, file=process.stdin, flush=True)
+        def merged(folder: Path) -> float:
+            request = [[str(folder / "base"), str(folder / "tuned")], str(folder / "by-mergekit")]
+            print(json.dumps(request), file=process.stdin, flush=True)
             for line in process.stdout:
                 if line.startswith("CPU seconds "):
                     return float(line.split()[-1])
@@ -606,21 +627,29 @@ def merging(python: Path, folder: Path) -> Iterator[Callable[[], float]]:
 
 def mergekit(python: Path, quick: bool) -> Iterator[Comparison]:
     """Files to files beside mergekit's linear merge of the same files; not among `ROWS`, as it may not be installed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, merging(python) as merge:
+        (Path(folder) / "models").mkdir()
         made = Checkpoints(Path(folder), 64 if quick else 2048, 2 if quick else 6)
-        with merging(python, made.folder) as merged:
+        models = Models(Path(folder) / "models", 64 if quick else 2048, 1 if quick else 2)
+        merged, merged_models = partial(merge, made.folder), partial(merge, models.folder)
 
-            def merged_and_factored() -> float:
-                for _ in made.names:
-                    made.factor(torch.randn(made.hessian.shape))
-                return merged()
+        def merged_and_factored() -> float:
+            for _ in made.names:
+                made.factor(torch.randn(made.hessian.shape))
+            return merged()
 
-            for name, ours, beside, goal in (
-                ("ridge, files to files / mergekit and factorisations", made.adjusted, merged_and_factored, 1.5),
-                ("scale, files to files / mergekit", partial(made.adjusted, Scale(strength=0.5)), merged, 1.5),
-                ("a linear merge of this script / mergekit", made.merged, merged, 1.0),
-            ):
-                yield Comparison(name=name, ours=ours, beside=beside, goal=goal)
+        for name, ours, beside, goal in (
+            ("ridge, files to files / mergekit and factorisations", made.adjusted, merged_and_factored, 1.5),
+            ("scale, files to files without data / mergekit", models.scaled, merged_models, 1.5),
+            (
+                "scale, with a profile / mergekit",
+                partial(made.adjusted, Scale(strength=1.0)),
+                merged,
+                1.5,
+            ),
+            ("a linear merge of this script / mergekit", made.merged, merged, 1.0),
+        ):
+            yield Comparison(name=name, ours=ours, beside=beside, goal=goal)
 
 
 @row

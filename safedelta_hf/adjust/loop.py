@@ -13,10 +13,10 @@ from safedelta_hf.adjust.factors import FactorCache
 from safedelta_hf.adjust.plan import check_entries, check_rule, require_number
 from safedelta_hf.adjust.search import search_strength
 from safedelta_hf.adjust.store import WeightStore
-from safedelta_hf.core.curvature import quadratic_loss
+from safedelta_hf.core.curvature import loss_by_price, quadratic_loss
 from safedelta_hf.core.rounding import is_coarse
 from safedelta_hf.data.refusals import Drift
-from safedelta_hf.deltas.dense import Delta
+from safedelta_hf.deltas.dense import Delta, DenseDelta
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import SafeDeltaError, warn
 from safedelta_hf.profile.profile import SafetyProfile
@@ -173,28 +173,31 @@ class Adjustment:
             written, notes = self._store.write(entry.parameter, kept)
             return _record(entry, written if figures else None, outcome=outcome, notes=notes)
         losses = {"tuned_loss": _loss(entry, delta, factors)} if figures else {}
+        price = None
         if self._merging is None:
-            adjusted, notes = _transformed(entry, delta, cast(TransformRule, rule), factors)
+            adjusted, notes, price = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:
             adjusted, notes = self._merging.merged(rule, entry, delta)
-        loss = None
+        kept, loss = adjusted, None
         if is_coarse(delta.dtype):
             if figures:
-                losses["unrounded_loss"] = _loss(entry, adjusted, factors)
-            adjusted, loss, note = _rounded(entry, adjusted, factors)
+                losses["unrounded_loss"] = _loss_of_kept(entry, kept, kept, price, factors)
+            adjusted, loss, note = _rounded(entry, kept, factors)
             notes += (note,)
         written, remarks = self._store.write(entry.parameter, adjusted)
         if figures:
             if loss is None or written is not adjusted:
-                loss = _loss(entry, written, factors)
+                loss = _loss_of_kept(entry, kept, written, price, factors)
             losses["adjusted_loss"] = loss
         return _record(entry, written if figures else None, outcome="adjusted", notes=notes + remarks, **losses)
 
 
 def _transformed(
     entry: PlanEntry, delta: Delta, rule: TransformRule, factors: FactorCache
-) -> tuple[Delta, tuple[str, ...]]:
+) -> tuple[Delta, tuple[str, ...], float | None]:
+    # What of it is kept, with what there is to say about it, and its price, where one transform tells it.
     notes: tuple[str, ...] = ()
+    price = None
     for use in entry.uses if rule.reads_moments else _once(entry):
         if rule.reads_moments:
             factors.hold(_together(entry, use), delta.device)
@@ -204,7 +207,8 @@ def _transformed(
             transform = rule.transform(rule.factorise(none), delta.matrix(use))
         delta = delta.transformed(use, transform)
         notes += transform.notes
-    return delta, notes
+        price = transform.price
+    return delta, notes, price if len(entry.uses) == 1 else None
 
 
 def _once(entry: PlanEntry) -> Iterator[Use]:
@@ -254,6 +258,18 @@ def _loss(entry: PlanEntry, delta: Delta, factors: FactorCache) -> float | None:
         factors.hold(_together(entry, use), delta.device)
         total += quadratic_loss(delta.matrix(use).inner, factors.hessian(use))
     return total
+
+
+def _loss_of_kept(
+    entry: PlanEntry, kept: Delta, carried: Delta, price: float | None, factors: FactorCache
+) -> float | None:
+    # From what is lost where that is exact enough, without a product.
+    if price is not None and isinstance(kept, DenseDelta) and isinstance(carried, DenseDelta):
+        hessian = factors.hessian(entry.uses[0])
+        loss = loss_by_price(kept.lost(carried), price, hessian) if isinstance(hessian, Tensor) else None
+        if loss is not None:
+            return loss
+    return _loss(entry, carried, factors)
 
 
 def _together(entry: PlanEntry, use: Use) -> Sequence[Use]:

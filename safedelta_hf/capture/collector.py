@@ -173,7 +173,7 @@ class SharedInputs:
             return True
         calls = self._calls.setdefault(self._identity(inputs), Counter())
         calls[key] += 1
-        leader, size = next(iter(calls)), len(inputs)
+        leader, size = next(iter(calls)), inputs.shape[0]
         is_follower = self.leaders.get(key) == leader and calls[key] <= calls[leader]
         is_new = leader != key and key not in self.sizes and self.sizes[leader] == size
         if key in self.leaders and not is_follower:
@@ -208,7 +208,9 @@ class SharedInputs:
 
     def _hold(self, tensor: Tensor) -> None:
         # As long as a weak reference is held, no other storage gets this address.
-        self._held.setdefault(storage_key(tensor), weak_storage(tensor))
+        key = storage_key(tensor)
+        if key not in self._held:
+            self._held[key] = weak_storage(tensor)
 
 
 def _parted(follower: str, leader: str) -> str:
@@ -275,7 +277,7 @@ class MomentCollector:
         if weight.parameter not in self._chosen:
             self._not_targeted.add(weight.parameter)
             return
-        if not len(inputs):
+        if not inputs.shape[0]:
             return
         key = self._product_key(weight.parameter, role, weight.matrix)
         if weight.factor not in (1.0, -1.0):
@@ -436,9 +438,10 @@ class MomentCollector:
 
     def _product_key(self, name: str, role: Role | None, view: MatrixView) -> str:
         met = (name, role, view)
-        if met not in self._product_keys:
-            self._product_keys[met] = self._key(name, role or self._role(name, view), view)
-        return self._product_keys[met]
+        key = self._product_keys.get(met)
+        if key is None:
+            key = self._product_keys[met] = self._key(name, role or self._role(name, view), view)
+        return key
 
     def _key(self, name: str, role: Role, view: MatrixView | None = None) -> str:
         shape = tuple(self._parameters[name].shape)
@@ -451,12 +454,12 @@ class MomentCollector:
     def _add_inputs(self, key: str, inputs: Tensor, *, may_follow: bool) -> None:
         if not (may_follow and self.shared is not None and self.shared.follows(key, inputs)):
             self._add_rows(key, inputs)
-        self._tokens[key] += len(inputs)
+        self._tokens[key] += inputs.shape[0]
 
     def _add_rows(self, key: str, inputs: Tensor) -> None:
-        columns = inputs.shape[1]
+        count, columns = inputs.shape
         if self._keep_few and key not in self._totals:
-            count = len(inputs) + sum(map(len, self._few.get(key, ())))
+            count += sum(rows.shape[0] for rows in self._few.get(key, ()))
             if pays(count, columns) and self._storage.takes(inputs):
                 self._few.setdefault(key, []).append(inputs.detach().clone())
                 return

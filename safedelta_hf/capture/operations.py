@@ -212,10 +212,6 @@ def _product(see: OperationReader, matrix: Tensor, inputs: Tensor) -> bool:
     return True
 
 
-def _transposed(weight: ParameterView) -> ParameterView:
-    return replace(weight, shape=weight.shape[::-1], strides=weight.strides[::-1])
-
-
 def _mm(see: OperationReader, given: Arguments, _: Any) -> bool:  # noqa: ANN401
     return _matrix_product(see, given["self"], given["mat2"])
 
@@ -272,9 +268,11 @@ def _grouped(see: OperationReader, inputs: Tensor, matrices: Tensor, ends: Tenso
     weight = see.view(matrices)
     if weight is None or ends is None or not see.is_data(inputs) or inputs.ndim != 2 or len(weight.shape) != 3:
         return False
-    starts = [0, *ends.tolist()]
-    for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-        see.product(_transposed(weight.select(0, index)), inputs[start:stop])
+    groups, columns, rows = weight.shape
+    turned = replace(weight, shape=(groups, rows, columns), strides=tuple(weight.strides[n] for n in (0, 2, 1)))
+    # Inputs beyond the last end are of no group.
+    for index, own in enumerate(inputs.tensor_split(ends.to("cpu", torch.int64))[:-1]):
+        see.product(turned.select(0, index), own)
     return True
 
 

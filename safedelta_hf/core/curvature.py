@@ -1,8 +1,10 @@
 """Damped curvature of the safety loss and its factor."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,6 +14,29 @@ from safedelta_hf.core.finite import is_finite
 from safedelta_hf.core.low_rank import LowRank, Matrix
 from safedelta_hf.core.transform import Dense, SymmetricForm, Transform
 from safedelta_hf.errors import FactorisationError, NumericalError
+
+LEAST_SHARE_LOST: Final = 1 / 32
+"""What `<D - D*, D*>` has to be of `|D*|^2` for its rounding, of about their sum, to be below 1e-5 of it."""
+
+LEAST_PRODUCT: Final = 1e-25
+"""Below it, products of float32 may have vanished from a sum."""
+
+LEAST_REMAINDER: Final = 1e-6
+"""Share of a loss that may be left out of it."""
+
+
+class Lost(NamedTuple):
+    """What of a delta `D` is lost where `D*` is kept and the weights carry `X` of it, as sums over all entries.
+
+    Attributes:
+        kept: `|D*|^2`.
+        product: `<D - D*, 2 X - D*>`, which is `<D - D*, D*>` where the weights carry all that is kept.
+        rounded: `|X - D*|^2`.
+    """
+
+    kept: float
+    product: float
+    rounded: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +142,24 @@ def quadratic_loss(inner: Callable[[Transform], float], hessian: Matrix) -> floa
     if isinstance(hessian, LowRank):
         return 0.5 * inner(hessian)
     return 0.5 * inner(Dense(matrix=hessian) if hessian.ndim == 1 else SymmetricForm(matrix=hessian))
+
+
+def loss_by_price(lost: Lost, price: float, hessian: Tensor) -> float | None:
+    """The quadratic loss of a ridge's result, without a product.
+
+    With `D = D* (I + lam H)`, what is lost is `lam D* H`. So `q(X) = <D - D*, 2 X - D*> / 2 lam + q(X - D*)`, where the
+    last is at most `|X - D*|^2 tr(H) / 2`.
+
+    Args:
+        lost: What is lost where `D*` is kept.
+        price: `lam`.
+        hessian: `H` [in, in].
+
+    Returns:
+        `q(X)`; None where rounding, or `q(X - D*)`, has a say in it.
+    """
+    if not max(LEAST_PRODUCT, LEAST_SHARE_LOST * lost.kept) <= lost.product < math.inf:
+        return None
+    loss = 0.5 * lost.product / price
+    left_out = 0.5 * lost.rounded * float(hessian.diagonal().sum(dtype=torch.float64))
+    return loss if left_out <= LEAST_REMAINDER * loss else None

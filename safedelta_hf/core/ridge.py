@@ -20,6 +20,9 @@ from safedelta_hf.errors import FactorisationError, NumericalError
 LEAST_PIVOT: Final = 1000 * torch.finfo(torch.float32).eps
 """Share of a diagonal entry of a system that a pivot of its float32 factor has to be: then its error is below 1 %."""
 
+CLEAR_PIVOT: Final = 0.01
+"""The same from which its error is below 1e-5, so that what is lost tells the quadratic loss of what is kept."""
+
 BLOCK: Final = 64
 """Columns of a factor with pivoting that are computed before the rest of the matrix is brought up to date."""
 
@@ -103,7 +106,8 @@ def shrinkage(hessian: Matrix, utility: Matrix | None, strength: float) -> Dense
     factor, info = torch.linalg.cholesky_ex(system)
     pivots = factor.diagonal().square() / system.diagonal()
     if not info.item() and pivots.min() >= LEAST_PIVOT:
-        return Shrinkage(utility=utility, factor=factor)
+        is_clear = utility is None and hessian.device.type != "mps" and bool(pivots.min() >= CLEAR_PIVOT)
+        return Shrinkage(utility=utility, factor=factor, price=price if is_clear else None)
     del system, factor
     return _semidefinite_shrinkage(hessian, utility, strength)
 

@@ -20,9 +20,13 @@ class Transform(ABC):
 
     Attributes:
         notes: Numerical trouble met in making it, for the report.
+        price: `lam`, where `D T (I + lam H) = D` to within a few roundings, so that what is lost tells the quadratic
+            loss of what is kept (`core.curvature.loss_by_price`). None of other maps, and where rounding has more of a
+            say.
     """
 
     notes: tuple[str, ...] = ()
+    price: float | None = None
 
     @abstractmethod
     def __call__(self, rows: Float[Tensor, "o i"]) -> Float[Tensor, "o j"]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from safedelta_hf.core.curvature import Lost
 from safedelta_hf.core.finite import is_finite
 from safedelta_hf.core.rounding import round_columns
 from safedelta_hf.core.transform import DeltaMatrix, Transform
@@ -116,7 +117,7 @@ class DenseDelta(Delta):
         )
         if not is_finite(self._delta):
             raise NumericalError("tuned minus base is beyond float32; the training has diverged")
-        self._adjusted = self._delta
+        self._adjusted: Tensor | None = self._delta
         self._weight: Tensor | None = None
 
     @property
@@ -132,6 +133,11 @@ class DenseDelta(Delta):
     @property
     def values(self) -> Tensor:
         """What is kept of the delta, float32, in the shape of its parameter, contiguous."""
+        if self._adjusted is None:
+            assert self._weight is not None, "what is kept is what a weight carries"
+            self._adjusted = by_pieces(
+                torch.float32, lambda weight, base: weight.float() - base.float(), self._weight, self._base
+            )
         return self._adjusted
 
     @property
@@ -147,34 +153,48 @@ class DenseDelta(Delta):
     @property
     @override
     def lost_energy(self) -> float:
-        return 0.0 if self.is_unadjusted else figure_of(_distance, self._delta, self._adjusted)
+        return 0.0 if self.is_unadjusted else figure_of(_distance, self._delta, self.values)
+
+    def lost(self, carried: "DenseDelta") -> Lost:
+        """What is lost of the delta, beside what is kept.
+
+        Args:
+            carried: What the weights carry of what is kept.
+
+        Returns:
+            The sums over all entries, those of the pieces taken in float32.
+        """
+        values = [self._delta, self.values] + ([] if carried is self else [carried.values])
+        sums = [_lost(*pieces) for pieces in zip(*map(_pieces, values), strict=True)]
+        kept, product, *rounded = torch.stack(sums).double().sum(0).tolist()
+        return Lost(kept, product, sum(rounded))
 
     @property
     def is_whole(self) -> bool:
         """Whether all of it is kept."""
-        return torch.equal(self._adjusted, self._delta)
+        return torch.equal(self.values, self._delta)
 
     @property
     def is_zero(self) -> bool:
         """Whether nothing of it is kept."""
-        return not self._adjusted.any()
+        return not self.values.any()
 
     @override
     def matrix(self, use: Use) -> "DenseMatrix":
-        return DenseMatrix(self._adjusted, use.view)
+        return DenseMatrix(self.values, use.view)
 
     @override
     def transformed(self, use: Use, transform: Transform) -> "DenseDelta":
-        if use.view.covers(self._adjusted.numel()):
+        if use.view.covers(self._delta.numel()):
             return self.keeping(self.matrix(use).transformed(transform))
         # Of a parameter with many uses, such as experts, one copy takes the changes of all.
-        result = self.keeping(self._adjusted.clone()) if self.is_unadjusted else self
+        result = self.keeping(self._delta.clone()) if self.is_unadjusted else self
         result.matrix(use).replace(transform)
         return result
 
     @override
     def zero(self) -> "DenseDelta":
-        return self.keeping(torch.zeros_like(self._adjusted))
+        return self.keeping(torch.zeros_like(self._delta))
 
     def keeping(self, values: Tensor) -> "DenseDelta":
         """The delta with something else kept of it.
@@ -201,7 +221,7 @@ class DenseDelta(Delta):
         """
         if any(use.view.covers(values.numel()) for use in uses):
             return self.keeping(values)
-        kept = self._adjusted.clone()
+        kept = self.values.clone()
         for use in uses:
             as_strided(kept, use.view).copy_(as_strided(values, use.view))
         return self.keeping(kept)
@@ -226,9 +246,8 @@ class DenseDelta(Delta):
         Returns:
             A new delta, whose `weight` this is.
         """
-        carried = by_pieces(torch.float32, lambda weight, base: weight.float() - base.float(), weight, self._base)
-        result = self.keeping(carried)
-        result._weight = weight
+        result = copy.copy(self)
+        result._adjusted, result._weight = None, weight  # figures alone ask for what it carries
         return result
 
     def wanted(self) -> Tensor:
@@ -237,7 +256,7 @@ class DenseDelta(Delta):
         Returns:
             A new tensor, float32, contiguous; that of the fine-tuned weight where the delta is kept.
         """
-        return by_pieces(torch.float32, _wanted, self._tuned, self._base, self._delta, self._adjusted)
+        return by_pieces(torch.float32, _wanted, self._tuned, self._base, self._delta, self.values)
 
     def weight(self) -> Tensor:
         """The weight that carries what is kept.
@@ -248,7 +267,7 @@ class DenseDelta(Delta):
         """
         if self._weight is not None:
             return self._weight
-        return by_pieces(self.dtype, _nearest, self._tuned, self._base, self._delta, self._adjusted)
+        return by_pieces(self.dtype, _nearest, self._tuned, self._base, self._delta, self.values)
 
     @property
     def is_unadjusted(self) -> bool:
@@ -345,6 +364,14 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     return torch.stack([(left - right).square().sum() for left, right in pairs]).sum()
 
 
+def _lost(tuned: Tensor, kept: Tensor, carried: Tensor | None = None) -> Tensor:
+    lost = tuned - kept
+    if carried is None:
+        return torch.stack([kept.square().sum(), lost.mul_(kept).sum()])
+    rounded = carried - kept
+    return torch.stack([kept.square().sum(), lost.mul_(carried + rounded).sum(), rounded.square_().sum()])
+
+
 def _wanted(tuned: Tensor, base: Tensor, delta: Tensor, adjusted: Tensor) -> Tensor:
     return torch.where(adjusted == delta, tuned.float(), base.float() + adjusted)
 
@@ -366,8 +393,11 @@ def by_pieces(dtype: torch.dtype, compute: Callable[..., Tensor], *values: Tenso
     Returns:
         A new tensor, contiguous.
     """
+    split = [_pieces(one) for one in values]
+    if len(split[0]) == 1:
+        return compute(*values).to(dtype).contiguous()
     result = torch.empty(values[0].shape, dtype=dtype, device=values[0].device)
-    for target, *pieces in zip(*map(_pieces, (result, *values)), strict=True):
+    for target, *pieces in zip(_pieces(result), *split, strict=True):
         target.copy_(compute(*pieces))
     return result
 

@@ -132,9 +132,16 @@ def test_a_search_that_fails_half_way_changes_nothing(profile, monkeypatch, erro
 def test_a_search_measures_the_figures_of_the_strength_that_it_applies_alone(profile, rule, dtype, monkeypatch):
     def counted(model, rule):
         losses, energies = [], []
+
+        def found(loss):  # without a product
+            losses.extend([1] * (loss is not None))
+            return loss
+
         with monkeypatch.context() as patch:
             genuine, energy = loop.quadratic_loss, DenseDelta.lost_energy.fget
+            by_price = loop.loss_by_price
             patch.setattr(loop, "quadratic_loss", lambda *given: losses.append(1) or genuine(*given))
+            patch.setattr(loop, "loss_by_price", lambda *given: found(by_price(*given)))
             patch.setattr(DenseDelta, "lost_energy", property(lambda self: energies.append(1) or energy(self)))
             return adjust_model(model, base=base, profile=own, rule=rule, progress=False), len(losses), len(energies)
 

@@ -3,8 +3,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from safedelta_hf.core.curvature import loss_by_price
 from safedelta_hf.core.ridge import Shrinkage, semidefinite_root, shrinkage, utility_of
 from safedelta_hf.core.transform import Dense
+from safedelta_hf.deltas.dense import DenseDelta
 from safedelta_hf.errors import FactorisationError, NumericalError
 from tests.fixtures import oracles
 from tests.fixtures.problems import layer, layers
@@ -45,6 +47,42 @@ def test_task_ridge_is_the_closed_form(problem, strength):
     found = shrinkage(hessian, utility, strength)(delta)
     expected = oracles.ridge(delta, utility, hessian, strength)
     assert (found - expected).norm() <= rounding(utility, hessian, strength) * delta.norm()
+
+
+def kept_and_carried(delta, hessian, strength, dtype=torch.float32, base=0.0):
+    transform = shrinkage(hessian, None, strength)
+    whole = DenseDelta(delta, torch.zeros_like(delta))
+    kept = whole.keeping(transform(delta))
+    weight = (torch.full_like(delta, base) + kept.values).to(dtype).float() - base
+    return transform.price, kept, whole.keeping(weight)
+
+
+@given(layers, strengths)
+def test_what_is_lost_tells_the_loss_of_what_weights_carry_or_nothing(problem, strength):
+    delta, hessian = problem
+    price, kept, carried = kept_and_carried(delta, hessian, strength, base=10.0)
+    found = None if price is None else loss_by_price(kept.lost(carried), price, hessian)
+    if found is not None:
+        assert found == pytest.approx(oracles.loss(carried.values, hessian), rel=3e-5)
+
+
+def test_what_is_lost_tells_no_loss_that_rounding_has_a_say_in():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 64, generator=generator)
+    delta, hessian = torch.randn(32, 64, generator=generator), inputs.T @ inputs / 100
+    for strength, dtype, tells in (
+        (1.0, torch.float32, True),
+        (1e-4, torch.float32, False),  # hardly anything is lost
+        (1.0, torch.bfloat16, False),  # rounding moves the weights by too much
+    ):
+        price, kept, carried = kept_and_carried(delta, hessian, strength, dtype)
+        found = loss_by_price(kept.lost(carried), price, hessian)
+        assert (found is not None) == tells
+    inputs[:, 0] = inputs[:, 1] + 1e-2 * inputs[:, 0]  # two inputs that are nearly one
+    assert shrinkage(inputs.T @ inputs / 100, None, 1e3).price is None
+    assert shrinkage(hessian, hessian, 1.0).price is None
+    price, kept, carried = kept_and_carried(delta * 1e-25, hessian, 1.0)
+    assert loss_by_price(kept.lost(carried), price, hessian) is None  # squares vanish
 
 
 @pytest.mark.parametrize("strength", [0.1, 3.0])
