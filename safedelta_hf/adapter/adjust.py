@@ -27,8 +27,8 @@ from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.records.plan import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
-from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
-from safedelta_hf.weights.readers import WeightReader, open_base, verified
+from safedelta_hf.weights.digest import fingerprint, parameter_digest
+from safedelta_hf.weights.readers import WeightReader, base_digest, open_base, verified
 
 
 @foreign_errors_named("adjusting the adapter")
@@ -204,8 +204,7 @@ def _digests(
     reader = open_base(base, unwrapped(model.model)) if isinstance(base, nn.Module | str | Path) else base
     for name in found:
         if name.endswith("bias") and reader.holds(name):
-            weight = reader.read(name, model.shard(name)).to(model.dtype(name))
-            found[name] = digest_of_shard(weight, model.shape(name), model.shard(name), model.ranks)
+            found[name] = base_digest(reader, name, model)
     return found
 
 

@@ -146,9 +146,11 @@ class Adjustment:
         def tell(trial: Trial) -> None:
             nonlocal last
             last = f" ({trial.strength:.3g} {'passes' if trial.passed else 'fails'})"
-            self._bar.total = max(self._bar.total, self._bar.n + len(self._plan.entries))
 
         def measure(strength: float) -> Drift:
+            # At least this trial is left, and the strength that is found.
+            left = 2 * len(self._plan.entries) + len(held_out.sequences)
+            self._bar.total = max(self._bar.total, self._bar.n + left)
             self._bar.set_description_str(f"Trial {next(number)} of about {EXPECTED_TRIALS}{last}")
             apply(strength, figures=False)
             return Drift.between(base, held_out.read(running, bar=self._bar))

@@ -145,7 +145,7 @@ def apply(
             task_examples=task_examples,
             sort_task=sort_task,
             rule=chosen,
-            config=config,
+            config=None if config == ProfileConfig() else config,
             treatment=treatment,
             initial_adapter=initial_adapter,
             save_profile=save_profile,

@@ -20,8 +20,8 @@ from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Plan, Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule
-from safedelta_hf.weights.digest import digest_of_shard, parameter_digest
-from safedelta_hf.weights.readers import WeightReader, open_base
+from safedelta_hf.weights.digest import parameter_digest
+from safedelta_hf.weights.readers import WeightReader, base_digest, open_base
 
 
 @foreign_errors_named("adjusting the weights")
@@ -78,15 +78,11 @@ def adjust_model(
 
 
 def _digests(model: ShardedModel, base: WeightReader) -> dict[str, str]:
-    # Of packed weights none can be moved.
-    return {
-        name: parameter_digest(model, name)
-        if is_quantised(model.live(name))
-        else digest_of_shard(
-            base.read(name, model.shard(name)).to(model.dtype(name)), model.shape(name), model.shard(name), model.ranks
-        )
-        for name in model.names
-    }
+    def found(name: str) -> str:
+        is_packed = is_quantised(model.live(name))  # none of these can have been moved
+        return parameter_digest(model, name) if is_packed else base_digest(base, name, model)
+
+    return {name: found(name) for name in model.names}
 
 
 def plan_model(model: nn.Module | ShardedModel, profile: SafetyProfile, treatment: Treatment) -> Plan:

@@ -120,7 +120,7 @@ def adjust_saved(
         sort_task=sort_task,
     )
     data = _drawn(data)
-    profiles = _given(rule, data, profile, task_profile, ordinary_profile, save_profile)
+    profiles = _given(rule, data, profile, task_profile, ordinary_profile, config, save_profile)
     saved = opened_tuned(
         Path(tuned),
         Path(output),
@@ -172,14 +172,16 @@ def _given(
     profile: SafetyProfile | str | Path | None,
     task_profile: SafetyProfile | str | Path | None,
     ordinary_profile: SafetyProfile | str | Path | None,
+    config: ProfileConfig | None,
     save_profile: str | Path | None,
 ) -> _Profiles:
     # All that is needed was given, and once.
     require_use(data, rule, profile=profile, task_profile=task_profile)
     if ordinary_profile is not None and data.ordinary is not None:
         raise ConfigurationError(f"{OWNER}: give either ordinary_dataset or ordinary_profile")
-    if ordinary_profile is not None and data.safety is None and profile is None:
-        raise ConfigurationError(f"{OWNER}: ordinary_profile has no effect without safety_dataset or profile")
+    for name, value in (("ordinary_profile", ordinary_profile), ("config", config)):
+        if value is not None and data.safety is None and profile is None:
+            raise ConfigurationError(f"{OWNER}: {name} has no effect without safety_dataset or profile")
     if save_profile is not None and data.safety is None:
         why = "without safety_dataset" if profile is None else "beside a profile made before"
         raise ConfigurationError(f"{OWNER}: save_profile has no effect {why}")

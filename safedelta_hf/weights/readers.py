@@ -267,6 +267,24 @@ def verified(reader: WeightReader, name: str, dtype: str, expected: str, model: 
     return weight
 
 
+def base_digest(reader: WeightReader, name: str, model: ShardedModel) -> str:
+    """Digest of a base weight in the data type that a model has.
+
+    Args:
+        reader: Where to read.
+        name: Canonical parameter name.
+        model: The model, of the same parameters; all its ranks call this.
+
+    Returns:
+        The digest of the whole.
+
+    Raises:
+        BaseWeightsError: It cannot be read.
+    """
+    shard = model.shard(name)
+    return digest_of_shard(reader.read(name, shard).to(model.dtype(name)), model.shape(name), shard, model.ranks)
+
+
 def refuse(reader: WeightReader, name: str) -> NoReturn:
     """Stop at a base weight that is not the profile's.
 

@@ -230,6 +230,11 @@ def test_the_memory_is_that_of_the_weights_and_four_copies_of_the_largest(folder
             ConfigurationError,
             "ordinary_profile has no effect without",
         ),
+        (
+            {"safety_dataset": None, "rule": Scale(strength=1.0), "config": WHOLE},
+            ConfigurationError,
+            "config has no effect without",
+        ),
         ({"output": None}, ConfigurationError, "output=None must be a folder"),
         ({"safety_dataset": None, "profile": "nowhere/at/all"}, ProfileError, "there is no folder"),
         ({"base": "nowhere"}, BaseWeightsError, "base: 'nowhere'"),
