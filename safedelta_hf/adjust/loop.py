@@ -340,7 +340,7 @@ def adjust_weights(
             report = replace(report, unverified=store.unverified)
             store.conclude(report)
         bar.total = bar.n
-        bar.set_description_str("Adjusted")
+        bar.set_description_str("Adjusted" if store.running is not None else "Written")
     if report.warning and ranks.is_main:
         warn(f"{rule.name}: {report.warning}")
     return report

@@ -17,7 +17,7 @@ from safedelta_hf.errors import BaseWeightsError, CheckpointError, Configuration
 from safedelta_hf.folders import unfinished_of
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Plan, PlanEntry, Treatment
-from safedelta_hf.report.printing import Dotted, printed
+from safedelta_hf.report.printing import PARAMETER, Foldable, printed
 from safedelta_hf.rules import Rule
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
@@ -86,10 +86,10 @@ class CheckpointPlan:
             action = "error" if entry.action is None else str(entry.action)
             stored = self.pair.stored[entry.parameter]
             told = _described(entry.parameter, stored.shape, self.tuned.tensors[stored.names[0]].dtype)
-            table.add_row(Dotted(told[0]), *told[1:], roles, action, entry.reason)
+            table.add_row(Foldable(told[0], PARAMETER), *told[1:], roles, action, entry.reason)
         for name, tensor in self.pair.others.items():
             told = _described(name, tensor.shape, tensor.dtype)
-            table.add_row(Dotted(told[0]), *told[1:], "", "keep", "no parameter of the profile's model")
+            table.add_row(Foldable(told[0], PARAMETER), *told[1:], "", "keep", "no parameter of the profile's model")
         return printed(table) + "".join(f"{line}\n" for line in self._files())
 
     def _files(self) -> list[str]:

@@ -46,7 +46,7 @@ def board(
     with one_line_errors():
         shown = Board.read(_named(results), subject)
         verdicts = [judged(condition, shown) for condition in fail_if or ()]
-        typer.echo(texts.table(shown, verdicts))
+        typer.echo(texts.table(shown, verdicts), nl=False)
         if output is not None:
             typer.echo(f"Written: {', '.join(map(str, _write(output, shown, verdicts, examples)))}")
     if any(one.fails for one in verdicts):

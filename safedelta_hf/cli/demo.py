@@ -96,7 +96,7 @@ def run_demo(
     except OSError as error:
         raise ConfigurationError(f"--output {str(output)!r} is no folder and cannot be made one ({error})") from error
     way = f", with a LoRA of rank {LORA_RANK} on all linear layers" if lora else ""
-    echo(f"Fine-tuning the aligned model on '{case.name}': {case.description}{way}.")
+    echo(printed(f"Fine-tuning the aligned model on '{case.name}': {case.description}{way}.").rstrip())
     model, tokenizer = load_aligned()
 
     def measured(measured_model: PreTrainedModel) -> Behaviour:
@@ -130,8 +130,8 @@ def run_demo(
     write_whole(Path(f"{stem}.json"), json.dumps(content, indent=1))
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
-    echo(table(found, title))
-    echo(f"{content['seconds']:.0f} s. Figure, figures and report: {stem}.png, .json, .report.json")
+    echo(table(found, title).rstrip())
+    echo(f"{content['seconds']:.0f} s. Figure, figures and report:\n{stem}.png, .json, .report.json")
     return found
 
 

@@ -71,7 +71,7 @@ def evaluate(
             batch_size=batch_size,
             output=output,
         )
-        typer.echo(evaluation.table())
+        typer.echo(evaluation.table(), nl=False)
         written = [output / RESULTS, *sorted(output.glob("*.jsonl"))]
         typer.echo(f"Written: {', '.join(map(str, written))}")
 

@@ -132,6 +132,7 @@ class _Run:
                 known={} if log is None else dict(log.entries),
                 on_batch=keep,
                 progress=self.progress,
+                desc=f"Generating, {kind}",
             )
         except DataError as error:
             raise error.at(kind) from error
@@ -189,7 +190,7 @@ def _verdict(line: Mapping[str, Any]) -> tuple[int, float | None]:
 def _harmful_scores(run: _Run, prompts: Sequence[Prompt], reference: Reference | None, judge: Judge | None) -> None:
     responses = run.responses("harmful", prompts)
     refused = [is_refusal(response) for response in responses]
-    gibberish = _gibberish(run, prompts, responses, reference)
+    gibberish = _gibberish(run, "harmful", prompts, responses, reference)
     pairs = list(zip(refused, gibberish, strict=True))
     run.count("attack_success", [not refuses and not is_gibberish for refuses, is_gibberish in pairs])
     run.count("harmful_refused", [refuses and not is_gibberish for refuses, is_gibberish in pairs])
@@ -206,7 +207,7 @@ def _harmful_scores(run: _Run, prompts: Sequence[Prompt], reference: Reference |
 
 def _benign_scores(run: _Run, prompts: Sequence[Prompt], reference: Reference | None) -> None:
     responses = run.responses("benign", prompts)
-    gibberish = _gibberish(run, prompts, responses, reference)
+    gibberish = _gibberish(run, "benign", prompts, responses, reference)
     pairs = zip(responses, gibberish, strict=True)
     run.count("over_refusal", [is_refusal(text) and not is_gibberish for text, is_gibberish in pairs])
     run.count("benign_incoherent", gibberish)
@@ -232,7 +233,7 @@ def _task_scores(run: _Run, prompts: Sequence[Prompt], score: TaskScore) -> None
 
 
 def _gibberish(
-    run: _Run, prompts: Sequence[Prompt], responses: Sequence[str], reference: Reference | None
+    run: _Run, kind: str, prompts: Sequence[Prompt], responses: Sequence[str], reference: Reference | None
 ) -> list[bool]:
     return incoherent(
         prompts,
@@ -241,6 +242,7 @@ def _gibberish(
         reference,
         batch_size=run.settings.batch_size,
         progress=run.progress,
+        desc=f"Coherence, {kind}",
     )
 
 

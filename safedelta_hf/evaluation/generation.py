@@ -31,6 +31,7 @@ def generate_responses(
     known: Mapping[int, str] | None = None,
     on_batch: Callable[[dict[int, str]], None] | None = None,
     progress: bool = False,
+    desc: str = "Generating",
 ) -> list[str]:
     """Let a model answer chats, by greedy decoding.
 
@@ -49,6 +50,7 @@ def generate_responses(
         known: Responses that are there already, by index of the chat.
         on_batch: Given the new responses of each batch, by index of the chat, as soon as they are made.
         progress: Whether to show a progress bar.
+        desc: What the progress bar says.
 
     Returns:
         One response per chat, without special tokens and surrounding space.
@@ -69,7 +71,7 @@ def generate_responses(
     responses = dict(known or {})
     batches = [batch for batch in batches if not responses.keys() >= set(batch)]
     with _generating(model, tokenizer):
-        for batch in progress_bar(batches, desc="Generating", unit="batch", disable=not progress):
+        for batch in progress_bar(batches, desc=desc, unit="batch", disable=not progress):
             answers = _answer_batch(model, tokenizer, [prompts[index] for index in batch], max_new_tokens)
             new = {index: text for index, text in zip(batch, answers, strict=True) if index not in responses}
             responses.update(new)

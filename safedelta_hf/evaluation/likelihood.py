@@ -168,6 +168,7 @@ def incoherent(
     *,
     batch_size: int = 8,
     progress: bool = False,
+    desc: str = "Coherence",
 ) -> list[bool]:
     """Tell which responses are gibberish.
 
@@ -182,6 +183,7 @@ def incoherent(
         reference: What tells language from gibberish; without it only degenerate responses are found.
         batch_size: Responses per forward pass of the reference.
         progress: Whether to show a progress bar.
+        desc: What the progress bar says.
 
     Returns:
         For each response whether it is gibberish.
@@ -192,7 +194,7 @@ def incoherent(
     left = [index for index, degenerate in enumerate(found) if not degenerate]
     sequences = [_sequence(prompts[index], responses[index], reference.processing_class) for index in left]
     model = ShardedModel(reference.model)
-    losses = response_losses(model, sequences, batch_size=batch_size, progress=progress, desc="Coherence")
+    losses = response_losses(model, sequences, batch_size=batch_size, progress=progress, desc=desc)
     for index, tokens in zip(left, losses, strict=True):
         found[index] = median(tokens) > reference.most
     return found

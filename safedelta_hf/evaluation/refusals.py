@@ -73,7 +73,7 @@ class ModelAnswers(Answers):
         batch_size: int = 8,
     ) -> None:
         self._model, self._processing_class = model, processing_class
-        self._limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
         self.fingerprint = f"{model_digest(model, processing_class)}, {max_new_tokens} tokens"
 
     @override
@@ -89,10 +89,11 @@ class ModelAnswers(Answers):
             self._model,
             self._processing_class,
             conversations,
+            max_new_tokens=self._max_new_tokens,
+            batch_size=self._batch_size,
             known=known,
             on_batch=on_batch,
             progress=progress,
-            **self._limits,
         )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import NormalDist, stdev
 from typing import Any, Final
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from safedelta_hf.errors import DataError
 from safedelta_hf.folders import write_whole
-from safedelta_hf.report.printing import printed
+from safedelta_hf.report.printing import SCORE, Foldable, printed
 
 CONFIDENCE: Final = 0.95
 """Coverage of every interval."""
@@ -184,11 +185,12 @@ class Evaluation:
         Returns:
             Text with one row for each score.
         """
-        rows = Table("score", "value", "95 % interval", "unit", "examples")
+        heads = ("score", "value", "95 % interval", "unit", "examples")
+        rows = Table(*heads, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name, score in self.scores.items():
             has_interval = score.low is not None and score.high is not None
             interval = f"{shown(score, score.low)} to {shown(score, score.high)}" if has_interval else ""
-            rows.add_row(name, shown(score, score.value), interval, score.unit, str(score.count))
+            rows.add_row(Foldable(name, SCORE), shown(score, score.value), interval, score.unit, str(score.count))
         return printed(rows)
 
     def __str__(self) -> str:

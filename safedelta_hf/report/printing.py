@@ -15,15 +15,26 @@ UNFOLDED: Final = 10_000
 """Columns that are never needed: where there is no terminal, as in a log, nothing is folded."""
 
 
-class Dotted:
-    """A name that is folded after its dots where it has to be.
+PARAMETER: Final = r"(?<=\.)"
+"""Where the name of a parameter is folded."""
+
+SCORE: Final = r"(?<=_)"
+"""Where the name of a score is folded."""
+
+INTERVAL: Final = r"(?=\()"
+"""Where a figure with an interval in brackets is folded."""
+
+
+class Foldable:
+    """A text that is folded where that can be read, if it has to be.
 
     Args:
-        name: Such as that of a parameter.
+        text: Such as the name of a parameter.
+        place: Regular expression of the places, which are empty.
     """
 
-    def __init__(self, name: str) -> None:
-        self._parts = re.findall(r"[^.]*\.|[^.]+", name)
+    def __init__(self, text: str, place: str) -> None:
+        self._parts = [part for part in re.split(place, text) if part]
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         sizes = list(map(len, self._parts))
@@ -56,4 +67,4 @@ def printed(*parts: str | Table, width: int | None = None) -> str:
     for part in parts:
         if part:
             console.print(part)
-    return text.getvalue()
+    return re.sub(" +\n", "\n", text.getvalue())

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.folders import write_whole
 from safedelta_hf.records.sorting import TaskSorting
-from safedelta_hf.report.printing import Dotted, printed
+from safedelta_hf.report.printing import PARAMETER, Foldable, printed
 from safedelta_hf.report.records import ParameterRecord, PolishRecord, RuleRecord
 from safedelta_hf.report.search import StrengthSearch, percent
 
@@ -260,7 +260,7 @@ class Report:
         table = Table(*heads, title=self._title(), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for groups in self._groups():
             for name, *cells in groups:
-                table.add_row(Dotted(name), *cells)
+                table.add_row(Foldable(name, PARAMETER), *cells)
             table.add_section()
         return self._printed(table, width=width)
 

@@ -5,7 +5,7 @@ import os
 import pytest
 from rich.table import Column, Table
 
-from safedelta_hf.report.printing import Dotted, printed
+from safedelta_hf.report.printing import PARAMETER, Foldable, printed
 
 NAME = "base_model.model.model.layers.*.self_attn.q_proj.lora_A.default.weight" * 3
 SENTENCE = "so it was done " * 30
@@ -21,7 +21,7 @@ def table():
 def test_a_name_is_folded_after_its_dots(columns, lines):
     name = "model.layers.*.post_attention_layernorm.weight"
     shown = Table(box=None, show_header=False)
-    shown.add_row(Dotted(name))
+    shown.add_row(Foldable(name, PARAMETER))
     found = [line.strip() for line in printed(shown, width=columns).splitlines()]
     assert "".join(found) == name and len(found) == lines
     assert all(part.endswith(".") for part in found[:-1])

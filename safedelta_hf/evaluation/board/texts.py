@@ -11,7 +11,7 @@ from safedelta_hf.evaluation.board.gates import Verdict
 from safedelta_hf.evaluation.board.paired import Difference
 from safedelta_hf.evaluation.board.results import Board, meaning_of
 from safedelta_hf.evaluation.result import Score, shown
-from safedelta_hf.report.printing import printed
+from safedelta_hf.report.printing import INTERVAL, SCORE, Foldable, printed
 
 SCORES: Final = "Scores, with 95 % intervals"
 DIFFERENCES: Final = "Differences on the same prompts, with 95 % intervals"
@@ -121,10 +121,12 @@ def table(board: Board, verdicts: Sequence[Verdict] = (), width: int | None = No
         (SCORES, ("score", *board.names), score_rows(board)),
         (DIFFERENCES, DIFFERENCE_HEADS, difference_rows(board, board.chief)),
     ):
-        shown_table = Table(*(Column(head, overflow="fold") for head in heads), title=title, title_justify="left")
-        shown_table.box, before = SIMPLE_HEAD, ""
+        columns = (Column(head, overflow="fold") for head in heads)
+        shown_table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        shown_table.collapse_padding, before = True, ""
         for name, *cells in rows:
-            shown_table.add_row("" if name == before else name, *cells)
+            known = Foldable("" if name == before else name, SCORE)
+            shown_table.add_row(known, *(Foldable(cell, INTERVAL) for cell in cells))
             before = name
         parts.append(shown_table)
     lines = (verdict_line(one, board.subject.name) for one in verdicts)

@@ -57,6 +57,7 @@ def test_the_page_stands_alone_and_holds_no_markup_of_a_model(board):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "{{ board }}" in text
     assert not re.search(r"url\(|@import", text) and "\x00" not in text and text.encode()
     assert "default-src 'none'" in text
+    assert re.search(r"% \(\d+\.\d%\u00a0to\u00a0\d+\.\d%\)", text), "an interval stays in one line"
 
 
 def test_answers_that_differ_are_folded_and_those_against_the_judged_model_come_first(board):
