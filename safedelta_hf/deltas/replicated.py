@@ -63,7 +63,7 @@ class ReplicatedMatrix(DenseMatrix):
 
     @override
     def inner(self, transform: Transform) -> float:
-        _, own = own_rows(self._ranks, self._matrix)
+        own = self._matrix.tensor_split(self._ranks.size)[self._ranks.rank]
         found = figure_of(transform.form, own)
         return float(self._ranks.sum_(torch.tensor([found], dtype=torch.float64, device=own.device)))
 
@@ -84,20 +84,6 @@ def is_shared(view: MatrixView) -> bool:
     return view.rows * view.columns**2 >= SHARED_WORK
 
 
-def own_rows(ranks: Ranks, matrix: Tensor) -> tuple[int, Tensor]:
-    """The rows of a matrix that one rank computes.
-
-    Args:
-        ranks: All of them.
-        matrix: [rows, columns], the same on all ranks.
-
-    Returns:
-        Where they begin, and a view of them: rows that follow each other; none where there are fewer than ranks.
-    """
-    parts = matrix.tensor_split(ranks.size)
-    return sum(map(len, parts[: ranks.rank])), parts[ranks.rank]
-
-
 def by_rows(ranks: Ranks, compute: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """Compute rows that do not depend on each other, each on one rank.
 
@@ -111,5 +97,5 @@ def by_rows(ranks: Ranks, compute: Callable[[Tensor], Tensor], matrix: Tensor) -
     """
     if ranks.size == 1:
         return compute(matrix)
-    start, own = own_rows(ranks, matrix)
-    return ranks.assembled(compute(own).contiguous(), start, len(matrix))
+    parts = matrix.tensor_split(ranks.size)
+    return ranks.joined(compute(parts[ranks.rank]), [len(part) for part in parts])

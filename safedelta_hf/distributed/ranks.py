@@ -172,6 +172,33 @@ class Ranks:
         self.sum_(whole.flatten().view(torch.uint8), group)
         return whole
 
+    def joined(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """A tensor of which each rank has computed some slices along the first dimension, in the order of the ranks.
+
+        It moves half of the bytes that `assembled` does, which does not know whose slices are where.
+
+        Args:
+            rows: This rank's slices, [slices, ...], of any dtype.
+            counts: How many slices each rank has.
+
+        Returns:
+            The whole, on all of them, bit for bit.
+        """
+        if self._control is None:
+            return rows
+        start = sum(counts[: self.rank])
+        whole = rows.new_empty((sum(counts), *rows.shape[1:]))
+        whole[start : start + len(rows)] = rows
+        size = whole[:1].nbytes
+        with self._exchanged(whole.flatten().view(torch.uint8)) as moved:
+            self.check_in()
+            with self._in_contact():
+                parts = torch.split(moved, [count * size for count in counts])
+                works = [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(parts) if len(part)]
+                for work in works:
+                    work.wait()
+        return whole
+
     def all(self, truth: bool) -> bool:
         """Whether something is so on every rank.
 
