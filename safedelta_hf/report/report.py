@@ -325,8 +325,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = [row for groups in self._groups() for row in groups]
-        names = "".join(f"<th>{name}</th>" for name in ("weights", "role", "outcome", "moved", "safety loss"))
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        left = "style='text-align:left'"  # a notebook's own style puts text to the right
+        names = "".join(f"<th {left}>{name}</th>" for name in ("weights", "role", "outcome", "moved", "safety loss"))
+        body = "".join(f"<tr>{''.join(f'<td {left}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         warning = f"<p><b>WARNING:</b> {escape(self.warning)}</p>" if self.warning else ""
         return (
             f"<div><p><b>{escape(self._title())}</b></p>{warning}<p>{escape(self.told)}</p>"
