@@ -6,6 +6,7 @@ import re
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; pytest has one for each core already
+os.environ.pop("COLUMNS", None)  # no terminal, where pytest-xdist tells its workers of one
 
 import pytest
 import torch

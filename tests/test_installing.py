@@ -44,8 +44,8 @@ def test_what_is_imported_lazily_is_not_required():
 
 def test_what_is_missing_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigurationError, match=r'matplotlib.*pip install "safedelta_hf\[plot\]"'), figures_needed():
+    with pytest.raises(ConfigurationError, match=r'matplotlib.*pip install -e "\.\[plot\]"'), figures_needed():
         import matplotlib  # noqa: F401
-    told = r'^a LoRA needs PEFT \(.*pip install "safedelta_hf\[peft\]"'
+    told = r'^a LoRA needs PEFT \(.*pip install -e "\.\[peft\]"'
     with pytest.raises(ConfigurationError, match=told), extra_needed("a LoRA needs PEFT", "peft"):
         raise ImportError("none")

@@ -55,7 +55,7 @@ def test_where_it_is_missing_the_error_says_what_to_install_before_any_work(monk
     model, tokenizer = load_aligned()
     monkeypatch.setattr(model, "generate", None)
     asked = Questions.read(harmful=["a"], harness=HarnessTasks(names=("arc_easy",)))
-    with pytest.raises(ConfigurationError, match=r'pip install "safedelta_hf\[eval\]"'):
+    with pytest.raises(ConfigurationError, match=r'pip install -e "\.\[eval\]"'):
         evaluate_model(model, tokenizer, asked, progress=False)
 
 
