@@ -146,8 +146,8 @@ def test_a_setting_of_a_profile_is_refused_when_it_is_made(field, value):
 
 
 CALLBACKS = {
-    "nothing": ({}, "pass either"),
-    "both": ({"safety_dataset": ROWS, "profile": "folder"}, "pass either"),
+    "nothing": ({}, "give either"),
+    "both": ({"safety_dataset": ROWS, "profile": "folder"}, "give either"),
     "a rule's class": ({"safety_dataset": ROWS, "rule": Ridge}, "rule=Ridge is a class"),
     "no rule's name": ({"safety_dataset": ROWS, "rule": "ridges"}, "rule='ridges' is not one of"),
     "a rule that needs models": ({"safety_dataset": ROWS, "rule": "model_stock"}, "others"),
@@ -279,7 +279,7 @@ ADJUSTED = {
     "a rule's class": ({"rule": SafeDelta}, "rule=SafeDelta is a class"),
     "no rule's name": ({"rule": "best"}, "rule='best' is not one of"),
     "a number for a rule": ({"rule": 0.1}, "rule=0.1"),
-    "no profile": ({"profile": None}, "profile=None"),
+    "no profile": ({"profile": None}, "needs a safety profile of the base; give profile="),
     "a header for a profile": ({"profile": {"base": {}}}, "profile="),
     "a treatment's name": ({"treatment": "keep"}, "treatment='keep'"),
     "a number for a folder": ({"workspace": 3}, "workspace=3"),
