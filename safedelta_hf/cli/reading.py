@@ -64,11 +64,13 @@ def reading_config(
     Raises:
         ConfigurationError: A value is outside its range.
     """
-    is_number = moment_memory is not None and moment_memory.isdecimal()
+    memory: int | str | None = moment_memory
+    if moment_memory is not None and moment_memory.isdecimal():
+        memory = int(moment_memory)
     return ProfileConfig(
         batch_size=batch_size,
         max_length=max_length,
-        moment_memory=int(moment_memory) if is_number and moment_memory is not None else moment_memory,
+        moment_memory=memory,
         offload_folder=offload_folder,
         share_moments=share_moments,
         holdout=holdout,

@@ -128,9 +128,10 @@ def _never_saved(model: ShardedModel) -> set[str]:
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
     for find in ("get_input_embeddings", "get_output_embeddings"):
+        module = None
         with suppress(NotImplementedError):  # as transformers says it of a model without text
             module = getattr(model, find, lambda: None)()
-            yield from () if module is None else module.parameters()
+        yield from () if module is None else module.parameters()
 
 
 def _require_adapters(model: ShardedModel, folder: Path) -> None:

@@ -319,7 +319,7 @@ def test_each_parameter_ends_as_its_plan_says_and_the_record_measures_it():
     assert (report.architecture, report.base, report.rule.name) == ("Plain", "a dictionary", "ridge")
 
 
-def test_of_a_weight_with_two_uses_each_transforms_what_the_last_one_left():
+def a_tied_weight():
     shape = (4, 3)
     uses = [
         by_hand.use_of("tied", shape, Role.EMBEDDING, moment="in"),
@@ -329,6 +329,11 @@ def test_of_a_weight_with_two_uses_each_transforms_what_the_last_one_left():
     base, tuned = torch.randn(shape), torch.randn(shape)
     store = Store({"tied": tuned}, {"tied": base})
     plan = plan_parameters({"tied": shape}, profile, Treatment())
+    return store, plan, profile, base, tuned
+
+
+def test_of_a_weight_with_two_uses_each_transforms_what_the_last_one_left():
+    store, plan, profile, base, tuned = a_tied_weight()
     (record,) = adjust_weights(store, plan, profile, Ridge(strength=0.5), progress=False).parameters
     counts, hessian = hessian_of(profile, "in"), hessian_of(profile, "out")
     kept = oracles.ridge((tuned - base).T, torch.eye(4), counts, 0.5).T
@@ -340,15 +345,7 @@ def test_of_a_weight_with_two_uses_each_transforms_what_the_last_one_left():
 
 
 def test_a_rule_that_reads_no_moments_changes_a_weight_with_two_uses_once():
-    shape = (4, 3)
-    uses = [
-        by_hand.use_of("tied", shape, Role.EMBEDDING, moment="in"),
-        by_hand.use_of("tied", shape, Role.HEAD, moment="out"),
-    ]
-    profile = by_hand.profile_of(uses)
-    base, tuned = torch.randn(shape), torch.randn(shape)
-    store = Store({"tied": tuned}, {"tied": base})
-    plan = plan_parameters({"tied": shape}, profile, Treatment())
+    store, plan, profile, base, tuned = a_tied_weight()
     adjust_weights(store, plan, profile, Scale(strength=3.0), progress=False)
     torch.testing.assert_close(store.now["tied"], base + (tuned - base) / 4)
 
