@@ -51,6 +51,8 @@ def matrices(profile):
 )
 def test_every_use_that_data_show_is_told_without_data_alike_from_memory_and_files(key, tmp_path):
     model = architectures.tiny_model(key)
+    if key == "dbrx" and model.transformer.blocks[0].ffn.router.layer.in_features != model.config.hidden_size:
+        pytest.skip("this transformers routes by the feed-forward's width, and so runs no dbrx of two widths")
     seen = collect_profile(model, tiny.rows(6, seed=1), config=ProfileConfig(holdout=0.0), progress=False)
     told = described(model)
     # What data show in parts (fused projections, experts) is one matrix or as many here.
