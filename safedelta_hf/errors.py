@@ -1,10 +1,15 @@
 """Named causes of failure. Every message says what is wrong, where, and what to do."""
 
+import functools
 import inspect
 import reprlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 class SafeDeltaError(Exception):
@@ -196,8 +201,6 @@ def foreign_errors_named(
 ) -> Iterator[None]:
     """Turn what other libraries raise into an error of ours; a `RuntimeError` would make Trainer train again.
 
-    Also a decorator of functions.
-
     Args:
         stage: What is being done.
         advice: What is known then, or what to do.
@@ -215,6 +218,33 @@ def foreign_errors_named(
         raise
     except Exception as error:
         raise kind(f"{type(error).__name__} while {stage} ({_told(error)}); {advice}") from error
+
+
+def naming_foreign_errors(
+    stage: str, advice: str = "the weights are as they were"
+) -> Callable[[Callable[Given, Made]], Callable[Given, Made]]:
+    """Turn what other libraries raise in a function into an `AdjustmentError`.
+
+    Args:
+        stage: What the function does.
+        advice: What is known if it fails, or what to do.
+
+    Returns:
+        A decorator. Arguments that the function does not take are a `TypeError`, as of any other.
+    """
+
+    def decorated(function: Callable[Given, Made]) -> Callable[Given, Made]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def called(*arguments: Given.args, **settings: Given.kwargs) -> Made:
+            signature.bind(*arguments, **settings)
+            with foreign_errors_named(stage, advice):
+                return function(*arguments, **settings)
+
+        return called
+
+    return decorated
 
 
 def _told(error: BaseException) -> str:

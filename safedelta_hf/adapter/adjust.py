@@ -19,7 +19,7 @@ from safedelta_hf.deltas.lora_layers import adapter_config, lora_deltas
 from safedelta_hf.deltas.lora_settings import initialised_from_base, require_low_rank
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError, ProfileError, foreign_errors_named, require_kind
+from safedelta_hf.errors import AdapterError, ProfileError, naming_foreign_errors, require_kind
 from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.names import class_name, parameter_aliases, unwrapped
 from safedelta_hf.profile.profile import SafetyProfile
@@ -31,7 +31,7 @@ from safedelta_hf.weights.digest import fingerprint, parameter_digest
 from safedelta_hf.weights.readers import WeightReader, base_digest, open_base, verified
 
 
-@foreign_errors_named("adjusting the adapter")
+@naming_foreign_errors("adjusting the adapter")
 def adjust_adapter(
     model: nn.Module | ShardedModel,
     *,

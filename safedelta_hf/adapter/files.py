@@ -19,7 +19,7 @@ from safedelta_hf.errors import (
     BaseWeightsError,
     CheckpointError,
     ProfileError,
-    foreign_errors_named,
+    naming_foreign_errors,
     require_kind,
 )
 from safedelta_hf.profile.profile import SafetyProfile
@@ -32,7 +32,7 @@ from safedelta_hf.weights.readers import FilesReader, ModelReader, WeightReader,
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
-@foreign_errors_named("adjusting the adapter", "nothing was written")
+@naming_foreign_errors("adjusting the adapter", "nothing was written")
 def adjust_adapter_files(
     adapter: str | Path,
     *,

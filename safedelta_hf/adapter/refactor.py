@@ -13,7 +13,7 @@ from safedelta_hf.adjust.plan import plan_parameters, require_number
 from safedelta_hf.deltas.lora_layers import adapter_config
 from safedelta_hf.deltas.lora_settings import require_weight_delta
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import AdapterError, foreign_errors_named
+from safedelta_hf.errors import AdapterError, naming_foreign_errors
 from safedelta_hf.modules.names import class_name, parameter_aliases
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.plan import Treatment
@@ -21,7 +21,7 @@ from safedelta_hf.report import Report
 from safedelta_hf.rules import Rule, default_rule
 
 
-@foreign_errors_named("adjusting the adapter", "nothing was written")
+@naming_foreign_errors("adjusting the adapter", "nothing was written")
 def refactor_adapter(
     model: nn.Module,
     *,

@@ -16,7 +16,7 @@ from safedelta_hf.adjust.store import WeightStore
 from safedelta_hf.core.curvature import loss_by_price, quadratic_loss
 from safedelta_hf.core.rounding import is_coarse
 from safedelta_hf.data.refusals import Drift
-from safedelta_hf.deltas.dense import Delta, DenseDelta
+from safedelta_hf.deltas.dense import Delta
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import SafeDeltaError, warn
 from safedelta_hf.profile.profile import SafetyProfile
@@ -30,6 +30,9 @@ from safedelta_hf.rules import AutoStrength, LayerMoments, MergeRule, Rule, Tran
 
 EXPECTED_TRIALS = 8
 """Strengths that a search tries, about: what a progress bar reckons with."""
+
+LEAST_FED_ON = 0.01
+"""Share of the quadratic loss of a factored delta that rounding to the nearest may add before its errors are fed on."""
 
 REUSED_BYTES = 2 << 30
 """Moments that a search holds, with what the rule made of them, from one strength to the next."""
@@ -180,17 +183,15 @@ class Adjustment:
             adjusted, notes, price = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:
             adjusted, notes = self._merging.merged(rule, entry, delta)
-        kept, loss = adjusted, None
+        kept = adjusted
         if is_coarse(delta.dtype):
             if figures:
                 losses["unrounded_loss"] = _loss_of_kept(entry, kept, kept, price, factors)
-            adjusted, loss, note = _rounded(entry, kept, factors)
+            adjusted, note = _rounded(entry, kept, factors)
             notes += (note,)
         written, remarks = self._store.write(entry.parameter, adjusted)
         if figures:
-            if loss is None or written is not adjusted:
-                loss = _loss_of_kept(entry, kept, written, price, factors)
-            losses["adjusted_loss"] = loss
+            losses["adjusted_loss"] = _loss_of_kept(entry, kept, written, price, factors)
         return _record(entry, written if figures else None, outcome="adjusted", notes=notes + remarks, **losses)
 
 
@@ -223,33 +224,34 @@ def _once(entry: PlanEntry) -> Iterator[Use]:
         seen |= {use.view, use.view.transposed}
 
 
-def _rounded(entry: PlanEntry, delta: Delta, factors: FactorCache) -> tuple[Delta, float | None, str]:
-    """Round a delta to the data type of its weights in whichever way costs less safety.
+def _rounded(entry: PlanEntry, kept: Delta, factors: FactorCache) -> tuple[Delta, str]:
+    """Round what is kept of a delta to the data type of its weights, so that it costs little safety.
 
     Args:
         entry: Plan of the parameter.
-        delta: What is kept of it.
+        kept: What is kept of it.
         factors: The moments.
 
     Returns:
-        What the weights can hold of it, its quadratic loss, and which way it was; the nearest where there are no
-        moments.
+        What the weights can hold of it, and how it was rounded.
     """
 
     def feeding() -> Iterator[tuple[Use, Tensor]]:
         for use in mixing:
-            factors.hold(_together(entry, use), delta.device)
+            factors.hold(_together(entry, use), kept.device)
             yield use, factors.rounding(use)
 
     mixing = [use for use in entry.uses if not use.role.is_diagonal]  # of others nothing can make up for an error
-    nearest = delta.rounded()
-    name, loss = str(delta.dtype).removeprefix("torch."), _loss(entry, nearest, factors)
-    if mixing and loss is not None:
-        fed = delta.rounded_along(feeding()).rounded()
-        lower = _loss(entry, fed, factors)
-        if lower is not None and lower < loss:
-            return fed, lower, f"rounded to {name}, errors fed on"
-    return nearest, loss, f"rounded to the nearest {name}"
+    name = str(kept.dtype).removeprefix("torch.")
+    if not mixing or factors.is_empty or (kept.is_factored and _rounds_well(entry, kept, factors)):
+        return kept.rounded(), f"rounded to the nearest {name}"
+    return kept.rounded_along(feeding()).rounded(), f"rounded to {name}, errors fed on"
+
+
+def _rounds_well(entry: PlanEntry, kept: Delta, factors: FactorCache) -> bool:
+    # Factors hold a delta and no base, so their errors are mostly nothing beside it; feeding them on takes a Cholesky.
+    rounded, unrounded = (_loss(entry, delta, factors) for delta in (kept.rounded(), kept))
+    return rounded is not None and unrounded is not None and rounded <= (1 + LEAST_FED_ON) * unrounded
 
 
 def _loss(entry: PlanEntry, delta: Delta, factors: FactorCache) -> float | None:
@@ -266,9 +268,9 @@ def _loss_of_kept(
     entry: PlanEntry, kept: Delta, carried: Delta, price: float | None, factors: FactorCache
 ) -> float | None:
     # From what is lost where that is exact enough, without a product.
-    if price is not None and isinstance(kept, DenseDelta) and isinstance(carried, DenseDelta):
-        hessian = factors.hessian(entry.uses[0])
-        loss = loss_by_price(kept.lost(carried), price, hessian) if isinstance(hessian, Tensor) else None
+    if price is not None and isinstance(hessian := factors.hessian(entry.uses[0]), Tensor):
+        lost = kept.lost(carried)
+        loss = None if lost is None else loss_by_price(lost, price, hessian)
         if loss is not None:
             return loss
     return _loss(entry, carried, factors)

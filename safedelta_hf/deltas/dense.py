@@ -46,6 +46,22 @@ class Delta(Protocol):
         """Squared norm of tuned minus adjusted, over all ranks."""
         ...
 
+    @property
+    def is_factored(self) -> bool:
+        """Whether the weights that carry it are its factors, and not the sum of it and a base."""
+        return False
+
+    def lost(self, carried: "Delta") -> Lost | None:
+        """What is lost of the tuned delta, beside what is kept.
+
+        Args:
+            carried: What the weights carry of what is kept.
+
+        Returns:
+            The sums over all entries, those of the pieces taken in float32; None where they are not counted.
+        """
+        return None
+
     def matrix(self, use: Use) -> DeltaMatrix:
         """The adjusted delta as one use sees it.
 
@@ -155,15 +171,10 @@ class DenseDelta(Delta):
     def lost_energy(self) -> float:
         return 0.0 if self.is_unadjusted else figure_of(_distance, self._delta, self.values)
 
-    def lost(self, carried: "DenseDelta") -> Lost:
-        """What is lost of the delta, beside what is kept.
-
-        Args:
-            carried: What the weights carry of what is kept.
-
-        Returns:
-            The sums over all entries, those of the pieces taken in float32.
-        """
+    @override
+    def lost(self, carried: Delta) -> Lost | None:
+        if not isinstance(carried, DenseDelta):
+            return None
         values = [self._delta, self.values] + ([] if carried is self else [carried.values])
         sums = [_lost(*pieces) for pieces in zip(*map(_pieces, values), strict=True)]
         kept, product, *rounded = torch.stack(sums).double().sum(0).tolist()

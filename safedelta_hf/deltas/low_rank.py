@@ -97,6 +97,11 @@ class FactoredDelta(Delta):
     def lost_energy(self) -> float:
         return distance(self._tuned, self._adjusted, self._scaling)
 
+    @property
+    @override
+    def is_factored(self) -> bool:
+        return True
+
     @override
     def matrix(self, use: Use) -> FactoredMatrix:
         left, right = self._adjusted
@@ -175,6 +180,11 @@ class StackedDelta(Delta):
     @override
     def lost_energy(self) -> float:
         return sum(one.lost_energy for one in self.products)
+
+    @property
+    @override
+    def is_factored(self) -> bool:
+        return True
 
     @override
     def matrix(self, use: Use) -> FactoredMatrix:

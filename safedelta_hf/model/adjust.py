@@ -11,7 +11,7 @@ from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.capture.without_data import profile_without_data
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ProfileError, foreign_errors_named, require_kind
+from safedelta_hf.errors import ProfileError, naming_foreign_errors, require_kind
 from safedelta_hf.model.store import ModelStore
 from safedelta_hf.modules.names import parameter_aliases, wrapping_told
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
@@ -24,7 +24,7 @@ from safedelta_hf.weights.digest import parameter_digest
 from safedelta_hf.weights.readers import WeightReader, base_digest, open_base
 
 
-@foreign_errors_named("adjusting the weights")
+@naming_foreign_errors("adjusting the weights")
 def adjust_model(
     model: nn.Module | ShardedModel,
     *,

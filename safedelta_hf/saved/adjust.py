@@ -15,7 +15,7 @@ from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ConfigurationError, NothingLeftError, foreign_errors_named, require_kind
+from safedelta_hf.errors import ConfigurationError, NothingLeftError, naming_foreign_errors, require_kind
 from safedelta_hf.folders import require_absent
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of, require_use
 from safedelta_hf.modules.loading import load_base, load_tokenizer
@@ -34,7 +34,7 @@ TASK_DATA: Final = "task data"
 ORDINARY_DATA: Final = "ordinary data"
 
 
-@foreign_errors_named("adjusting what was saved", "there is no output")
+@naming_foreign_errors("adjusting what was saved", "there is no output")
 def adjust_saved(
     *,
     tuned: str | Path,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from safedelta_hf import SafeDelta, Treatment, adjust_adapter, adjust_model, plan_adapter
+from safedelta_hf import Ridge, SafeDelta, Treatment, adjust_adapter, adjust_model, plan_adapter
 from safedelta_hf.deltas.lora_layers import lora_deltas
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import AdapterError, NumericalError, ProfileError
@@ -131,6 +131,24 @@ def test_the_report_of_a_half_precision_adapter_is_that_of_what_it_holds(profile
         assert record.lost_energy == pytest.approx(float(lost), rel=1e-4)
         assert "rounded to" in record.notes[-1] and record.unrounded_loss != record.adjusted_loss
     assert not any(record.notes for record in adjusted(exact, profiles["llama"]).parameters)
+
+
+def test_factors_are_rounded_to_the_nearest_unless_that_costs_safety(profiles):
+    exact = adapters.adapted(tiny.llama())
+    model = copy.deepcopy(exact)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+            exact.get_parameter(name).data = parameter.data.float()
+    # At the first a share of it is kept in every direction, at the second next to nothing where the data point.
+    for strength, fed in ((1e-3, False), (1e5, True)):
+        one, other = copy.deepcopy(model), copy.deepcopy(exact)
+        records = adjusted(one, profiles["llama"], rule=Ridge(strength=strength)).parameters
+        assert {"errors fed on" in record.notes[-1] for record in records} == {fed}
+        adjusted(other, profiles["llama"], rule=Ridge(strength=strength))
+        wanted = adapters.own_tensors(other)
+        nearest = {name: torch.equal(held, wanted[name].bfloat16()) for name, held in adapters.own_tensors(one).items()}
+        assert all(nearest.values()) == (not fed)
 
 
 def test_treatment_resets_and_keeps_what_it_says(profiles):

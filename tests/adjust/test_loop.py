@@ -151,9 +151,8 @@ def test_a_search_measures_the_figures_of_the_strength_that_it_applies_alone(pro
     once = counted(copy.deepcopy(tuned), rule.at(1.0))[1:]
     report, losses, energies = counted(tuned, rule)
     trials, uses = len(report.search.trials), len(own.uses)
-    to_round = 2 * sum(not use.role.is_diagonal for use in own.uses) + sum(use.role.is_diagonal for use in own.uses)
-    assert trials > 2 and once == (2 * uses if dtype == torch.float32 else 2 * uses + to_round, energies)
-    assert losses == once[0] + (0 if dtype == torch.float32 else trials * to_round)
+    assert trials > 2 and once == ((2 if dtype == torch.float32 else 3) * uses, energies)
+    assert losses == once[0]
 
 
 def test_what_holds_for_every_strength_is_prepared_once(profile, monkeypatch):
@@ -454,6 +453,23 @@ def test_every_figure_is_that_of_the_weights_that_were_written(dtype, rule):
                 [oracles.loss(values, hessian) for values in rows], rel=1e-4
             )
             assert record.unrounded_loss is not None and "round" in record.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_are_fed_on_where_inputs_mix_and_nowhere_else(dtype):
+    base = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+    tuned = {name: (weight + 0.02 * torch.randn(weight.shape)).to(dtype) for name, weight in base.items()}
+    store, profile = Store(tuned, base), small_profile()
+    told = str(dtype).removeprefix("torch.")
+    for record in adjusted(store, Scale(strength=1.0), profile).parameters:
+        if record.outcome == "adjusted":
+            name = record.parameter
+            nearest = ((base[name].float() + tuned[name].float()) / 2).to(dtype)
+            mixes = ROLES[name] is Role.LINEAR
+            assert record.notes[0] == (
+                f"rounded to {told}, errors fed on" if mixes else f"rounded to the nearest {told}"
+            )
+            assert torch.equal(store.now[name], nearest) == (not mixes)
 
 
 def test_where_rounding_brings_the_loss_back_it_is_said_first():
