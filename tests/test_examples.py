@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import safedelta_hf
 from safedelta_hf.data.dataset import read_safety_data
@@ -31,11 +32,24 @@ from safedelta_hf.testbed import ALIGNED_MODEL, CASES, attack_questions, load_al
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@contextlib.contextmanager
+def logging_as_in_a_new_process():
+    """Commands that other tests run in this process make transformers quiet, and with it what trains after them."""
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    yield
+    logging.set_verbosity(before[0])
+    if not before[1]:
+        logging.disable_progress_bar()
+
+
 def run(folder, script, *arguments):
     """What a script prints, as it stands; in this process, which has imported already what takes a new one seconds."""
     shown, given = io.StringIO(), [str(script), *map(str, arguments)]
     around = (
         contextlib.chdir(folder),
+        logging_as_in_a_new_process(),
         contextlib.redirect_stdout(shown),
         mock.patch.object(sys, "argv", given),
         mock.patch.object(sys, "path", [str(Path(script).parent), *sys.path]),
@@ -94,7 +108,7 @@ def test_example_takes_a_model_and_data_of_ones_own(tmp_path):
 def test_step_by_step_covers_every_parameter_and_finds_nothing_to_repair(tmp_path):
     shown = run(tmp_path, EXAMPLES / "step_by_step.py")
     kinds = (line for line in shown.splitlines() if not re.match(" *layer", line))  # which count the same weights again
-    assert sum(map(int, re.findall(r"(\d+) adjusted", "\n".join(kinds)))) == 39
+    assert sum(map(int, re.findall(r"(\d+) left as tuned", "\n".join(kinds)))) == 39
     assert "Nothing to repair: every weight is left as it was tuned." in said(shown)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ def _manifest(plan: CheckpointPlan, device: torch.device) -> dict[str, Any]:
         "task": None if plan.task_profile is None else _identity(plan.task_profile),
         "further models": [source_identity(source) for source in sources],
         "device": str(device),
+        "version of safedelta-hf": version("safedelta-hf"),
         "version of torch": torch.__version__,
     }
 
