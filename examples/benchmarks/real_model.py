@@ -199,12 +199,17 @@ class Lab:
         self.prompts = self._kept("prompts.json", self._prompts)
         if options.align and not (self.folder / "aligned").exists():
             self._align()
-        self.base = self.fresh()
+        self.base = self.fresh().to(self.dtype)
 
     def fresh(self) -> PreTrainedModel:
         """Load the aligned model anew."""
         folder = self.folder / "aligned" if self.options.align else self.options.model
         return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights are rounded to before they are repaired."""
+        return getattr(torch, self.options.dtype)
 
     @property
     def given(self) -> PreTrainedModel:
@@ -310,7 +315,7 @@ class Lab:
             model = PeftModel.from_pretrained(self.fresh(), folder, is_trainable=True)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)
-        return TunedModel(model, json.loads((folder / "seconds.json").read_text()))
+        return TunedModel(model.to(self.dtype), json.loads((folder / "seconds.json").read_text()))
 
     def rate(self, weights: str) -> float:
         """The learning rate."""
@@ -510,7 +515,7 @@ METHODS: dict[str, Callable[[Cell], Candidate]] = {
 }
 """What is compared, by name; a new one is one line."""
 
-ABOUT_THE_RUN = ("work", "output", "kinds", "weights", "seeds", "methods", "prepare", "generation_batch")
+ABOUT_THE_RUN = ("work", "output", "kinds", "weights", "seeds", "methods", "prepare", "generation_batch", "dtype")
 """Options that the models and data in the work folder do not depend on."""
 
 
@@ -530,6 +535,12 @@ def parsed() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, **settings)
     parser.add_argument("--align", action="store_true", help="teach the model to refuse, before anything else")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="data type that aligned and fine-tuned weights are rounded to before they are repaired",
+    )
     for name, choices in {"kinds": KINDS, "weights": WEIGHTS, "methods": METHODS}.items():
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
