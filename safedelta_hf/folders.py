@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
-from safedelta_hf.errors import OutputError
+from safedelta_hf.errors import DataError, OutputError
 
 T = TypeVar("T")
 
@@ -202,6 +202,26 @@ def write_whole(path: Path, text: str) -> None:
             part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be written ({error}); make room, or choose another place") from error
+
+
+def read_saved(path: str | Path, what: str, made: Callable[[dict[str, Any]], T]) -> T:
+    """Read what some results were saved as, in JSON.
+
+    Args:
+        path: The file.
+        what: Which results are expected, for the error.
+        made: Makes them of its content.
+
+    Returns:
+        The results.
+
+    Raises:
+        DataError: The file is missing, or is something else.
+    """
+    try:
+        return made(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise DataError(f"{path} is no saved {what} ({error})") from error
 
 
 def write_all(descriptor: int, content: bytes | memoryview) -> None:

@@ -197,14 +197,7 @@ def collect_profile(
             sequences, sorting = sort_task(
                 opened, sequences, refusals, processing_class, batch_size=config.batch_size, progress=progress
             )
-        sequences, aside = split(sequences, _share_held_out(opened.model, config.holdout, len(sequences)))
-        if config.holdout and not aside:
-            raise DataError(
-                f"{purpose}: holdout={config.holdout} sets none of {len(sequences)} examples aside: their prompts are "
-                f"about {topics(sequences)} different things (each has its rarest token), and what is held out has to "
-                "be about others than what is not; give prompts about more things, or ProfileConfig(holdout=0) and a "
-                "strength that is a number"
-            )
+        sequences, aside = _split(opened.model, sequences, config.holdout, purpose)
         require_same(sequences + aside, ranks, purpose)
         made_of = {
             "architecture": class_name(opened.model),
@@ -248,10 +241,22 @@ def _named(header: ProfileHeader, model: ShardedModel) -> ProfileHeader:
     return replace(header, name=name, revision=revision, packed=packed)
 
 
-def _share_held_out(model: nn.Module, asked: float | None, examples: int) -> float:
-    if asked is not None:
-        return asked
-    return DEFAULT_HOLDOUT if is_language_model(model) and examples >= FEWEST_HELD_OUT_OF else 0.0
+def _split(
+    model: nn.Module, sequences: Sequence[SafetySequence], holdout: float | None, purpose: str
+) -> tuple[list[SafetySequence], list[SafetySequence]]:
+    # What is read, and what is held out; without a wish some is where a model can be measured and there is enough.
+    if holdout is None:
+        holds_out = is_language_model(model) and len(sequences) >= FEWEST_HELD_OUT_OF
+        return split(sequences, DEFAULT_HOLDOUT if holds_out else 0.0)
+    used, aside = split(sequences, holdout)
+    if holdout and not aside:
+        raise DataError(
+            f"{purpose}: holdout={holdout} sets none of {len(used)} examples aside: their prompts are about "
+            f"{topics(used)} different things (each has its rarest token), and what is held out has to be about others "
+            "than what is not; give prompts about more things, or ProfileConfig(holdout=0) and a strength that is a "
+            "number"
+        )
+    return used, aside
 
 
 def _added(one: SafetyProfile, other: SafetyProfile) -> SafetyProfile:

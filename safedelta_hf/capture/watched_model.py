@@ -15,7 +15,7 @@ from safedelta_hf.core.finite import is_finite
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, ConfigurationError, NumericalError
 from safedelta_hf.modules.evaluating import evaluating
-from safedelta_hf.modules.names import base_modules, class_name, parameter_names, unwrapped
+from safedelta_hf.modules.names import base_modules, class_name, embeddings, parameter_names, unwrapped
 from safedelta_hf.modules.parametrised import ParametrisedWeight, parametrised_weights
 from safedelta_hf.modules.quantised import is_quantised
 
@@ -202,11 +202,9 @@ def _is_finite(model: ShardedModel, name: str) -> bool:
 
 
 def _head(model: nn.Module, computed: Iterable[ParametrisedWeight]) -> str | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Module):
+    layer = embeddings(model, "output")
+    if layer is None:
         return None
-    layer = unwrapped(head)
     own = dict(layer.named_parameters(recurse=False))  # its attribute may be computed, and that is not asked for here
     if "weight" in own:
         return parameter_names(model).get(own["weight"])

@@ -16,6 +16,7 @@ from safedelta_hf.errors import BaseWeightsError, CheckpointError
 from safedelta_hf.modules.names import (
     base_modules,
     class_name,
+    embeddings,
     hub_name,
     is_hub_name,
     parameter_aliases,
@@ -165,13 +166,12 @@ def _dtype(files: SafetensorsFiles, name: str) -> str:
 def _uses(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Use]:
     modules = dict(base_modules(model, every_name=True))
     aliases = parameter_aliases(model)
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = embeddings(model, "output")
     for name, shape in shapes.items():
         found: dict[str, Use] = {}
         for place in (name, *aliases.get(name, ())):
             module, key = modules[place.rpartition(".")[0]], place.rpartition(".")[2]
-            is_head = isinstance(head, nn.Module) and module is unwrapped(head) and len(shape) > 1
+            is_head = module is head and len(shape) > 1
             role = Role.HEAD if is_head else _role(module, key, shape)
             for view in _views(module, role, shape):
                 moment = moment_key(name, role, view, shape)

@@ -15,7 +15,7 @@ from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.offload import execution_device
 from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import DataError
-from safedelta_hf.modules.names import unwrapped
+from safedelta_hf.modules.names import embeddings, unwrapped
 
 
 def batches_of_equal_length(
@@ -110,9 +110,7 @@ def require_fit(model: nn.Module, sequences: Sequence[Sequence[int]], what: str)
             f"{what}: the longest sequence has {longest} tokens, the model takes {positions}; shorten or drop it, or "
             f"pass max_length={positions} where that is a setting"
         )
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
+    embedding = embeddings(model, "input")
     largest = max((max(sequence, default=0) for sequence in sequences), default=0)
     if isinstance(embedding, nn.Embedding) and largest >= embedding.num_embeddings:
         raise DataError(

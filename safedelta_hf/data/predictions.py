@@ -23,8 +23,7 @@ def read_predictions(
     read: Callable[[Tensor, Batch], Sequence[R]],
     *,
     batch_size: int = 8,
-    progress: bool = False,
-    desc: str,
+    desc: str | None = None,
     bar: Any = None,  # noqa: ANN401 - of tqdm
 ) -> list[R]:
     """Read from a model's predictions of every response token, given all tokens before it.
@@ -35,8 +34,7 @@ def read_predictions(
         read: Given logits [response tokens of a batch, vocabulary], one sequence after the other, and the batch; gives
             a plain value for each of its sequences.
         batch_size: Sequences per forward pass, at most.
-        progress: Whether to show a progress bar.
-        desc: What the progress bar says.
+        desc: What a progress bar says, on the main process; None shows none.
         bar: A bar of a larger work, to be moved by every sequence that this process reads; None for none.
 
     Returns:
@@ -62,13 +60,13 @@ def read_predictions(
         found: dict[SafetySequence, R] = {}
         ranks.check_in()  # in a collective forward pass no rank could hear of another that has failed before
         with evaluating(runnable):
-            for batch, counts in progress_bar(share, desc=desc, unit="batch", disable=not (progress and ranks.is_main)):
+            for batch, counts in progress_bar(share, desc=desc, unit="batch", disable=not (desc and ranks.is_main)):
                 with forward_guard(model):
                     values = read(_logits(runnable, batch), batch)
-                if counts and bar is not None:
-                    bar.update(len(batch))
                 if counts:
                     found.update(zip(batch, values, strict=True))
+                    if bar is not None:
+                        bar.update(len(batch))
         everyone = {sequence: value for own in ranks.gather(found) for sequence, value in own.items()}
     return [everyone[sequence] for sequence in sequences]
 

@@ -19,7 +19,7 @@ from safedelta_hf.data.predictions import read_predictions
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.errors import CaptureError, NumericalError
 from safedelta_hf.modules.evaluating import coarsest, precision_seen, rounding_otherwise, without_adapters
-from safedelta_hf.modules.names import class_name, unwrapped
+from safedelta_hf.modules.names import class_name, embeddings, unwrapped
 from safedelta_hf.report.search import ReadingNoise
 
 
@@ -35,8 +35,7 @@ def tells_likelihoods(model: nn.Module) -> bool:
     bare = unwrapped(model)
     if not isinstance(bare, PreTrainedModel):
         return True
-    head: object = bare.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return head is not None or bool(bare.can_generate())
+    return embeddings(bare, "output") is not None or bool(bare.can_generate())
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -111,8 +110,7 @@ def read_responses(
     sequences: Sequence[SafetySequence],
     *,
     batch_size: int = 8,
-    progress: bool = False,
-    desc: str = "Likelihood",
+    desc: str | None = None,
     bar: Any = None,  # noqa: ANN401 - of tqdm
 ) -> list[ResponseReading]:
     """Let a model read responses, and how it finds every token of them.
@@ -121,8 +119,7 @@ def read_responses(
         model: A causal language model; its ranks share the work, and all get the result.
         sequences: Tokenised examples.
         batch_size: Sequences per forward pass, at most.
-        progress: Whether to show a progress bar.
-        desc: What the progress bar says.
+        desc: What a progress bar says, on the main process; None shows none.
         bar: A bar of a larger work, to be moved by every sequence that this process reads; None for none.
 
     Returns:
@@ -138,9 +135,7 @@ def read_responses(
     """
     with model.ranks.together():
         require_likelihoods(model.model)
-    readings = read_predictions(
-        model, sequences, _read_batch, batch_size=batch_size, progress=progress, desc=desc, bar=bar
-    )
+    readings = read_predictions(model, sequences, _read_batch, batch_size=batch_size, desc=desc, bar=bar)
     for number, reading in enumerate(readings):
         if not all(map(math.isfinite, reading.losses)):
             raise NumericalError(f"row {number}: the loss of the model is NaN or Inf; are its weights intact?")
@@ -152,8 +147,7 @@ def response_losses(
     sequences: Sequence[SafetySequence],
     *,
     batch_size: int = 8,
-    progress: bool = False,
-    desc: str = "Likelihood",
+    desc: str | None = None,
 ) -> list[tuple[float, ...]]:
     """Negative log-likelihood of every response token, given all tokens before it.
 
@@ -161,8 +155,7 @@ def response_losses(
         model: A causal language model; its ranks share the work, and all get the result.
         sequences: Tokenised examples.
         batch_size: Sequences per forward pass, at most.
-        progress: Whether to show a progress bar.
-        desc: What the progress bar says.
+        desc: What a progress bar says, on the main process; None shows none.
 
     Returns:
         For each sequence, in their order, the losses of its response tokens in nats. The first token of a sequence
@@ -175,7 +168,7 @@ def response_losses(
         NumericalError: A loss is NaN or Inf.
         RankError: Another rank failed.
     """
-    readings = read_responses(model, sequences, batch_size=batch_size, progress=progress, desc=desc)
+    readings = read_responses(model, sequences, batch_size=batch_size, desc=desc)
     return [reading.losses for reading in readings]
 
 
@@ -280,9 +273,8 @@ class HeldOut:
             The examples with their likelihood; the same on all ranks.
         """
         with without_adapters(model.model):
-            losses = response_losses(
-                model, sequences, batch_size=batch_size, progress=progress, desc="Reading what is held out"
-            )
+            desc = "Reading what is held out" if progress else None
+            losses = response_losses(model, sequences, batch_size=batch_size, desc=desc)
         return cls(sequences=tuple(sequences), losses=tuple(map(fmean, losses)))
 
     def read(
@@ -308,7 +300,6 @@ class HeldOut:
         self,
         model: ShardedModel,
         *,
-        batch_size: int = 8,
         bar: Any = None,  # noqa: ANN401 - of tqdm
     ) -> tuple[list[ResponseReading], ReadingNoise]:
         """Let the base model read the examples as a fine-tune of it is about to, and measure the noise of that.
@@ -318,18 +309,17 @@ class HeldOut:
 
         Args:
             model: What the fine-tune runs in, holding the base weights.
-            batch_size: Sequences per forward pass, at most.
             bar: As in `read`.
 
         Returns:
             How it finds each of the examples now, and the noise; the same on all ranks.
         """
         with precision_seen(model.model) as seen:
-            base = self.read(model, batch_size=batch_size, bar=bar)
+            base = self.read(model, bar=bar)
         names = {name for own in model.ranks.gather(sorted(map(str, seen))) for name in own} or {"torch.float32"}
         dtype = coarsest({getattr(torch, name.removeprefix("torch.")) for name in names})
         with rounding_otherwise(model.model, dtype) as is_moved:
-            other = self.read(model, batch_size=batch_size, bar=bar) if is_moved else None
+            other = self.read(model, bar=bar) if is_moved else None
         # Either of the two readings might as well have been the other.
         noise = [] if other is None else [Drift.between(base, other), Drift.between(other, base)]
         return base, ReadingNoise(

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import BaseWeightsError, ConfigurationError, DataError, NumericalError, figures_needed
+from safedelta_hf.errors import BaseWeightsError, ConfigurationError, NumericalError, figures_needed
 from safedelta_hf.evaluation.generation import model_digest
 from safedelta_hf.evaluation.metrics import Metric
-from safedelta_hf.folders import RunLog, write_whole
+from safedelta_hf.folders import RunLog, read_saved, write_whole
 from safedelta_hf.modules.names import base_modules, join
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.report.printing import printed
@@ -125,8 +125,12 @@ class Landscape:
         Raises:
             DataError: The file is missing, or is something else.
         """
-        content = _read(path, cls)
-        return cls(**content | {"alphas": tuple(content["alphas"]), "values": tuple(map(tuple, content["values"]))})
+
+        def made(content: dict[str, Any]) -> "Landscape":
+            rows = {"alphas": tuple(content["alphas"]), "values": tuple(map(tuple, content["values"]))}
+            return cls(**content | rows)
+
+        return read_saved(path, "landscape", made)
 
     def __str__(self) -> str:
         return f"VISAGE {self.visage:.1f}, basin {self.basin[0]:+.3f} to {self.basin[1]:+.3f}\n{self.table()}"
@@ -351,9 +355,12 @@ class Interpolation:
         Raises:
             DataError: The file is missing, or is something else.
         """
-        content = _read(path, cls)
-        values = {name: tuple(values) for name, values in content["values"].items()}
-        return cls(positions=tuple(content["positions"]), values=values)
+
+        def made(content: dict[str, Any]) -> "Interpolation":
+            values = {name: tuple(values) for name, values in content["values"].items()}
+            return cls(**content | {"positions": tuple(content["positions"]), "values": values})
+
+        return read_saved(path, "interpolation", made)
 
     def __str__(self) -> str:
         return self.table()
@@ -531,14 +538,3 @@ def _written(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure
-
-
-def _read(path: str | Path, kind: type) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} holds no saved {kind.__name__} ({error})") from error
-    expected = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
-    if not isinstance(content, dict) or content.keys() != expected:
-        raise DataError(f"{path} holds no saved {kind.__name__}; expected the keys {sorted(expected)}")
-    return content

@@ -94,9 +94,8 @@ def likelihood_of(
     Returns:
         The loss of each example.
     """
-    losses = response_losses(
-        ShardedModel(model), sequences, batch_size=batch_size, progress=progress, desc="Refusal likelihood"
-    )
+    desc = "Refusal likelihood" if progress else None
+    losses = response_losses(ShardedModel(model), sequences, batch_size=batch_size, desc=desc)
     return Likelihood(losses=tuple(map(fmean, losses)), data=digest_of(sequences))
 
 
@@ -194,7 +193,7 @@ def incoherent(
     left = [index for index, degenerate in enumerate(found) if not degenerate]
     sequences = [_sequence(prompts[index], responses[index], reference.processing_class) for index in left]
     model = ShardedModel(reference.model)
-    losses = response_losses(model, sequences, batch_size=batch_size, progress=progress, desc=desc)
+    losses = response_losses(model, sequences, batch_size=batch_size, desc=desc if progress else None)
     for index, tokens in zip(left, losses, strict=True):
         found[index] = median(tokens) > reference.most
     return found

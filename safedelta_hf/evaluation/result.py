@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from safedelta_hf.errors import DataError
-from safedelta_hf.folders import write_whole
+from safedelta_hf.folders import read_saved, write_whole
 from safedelta_hf.report.printing import SCORE, Foldable, printed
 
 CONFIDENCE: Final = 0.95
@@ -171,13 +171,13 @@ class Evaluation:
         Raises:
             DataError: The file is missing, or is not an evaluation.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+
+        def made(content: dict[str, Any]) -> "Evaluation":
             scores = {name: Score(**score) for name, score in content.pop("scores").items()}
             values = {name: tuple(own) for name, own in content.pop("values", {}).items()}
             return cls(scores=scores, values=values, **content)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path} is no saved evaluation ({error})") from error
+
+        return read_saved(path, "evaluation", made)
 
     def table(self) -> str:
         """The scores as a table for a terminal.

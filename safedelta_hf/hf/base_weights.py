@@ -16,7 +16,7 @@ from safedelta_hf.distributed.ranks import Ranks
 from safedelta_hf.errors import BaseWeightsError, ProfileError, warn
 from safedelta_hf.profile.profile import SafetyProfile
 from safedelta_hf.records.header import digest_of
-from safedelta_hf.weights.digest import digest_of_shard, fingerprint, parameter_digest
+from safedelta_hf.weights.digest import digest_of_held, fingerprint, parameter_digest
 from safedelta_hf.weights.readers import FilesOrCopies, FilesReader, WeightReader, open_base
 
 STATE_KEY = "safedelta_base"
@@ -208,14 +208,13 @@ def _from_source(model: ShardedModel, source: nn.Module | str | Path, revision: 
     weights = open_base(source, model.model, revision)
     digests, moved = {}, []
     for name in model.names:
-        shard, shape = model.shard(name), model.shape(name)
-        weight = weights.read(name, shard)
+        weight = weights.read(name, model.shard(name))
         if weight.shape != model.read(name).shape:
             raise BaseWeightsError(
-                f"base: {name} is {list(weight.shape)} in {weights.source} and {list(shape)} in the model; "
-                "pass the model that the fine-tuning started from"
+                f"base: {name} is {list(weight.shape)} in {weights.source} and {list(model.shape(name))} in the "
+                "model; pass the model that the fine-tuning started from"
             )
-        digests[name] = digest_of_shard(weight.to(model.dtype(name)), shape, shard, model.ranks)
+        digests[name] = digest_of_held(weight.to(model.dtype(name)), name, model)
         if digests[name] != parameter_digest(model, name):
             moved.append(name)
     return RunBase(weights=weights, digests=digests, moved=tuple(moved))

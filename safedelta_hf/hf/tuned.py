@@ -4,7 +4,7 @@ import json
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safedelta_hf.errors import CheckpointError, ConfigurationError, RestoreErro
 from safedelta_hf.folders import complete_or_absent
 from safedelta_hf.hf.base_weights import name_of_run
 from safedelta_hf.modules.adapters import active_adapters
-from safedelta_hf.modules.names import ADAPTER_PREFIX, without_wrappers
+from safedelta_hf.modules.names import ADAPTER_PREFIX, embeddings, without_wrappers
 from safedelta_hf.weights.journal import Journal
 from safedelta_hf.weights.readers import open_base
 
@@ -127,11 +127,8 @@ def _never_saved(model: ShardedModel) -> set[str]:
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
-    for find in ("get_input_embeddings", "get_output_embeddings"):
-        module = None
-        with suppress(NotImplementedError):  # as transformers says it of a model without text
-            module = getattr(model, find, lambda: None)()
-        yield from () if module is None else module.parameters()
+    for layer in (embeddings(model, "input"), embeddings(model, "output")):
+        yield from () if layer is None else layer.parameters()
 
 
 def _require_adapters(model: ShardedModel, folder: Path) -> None:

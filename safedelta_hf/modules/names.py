@@ -1,8 +1,9 @@
 """Canonical parameter names: what a checkpoint calls a weight, whatever wraps the model in memory."""
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -90,6 +91,23 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (inner := _wrapped(module)) is not None:
         module = inner
     return module
+
+
+def embeddings(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
+    """The layer that a model looks tokens up in, or that it predicts them with.
+
+    Args:
+        model: Any model.
+        side: Which of the two.
+
+    Returns:
+        The layer, without what wraps it; None if the model names none.
+    """
+    getter = getattr(model, f"get_{side}_embeddings", None)
+    layer = None
+    with suppress(NotImplementedError):  # as transformers says it of a model without text
+        layer = getter() if callable(getter) else None
+    return unwrapped(layer) if isinstance(layer, nn.Module) else None
 
 
 def hub_name(model: nn.Module) -> tuple[str | None, str | None]:

@@ -97,9 +97,8 @@ def lessons_of(
         targets = targets_of(logits_nv, None if logits_nv.shape[-1] <= EXACT else top_k)
         return [_lesson(sequence, one) for sequence, one in zip(batch, _of_each(targets, batch), strict=True)]
 
-    read_all = read_predictions(
-        teacher, [*taught, *held_out], read, batch_size=batch_size, progress=progress, desc=f"Teaching ({kind})"
-    )
+    desc = f"Teaching ({kind})" if progress else None
+    read_all = read_predictions(teacher, [*taught, *held_out], read, batch_size=batch_size, desc=desc)
     return Lessons(taught={kind: tuple(read_all[: len(taught)])}, held_out={kind: tuple(read_all[len(taught) :])})
 
 
@@ -169,9 +168,7 @@ def divergences(model: ShardedModel, lessons: Sequence[Lesson], batch_size: int 
         found = torch.split(divergence(logits_nv, targets).cpu(), [len(of_rows[one].log_probs) for one in batch])
         return [float(one.mean()) for one in found]
 
-    return read_predictions(
-        model, [lesson.sequence for lesson in lessons], read, batch_size=batch_size, desc="Divergence"
-    )
+    return read_predictions(model, [lesson.sequence for lesson in lessons], read, batch_size=batch_size)
 
 
 def mean_divergences(model: ShardedModel, lessons: Lessons, batch_size: int = 8) -> dict[str, float]:

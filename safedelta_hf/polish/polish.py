@@ -1,7 +1,6 @@
 """Polishing: the adjusted weights are trained on, measured, and put back if refusals have become less likely."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Final
@@ -165,9 +164,8 @@ def polish_weights(
     Returns:
         What was done.
     """
-    measured = _Measured(model, lessons, refusals)
     with Journal(workspace, model.ranks) as journal, model.ranks.together():
-        before, rise_before = measured.now()
+        before, rise_before = _measured(model, lessons, refusals)
         for name in model.all_names:
             if model.live(name).requires_grad:
                 parameter = model.parameter(name)
@@ -175,7 +173,7 @@ def polish_weights(
         if steps:
             with model.ranks.within_collectives():
                 trained(model, lessons, args, config, steps, progress=progress)
-        after, rise_after = measured.now()
+        after, rise_after = _measured(model, lessons, refusals)
         reason = _why_undone(before, after, rise_before, rise_after, config.tolerance)
         if reason:
             journal.restore()
@@ -210,15 +208,10 @@ def _why_undone(
     return ""
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """How a model does on rows that were held out."""
-
-    model: ShardedModel
-    lessons: Lessons
-    refusals: HeldOut
-
-    def now(self) -> tuple[Mapping[str, float], tuple[float, float]]:
-        losses = [fmean(tokens) for tokens in response_losses(self.model, self.refusals.sequences)]
-        rises = torch.tensor(losses, dtype=torch.float64) - torch.tensor(self.refusals.losses, dtype=torch.float64)
-        return mean_divergences(self.model, self.lessons), (float(rises.mean()), float(rises.quantile(QUANTILE)))
+def _measured(
+    model: ShardedModel, lessons: Lessons, refusals: HeldOut
+) -> tuple[Mapping[str, float], tuple[float, float]]:
+    # How far it is from its teachers, and the mean and a quantile of how much less likely it finds refusals.
+    losses = [fmean(tokens) for tokens in response_losses(model, refusals.sequences)]
+    rises = torch.tensor(losses, dtype=torch.float64) - torch.tensor(refusals.losses, dtype=torch.float64)
+    return mean_divergences(model, lessons), (float(rises.mean()), float(rises.quantile(QUANTILE)))

@@ -98,6 +98,41 @@ def trained(
         trainer.train()
 
 
+OWN: Final[Mapping[str, Any]] = {
+    "lr_scheduler_type": "cosine",
+    "lr_scheduler_kwargs": {},
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "label_names": ["log_probs"],
+    "remove_unused_columns": False,
+    "train_sampling_strategy": "random",
+    "dataloader_drop_last": False,
+    "dataloader_num_workers": 0,
+    "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
+    "ignore_data_skip": False,
+    "auto_find_batch_size": False,
+    "label_smoothing_factor": 0.0,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "enable_jit_checkpoint": False,
+    "logging_strategy": "no",
+    "logging_first_step": False,
+    "include_num_input_tokens_seen": "no",
+    "report_to": [],
+    "push_to_hub": False,
+    # These are on the model already.
+    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
+    "use_liger_kernel": False,
+    "neftune_noise_alpha": None,
+}
+"""Arguments that a polish does not take from the fine-tuning: plain cosine training on rows that are ready, which
+writes, evaluates and reports nothing."""
+
+
 def arguments_for_polish(
     args: TrainingArguments, config: PolishConfig, steps: int, kinds: int, *, progress: bool
 ) -> TrainingArguments:
@@ -122,40 +157,11 @@ def arguments_for_polish(
         "per_device_train_batch_size": math.ceil(wanted / accumulation),
         "gradient_accumulation_steps": accumulation,
         "learning_rate": args.learning_rate * config.rate,
-        "lr_scheduler_type": "cosine",
-        "lr_scheduler_kwargs": {},
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "label_names": ["log_probs"],
-        "remove_unused_columns": False,
-        "train_sampling_strategy": "random",
-        "accelerator_config": AcceleratorConfig(),
-        "dataloader_drop_last": False,
-        "dataloader_num_workers": 0,
-        "dataloader_persistent_workers": False,
-        "dataloader_prefetch_factor": None,
-        "ignore_data_skip": False,
-        "auto_find_batch_size": False,
-        "label_smoothing_factor": 0.0,
-        "eval_strategy": "no",
-        "eval_on_start": False,
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "enable_jit_checkpoint": False,
-        "logging_strategy": "no",
-        "logging_first_step": False,
-        "include_num_input_tokens_seen": "no",
-        "report_to": [],
-        "push_to_hub": False,
         "disable_tqdm": not progress,
-        # These are on the model already.
-        "activation_checkpointing": False,
-        "gradient_checkpointing": False,
-        "use_liger_kernel": False,
-        "neftune_noise_alpha": None,
+        "accelerator_config": AcceleratorConfig(),
     }
     own = copy.copy(args)  # to make them anew would read the environment again, as of FSDP's settings
-    for name, value in changes.items():
+    for name, value in {**copy.deepcopy(OWN), **changes}.items():
         setattr(own, name, value)
     return own
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from safedelta_hf.data.templates import ProcessingClass, prompt_tokens
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ArchitectureError, ConfigurationError, DataError, EvaluationError, figures_needed
+from safedelta_hf.errors import ArchitectureError, ConfigurationError, EvaluationError, figures_needed
 from safedelta_hf.evaluation import Prompt, Reference, generate_responses, is_refusal, read_prompts
 from safedelta_hf.evaluation.hidden_states import last_states
 from safedelta_hf.evaluation.likelihood import incoherent
 from safedelta_hf.evaluation.questions import PromptSource
-from safedelta_hf.folders import write_whole
+from safedelta_hf.folders import read_saved, write_whole
 from safedelta_hf.modules.decoder_layers import decoder_layers
 from safedelta_hf.modules.evaluating import without_adapters
 from safedelta_hf.modules.quantised import is_quantised
@@ -172,8 +172,8 @@ class SafetyLayers:
         Raises:
             DataError: The file is missing, or is something else.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+
+        def made(content: dict[str, Any]) -> "SafetyLayers":
             curves, initial = content.pop("curves"), content.pop("initial")
             return cls(
                 names=tuple(content.pop("names")),
@@ -182,8 +182,8 @@ class SafetyLayers:
                 table=tuple(RangeTrial(**trial) for trial in content.pop("table")),
                 **content,
             )
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise DataError(f"{path} holds no saved safety layers ({error})") from error
+
+        return read_saved(path, "set of safety layers", made)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw cosines and gap over the layers, and the refusals of each range that was tried.

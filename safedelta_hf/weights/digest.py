@@ -69,6 +69,22 @@ def digest_of_shard(rows: Tensor, shape: torch.Size, shard: Shard, ranks: Ranks)
     return result.hexdigest()
 
 
+def digest_of_held(weight: Tensor, name: str, model: ShardedModel | None) -> str:
+    """The digest of a whole weight of which a process may have read only what it holds of a model.
+
+    Args:
+        weight: The weight, or that shard of it.
+        name: Canonical parameter name.
+        model: The model, all of whose ranks call this; None if the weight is whole.
+
+    Returns:
+        What `digest` gives of the whole.
+    """
+    if model is None:
+        return digest(weight)
+    return digest_of_shard(weight, model.shape(name), model.shard(name), model.ranks)
+
+
 def parameter_digest(model: ShardedModel, name: str, dtype: torch.dtype | None = None) -> str:
     """Digest of a parameter, whoever holds it.
 
@@ -80,13 +96,13 @@ def parameter_digest(model: ShardedModel, name: str, dtype: torch.dtype | None =
     Returns:
         What `digest` gives of the whole.
     """
-    parameter, shard = model.live(name), model.shard(name)
-    if shard.is_whole and is_quantised(parameter):
+    parameter = model.live(name)
+    if model.shard(name).is_whole and is_quantised(parameter):
         return digest(parameter)  # its codes, wherever its class keeps them
     rows = model.read(name)
     if dtype is not None and rows.is_floating_point():
         rows = rows.to(dtype)
-    return digest_of_shard(rows, model.shape(name), shard, model.ranks)
+    return digest_of_held(rows, name, model)
 
 
 def fingerprint(model: ShardedModel) -> dict[str, str]:

@@ -16,7 +16,7 @@ from safedelta_hf.modules.names import parameter_aliases, parameter_names, wrapp
 from safedelta_hf.modules.quantised import is_quantised
 from safedelta_hf.records.header import ProfileHeader
 from safedelta_hf.report.progress import progress_bar
-from safedelta_hf.weights.digest import digest, digest_of_shard
+from safedelta_hf.weights.digest import digest_of_held
 from safedelta_hf.weights.safetensors_files import SafetensorsFiles
 
 
@@ -255,14 +255,8 @@ def verified(reader: WeightReader, name: str, dtype: str, expected: str, model: 
     Raises:
         BaseWeightsError: It is another weight.
     """
-    if model is None:
-        weight = reader.read(name).to(getattr(torch, dtype))
-        found = digest(weight)
-    else:
-        shard = model.shard(name)
-        weight = reader.read(name, shard).to(getattr(torch, dtype))
-        found = digest_of_shard(weight, model.shape(name), shard, model.ranks)
-    if found != expected:
+    weight = _read(reader, name, model).to(getattr(torch, dtype))
+    if digest_of_held(weight, name, model) != expected:
         refuse(reader, name)
     return weight
 
@@ -281,8 +275,7 @@ def base_digest(reader: WeightReader, name: str, model: ShardedModel) -> str:
     Raises:
         BaseWeightsError: It cannot be read.
     """
-    shard = model.shard(name)
-    return digest_of_shard(reader.read(name, shard).to(model.dtype(name)), model.shape(name), shard, model.ranks)
+    return digest_of_held(reader.read(name, model.shard(name)).to(model.dtype(name)), name, model)
 
 
 def refuse(reader: WeightReader, name: str) -> NoReturn:
@@ -337,16 +330,11 @@ def compared(
     ):
         if not reader.holds(name):
             continue
-        dtype = getattr(torch, header.dtypes[name])
-        weight = reader.read(name, None if model is None else model.shard(name))
+        weight = _read(reader, name, model)
         if is_quantised(weight) != (name in header.packed):
             continue
-        weight = weight if name in header.packed else weight.to(dtype)
-        if model is None:
-            found = digest(weight)
-        else:
-            found = digest_of_shard(weight, model.shape(name), model.shard(name), model.ranks)
-        if found != expected:
+        weight = weight if name in header.packed else weight.to(getattr(torch, header.dtypes[name]))
+        if digest_of_held(weight, name, model) != expected:
             return Comparison(count, name)
         count += 1
     return Comparison(count, None)
@@ -418,12 +406,14 @@ def open_base(base: nn.Module | str | Path, model: nn.Module, revision: str | No
     return ModelReader(base)
 
 
+def _read(reader: WeightReader, name: str, model: ShardedModel | None) -> Tensor:
+    # All of a weight, or of a model the shard that this process holds.
+    return reader.read(name, None if model is None else model.shard(name))
+
+
 def _is_in(files: FilesReader, parameter: Parameter, expected: str) -> bool:
-    model, name, shard = parameter.model, parameter.name, parameter.shard
-    if not model.ranks.all(files.has(name, model.shape(name))):
-        return False
-    rows = files.read(name, shard).to(model.dtype(name))
-    return digest_of_shard(rows, model.shape(name), shard, model.ranks) == expected
+    model, name = parameter.model, parameter.name
+    return model.ranks.all(files.has(name, model.shape(name))) and base_digest(files, name, model) == expected
 
 
 def _usable_files(model: nn.Module, revision: str | None, avoid: Path | None) -> FilesReader | None:

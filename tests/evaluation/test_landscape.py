@@ -207,9 +207,15 @@ def test_a_landscape_is_saved_read_back_and_drawn(tmp_path):
     figure = found.plot(tmp_path / "landscape.png")
     assert list(figure.axes[0].lines[1].get_ydata()) == [1.0, 0.4, 0.4] and (tmp_path / "landscape.png").exists()
     assert "+0.500" in str(found) and "VISAGE 70.0" in str(found)
-    (tmp_path / "other.json").write_text(json.dumps({"metric": "m"}))
-    with pytest.raises(DataError, match="alphas"):
-        Landscape.load(tmp_path / "other.json")
+    for other in (
+        {"metric": "m"},
+        {"metric": "m", "alphas": 0.5, "values": [], "seed": 3},
+        [],
+        {**vars(found), "n": 1},
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match=r"other.json is no saved landscape"):
+            Landscape.load(tmp_path / "other.json")
 
 
 def three_models():

@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.modules.names import bare, canonical, parameter_aliases, parameter_names, without_wrappers
+from safedelta_hf.modules.names import bare, canonical, embeddings, parameter_aliases, parameter_names, without_wrappers
 from tests.fixtures import tiny
 
 
@@ -27,6 +27,23 @@ def test_a_tied_parameter_has_one_name_and_its_aliases():
     assert names[model.lm_head.weight] == "model.embed_tokens.weight"
     assert parameter_aliases(model)["model.embed_tokens.weight"] == ("lm_head.weight",)
     assert parameter_aliases(tiny.llama())["model.embed_tokens.weight"] == ()
+
+
+def test_embeddings_are_those_that_a_model_names_without_what_wraps_them():
+    model = tiny.llama()
+    for side, layer in (("input", model.model.embed_tokens), ("output", model.lm_head)):
+        assert embeddings(model, side) is layer
+    layer = model.model.embed_tokens
+    model.model.embed_tokens = nn.ModuleDict({"base_layer": layer})
+    model.model.embed_tokens.adapter_layer_names = ("lora_embedding_A",)  # as PEFT wraps a layer
+    assert embeddings(model, "input") is layer
+    assert embeddings(nn.Linear(2, 2), "input") is None
+
+    class WithoutText(nn.Module):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    assert embeddings(WithoutText(), "output") is None
 
 
 def test_a_compiled_model_has_the_names_of_the_bare_one():
