@@ -121,6 +121,32 @@ def require_use(
         raise ConfigurationError(f"{owner}: {rule.name} does not weigh the task; leave out the task data")
 
 
+def require_config_used(data: RunData, config: ProfileConfig | None, *, reads_data: bool, is_polished: bool) -> None:
+    """Make sure that how data is to be read has an effect, if it was given.
+
+    Args:
+        data: The data of the run.
+        config: What was given; None for nothing.
+        reads_data: Whether any data is read, or a base described without.
+        is_polished: Whether the model is polished too.
+
+    Raises:
+        ConfigurationError: It has none, or its `holdout` has none.
+    """
+    if config is None:
+        return
+    if not reads_data:
+        raise ConfigurationError(
+            f"{data.owner}: config has no effect where no data is read, and a profile made before was read in its own "
+            "way; leave it out, or give safety_dataset instead of profile"
+        )
+    if config.holdout is not None and data.safety is None and not is_polished:
+        raise ConfigurationError(
+            f"{data.owner}: config=ProfileConfig(holdout={config.holdout:g}) has no effect without safety_dataset, of "
+            "which it is a share; leave it out"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProfileCollector:
     """Collects profiles of one base model.
