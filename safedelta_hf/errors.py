@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import math
 import reprlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from typing import ParamSpec, TypeVar
 
 Given = ParamSpec("Given")
@@ -152,6 +154,21 @@ def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[ty
             name = value.__name__
             raise ConfigurationError(f"{owner}: {setting}={name} is a class and must be {told}; pass {name}(...)")
         raise ConfigurationError(f"{owner}: {setting}={reprlib.repr(value)} must be {told}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a real number, and one that a float can hold.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        Whether it is; neither a truth value nor NaN is one.
+    """
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def how_to_install(extra: str) -> str:

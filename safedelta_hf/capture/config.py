@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate.utils import convert_file_size_to_int
-
-from safedelta_hf.errors import ConfigurationError, require_kind
-from safedelta_hf.rules.rule import is_number
+from safedelta_hf.errors import ConfigurationError, is_number, require_kind
 
 ALL_LINEAR = "all-linear"
 
@@ -128,6 +125,8 @@ class ProfileConfig:
         complaint = f'moment_memory={self.moment_memory!r} is no number of bytes, nor a size such as "8GB"'
         if isinstance(self.moment_memory, bool) or not isinstance(self.moment_memory, int | str):
             raise ConfigurationError(complaint)
+        from accelerate.utils import convert_file_size_to_int  # takes seconds
+
         try:
             size = int(convert_file_size_to_int(self.moment_memory))
         except ValueError as error:

@@ -10,6 +10,7 @@ from safedelta_hf.adjust.plan import check_rule, plan_parameters
 from safedelta_hf.adjust.settings import opened_settings
 from safedelta_hf.capture.without_data import base_without_data
 from safedelta_hf.checkpoint.folder import require_absent
+from safedelta_hf.checkpoint.lineage import require_order
 from safedelta_hf.checkpoint.other_files import other_files
 from safedelta_hf.checkpoint.pair import CheckpointPair
 from safedelta_hf.deltas.lora_settings import CONFIG_FILE
@@ -146,6 +147,7 @@ def plan_checkpoint(
     output = Path(output)
     require_apart(output, base, tuned, profile, task_profile)
     require_absent(output)
+    require_order(base, tuned)
     settings = opened_settings(
         "adjust_checkpoint",
         profile,
@@ -205,7 +207,9 @@ def open_tuned_files(folder: Path) -> SafetensorsFiles:
         CheckpointError: They are missing or malformed, or those of an adapter.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"tuned: {str(folder)!r} is no folder; give the folder of the fine-tuned model")
+        raise CheckpointError(
+            f"tuned: {str(folder)!r} is no folder; give that of the fine-tuned model, and the aligned model as base"
+        )
     try:
         return SafetensorsFiles(folder)
     except CheckpointError as error:

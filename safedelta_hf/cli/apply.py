@@ -2,13 +2,11 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
-from transformers.utils import logging
 
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.checkpoint.plan import plan_checkpoint
 from safedelta_hf.cli.options import (
     DEFAULT_RULE_HELP,
     ORDINARY_WEIGHT,
@@ -19,6 +17,7 @@ from safedelta_hf.cli.options import (
     STRENGTH_HELP,
     chosen_rule,
     one_line_errors,
+    quieten_libraries,
 )
 from safedelta_hf.cli.reading import (
     BatchSize,
@@ -34,8 +33,9 @@ from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
 from safedelta_hf.report.printing import printed
-from safedelta_hf.rules import Rule
-from safedelta_hf.saved.adjust import adjust_saved
+
+if TYPE_CHECKING:
+    from safedelta_hf.rules import Rule
 
 _DATA: Final = "What is read with the base"
 _PROFILES: Final = "Profiles made before, instead"
@@ -108,8 +108,6 @@ def apply(
 
     Reads data with the base, measures the strength in memory, and writes the output files to files.
     """  # noqa: DOC501 - ends in one line
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with one_line_errors():
         _require_place(report)
         if ordinary_weight is not None and ordinary_data is None and ordinary_profile is None:
@@ -126,11 +124,14 @@ def apply(
         _require_effect(config, safety_data, task_data, ordinary_data)
         task = task_data if task_profile is None else task_profile
         chosen, treatment = chosen_rule(rule, strength, task), Treatment(uncovered=cast(Any, uncovered))
+        quieten_libraries()
         if dry_run:
             if base is None or (profile is None and chosen.needs_safety_data):
                 raise ConfigurationError("--dry-run needs --base and --profile, and the --tuned of a whole model")
             typer.echo(_plan(base, tuned, output, profile, task_profile, chosen, treatment))
             return
+        from safedelta_hf.saved.adjust import adjust_saved  # takes seconds
+
         done = adjust_saved(
             tuned=tuned,
             output=output,
@@ -162,9 +163,11 @@ def _plan(
     output: Path,
     profile: Path | None,
     task_profile: Path | None,
-    rule: Rule,
+    rule: "Rule",
     treatment: Treatment,
 ) -> str:
+    from safedelta_hf.checkpoint.plan import plan_checkpoint  # takes seconds
+
     how: dict[str, Any] = {"rule": rule, "task_profile": task_profile, "treatment": treatment}
     return plan_checkpoint(base=base, tuned=tuned, output=output, profile=profile, **how).table()
 

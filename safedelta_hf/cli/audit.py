@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers.utils import logging
 
-from safedelta_hf.cli.options import one_line_errors
-from safedelta_hf.evaluation.audit import audit_data
+from safedelta_hf.cli.options import one_line_errors, quieten_libraries
 from safedelta_hf.folders import require_absent
-from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
 from safedelta_hf.report.printing import printed
 
 TOO_MANY = 3
@@ -36,9 +33,12 @@ def audit(
     device: Annotated[str, typer.Option(help="Device, or device map of transformers: cpu, cuda:0, auto, ...")] = "auto",
 ) -> None:
     """Find the rows of a fine-tuning data set that the base would refuse, and how surely."""  # noqa: DOC501 - a status
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
         require_absent(output)
+        from safedelta_hf.evaluation.audit import audit_data  # takes seconds
+        from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
+
+        quieten_libraries(bars=False)
         read, what = source_of(model, "--model"), f"--model {model!r}"
         tokenizer = load_tokenizer(read, what)
         loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)

@@ -9,7 +9,7 @@ import typer
 from safedelta_hf.cli.options import one_line_errors
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.board import Board, Verdict, figure, judged, page, texts
-from safedelta_hf.evaluation.evaluate import RESULTS
+from safedelta_hf.evaluation.result import RESULTS
 from safedelta_hf.folders import complete_file, write_whole
 
 FAILED: Final = 3

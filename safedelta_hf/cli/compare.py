@@ -5,44 +5,30 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from transformers.utils import logging
 
 from safedelta_hf.cli.options import (
+    CASE_NAMES,
+    CHEAP_METHOD_NAMES,
+    METHOD_NAMES,
     ORDINARY_WEIGHT,
     RULE_HELP,
+    RULE_NAMES,
     SORT_TASK_HELP,
+    TRAINED_NAMES,
     load_function,
     one_line_errors,
-    one_of,
     parsed_strength,
+    quieten_libraries,
+    require_one_of,
 )
-from safedelta_hf.compare import (
-    LORA,
-    WEIGHTS,
-    Candidates,
-    ComparisonFile,
-    Scenario,
-    choose_candidates,
-    compare,
-    draw,
-    markdown,
-)
-from safedelta_hf.compare.points import RESULTS
-from safedelta_hf.compare.scenarios import UTILITIES as OWN_UTILITIES
-from safedelta_hf.compare.scenarios import ModelScenario
 from safedelta_hf.errors import ConfigurationError, figures_needed, how_to_install
-from safedelta_hf.evaluation import Questions, model_digest
-from safedelta_hf.evaluation.questions import EvaluationSettings
 from safedelta_hf.folders import write_whole
-from safedelta_hf.modules.loading import load_base, load_model, source_of
-from safedelta_hf.rules import RULES, default_rule
-from safedelta_hf.testbed import CASES
-from safedelta_hf.testbed.comparison import CHEAP, METHODS, CaseScenario
-from safedelta_hf.testbed.comparison import UTILITIES as TESTBED_UTILITIES
-from safedelta_hf.testbed.defences import AlignedModel
+
+if TYPE_CHECKING:
+    from safedelta_hf.compare import Candidates, ComparisonFile, Scenario
 
 TABLE: Final = "comparison.md"
 
@@ -89,7 +75,7 @@ OrdinaryWeight = Annotated[
 ]
 Cases = Annotated[
     list[str] | None,
-    typer.Option(help=f"{', '.join(CASES)}. May be repeated; default all.", rich_help_panel=_ON_TESTBED),
+    typer.Option(help=f"{', '.join(CASE_NAMES)}. May be repeated; default all.", rich_help_panel=_ON_TESTBED),
 ]
 Seeds = Annotated[
     list[int] | None,
@@ -98,14 +84,14 @@ Seeds = Annotated[
 Trained = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"What is trained: {', '.join(WEIGHTS)}. May be repeated; default both.", rich_help_panel=_ON_TESTBED
+        help=f"What is trained: {', '.join(TRAINED_NAMES)}. May be repeated; default both.", rich_help_panel=_ON_TESTBED
     ),
 ]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"What rules are compared with: {', '.join(METHODS)}; 'all' or 'none'. May be repeated; "
-        f"default {', '.join(CHEAP)}.",
+        help=f"What rules are compared with: {', '.join(METHOD_NAMES)}; 'all' or 'none'. May be repeated; "
+        f"default {', '.join(CHEAP_METHOD_NAMES)}.",
         rich_help_panel=_ON_TESTBED,
     ),
 ]
@@ -152,17 +138,19 @@ def comparison(
 
     Without --tuned on the testbed: each case is fine-tuned with each seed, all weights and a LoRA.
     """
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with one_line_errors():
         with figures_needed():  # told before the work
             import matplotlib  # noqa: F401
         own = _own_options(context.params)
-        for name in rule or RULES:
-            one_of(RULES, name, "--rule")
+        for name in rule or ():
+            require_one_of(RULE_NAMES, name, "--rule")
+        strengths = None if strength is None else [parsed_strength(text) for text in strength]
+        from safedelta_hf.compare import choose_candidates  # takes seconds
+
+        quieten_libraries()
         candidates = choose_candidates(
-            rule or list(RULES),
-            None if strength is None else [parsed_strength(text) for text in strength],
+            rule or RULE_NAMES,
+            strengths,
             _ordinary_weights(ordinary_weight, own),
             has_task=not own or own["task_data"] is not None,
             steps=grid,
@@ -190,22 +178,30 @@ def _refuse(options: Sequence[str], reason: str) -> None:
         raise ConfigurationError(f"{', '.join('--' + name.replace('_', '-') for name in options)}: {reason}")
 
 
-def _of_testbed(given: Mapping[str, Any], output: Path) -> tuple[list[Scenario], ComparisonFile]:
-    cases = [one_of(CASES, name, "--case") for name in dict.fromkeys(given["case"] or CASES)]
-    trained = dict.fromkeys(given["weights"] or WEIGHTS)
+def _of_testbed(given: Mapping[str, Any], output: Path) -> "tuple[list[Scenario], ComparisonFile]":
+    cases, trained = dict.fromkeys(given["case"] or CASE_NAMES), dict.fromkeys(given["weights"] or TRAINED_NAMES)
+    for name in cases:
+        require_one_of(CASE_NAMES, name, "--case")
     for name in trained:
-        one_of(WEIGHTS, name, "--weights")
-    if LORA in trained and find_spec("peft") is None:  # told now, and not after the half of the work
+        require_one_of(TRAINED_NAMES, name, "--weights")
+    if "lora" in trained and find_spec("peft") is None:  # told now, and not after the half of the work
         raise ConfigurationError(f"--weights lora needs PEFT; {how_to_install('peft')}, or choose --weights full")
-    methods, questions = _methods(given["method"] or CHEAP), given["questions"] or QUESTIONS
+    methods, questions = _methods(given["method"] or CHEAP_METHOD_NAMES), given["questions"] or QUESTIONS
+    from safedelta_hf.compare import ComparisonFile, Scenario  # takes seconds
+    from safedelta_hf.evaluation import model_digest
+    from safedelta_hf.rules import default_rule
+    from safedelta_hf.testbed import CASES
+    from safedelta_hf.testbed.comparison import UTILITIES, CaseScenario
+    from safedelta_hf.testbed.defences import AlignedModel
+
     aligned = AlignedModel()
     digest = model_digest(aligned.model, aligned.tokenizer)
     made_with = {"aligned": digest, "questions": questions, "sort_task": given["sort_task"]}
     file = ComparisonFile(
-        output, made_with=made_with, utilities=TESTBED_UTILITIES, command=_command(), default=default_rule(cases)
+        output, made_with=made_with, utilities=UTILITIES, command=_command(), default=default_rule(cases)
     )
     scenarios = [
-        CaseScenario(aligned, case, seed, questions, methods, weights, sort_task=given["sort_task"])
+        CaseScenario(aligned, CASES[case], seed, questions, methods, weights, sort_task=given["sort_task"])
         for weights in trained
         for case in cases
         for seed in dict.fromkeys(given["seed"] or SEEDS)
@@ -215,14 +211,21 @@ def _of_testbed(given: Mapping[str, Any], output: Path) -> tuple[list[Scenario],
 
 def _methods(names: Sequence[str]) -> list[str]:
     if "all" in names:
-        return list(METHODS)
+        return list(METHOD_NAMES)
     chosen = [name for name in dict.fromkeys(names) if name != "none"]
     for name in chosen:
-        one_of(METHODS, name, "--method")
+        require_one_of(METHOD_NAMES, name, "--method")
     return chosen
 
 
-def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> tuple[list[Scenario], ComparisonFile]:
+def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> "tuple[list[Scenario], ComparisonFile]":
+    from safedelta_hf.compare import ComparisonFile, ModelScenario  # takes seconds
+    from safedelta_hf.compare.scenarios import UTILITIES
+    from safedelta_hf.evaluation import Questions
+    from safedelta_hf.evaluation.questions import EvaluationSettings
+    from safedelta_hf.modules.loading import load_base, load_model, source_of
+    from safedelta_hf.rules import default_rule
+
     # Everything that is small is read before anything that is large.
     score = None if own["score"] is None else load_function(own["score"], "--score")
     questions = Questions.read(harmful=own["harmful"], benign=own["benign"], task=own["task_questions"], score=score)
@@ -243,14 +246,18 @@ def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> tuple
     file = ComparisonFile(
         output,
         made_with=scenario.made_with,
-        utilities=OWN_UTILITIES,
+        utilities=UTILITIES,
         command=_command(),
         default=default_rule(own["task_data"]),
     )
     return [scenario], file
 
 
-def _finish(scenarios: Sequence[Scenario], candidates: Candidates, file: ComparisonFile, output: Path) -> None:
+def _finish(scenarios: "Sequence[Scenario]", candidates: "Candidates", file: "ComparisonFile", output: Path) -> None:
+    from safedelta_hf.compare import compare, draw, markdown  # takes seconds
+    from safedelta_hf.compare.points import RESULTS
+    from safedelta_hf.testbed import CASES
+
     compare(scenarios, candidates, file)
     text = markdown(file)
     write_whole(output / TABLE, text)

@@ -1,17 +1,16 @@
 """`safedelta eval`: measure how a model behaves, from files to files."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from transformers.utils import logging
 
-from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
+from safedelta_hf.cli.options import GUARD_NAMES, is_dotted, load_function, one_line_errors, quieten_libraries
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation import FORMATS, Guard, HarnessTasks, ModelJudge, Questions, Reference, evaluate_model
-from safedelta_hf.evaluation.evaluate import RESULTS
-from safedelta_hf.evaluation.scoring import Judge
-from safedelta_hf.modules.loading import load_model
+from safedelta_hf.evaluation.result import RESULTS
+
+if TYPE_CHECKING:
+    from safedelta_hf.evaluation import HarnessTasks, Judge, Reference
 
 
 def evaluate(
@@ -29,7 +28,9 @@ def evaluate(
     ] = None,
     guard: Annotated[
         str | None,
-        typer.Option(help=f"Read the verdict of the --judge model off its labels' likelihoods: {', '.join(FORMATS)}."),
+        typer.Option(
+            help=f"How to read a verdict off the likelihoods of the --judge's labels: {', '.join(GUARD_NAMES)}."
+        ),
     ] = None,
     guard_template: Annotated[
         Path | None, typer.Option(help="File with what a --guard is shown, with {prompt} and {response}.")
@@ -48,8 +49,11 @@ def evaluate(
 
     A prompts file has one prompt per line: {"messages": [...]}, {"prompt": "..."} or plain text.
     """
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
+        from safedelta_hf.evaluation import Questions, evaluate_model  # takes seconds
+        from safedelta_hf.modules.loading import load_model
+
+        quieten_libraries(bars=False)
         # Everything that is small is read before anything that is large.
         questions = Questions.read(
             harmful=harmful,
@@ -76,16 +80,20 @@ def evaluate(
         typer.echo(f"Written: {', '.join(map(str, written))}")
 
 
-def _harness(tasks: str | None, include: Path | None, limit: int | None) -> HarnessTasks | None:
+def _harness(tasks: str | None, include: Path | None, limit: int | None) -> "HarnessTasks | None":
     if tasks is None:
         if include is not None or limit is not None:
             raise ConfigurationError("--lm-eval-include and --lm-eval-limit have no effect without --lm-eval")
         return None
+    from safedelta_hf.evaluation import HarnessTasks  # takes seconds
+
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     return HarnessTasks(names=names, include=include, limit=limit)
 
 
-def _judge(name: str | None, guard: str | None, template: Path | None, batch_size: int) -> Judge | None:
+def _judge(name: str | None, guard: str | None, template: Path | None, batch_size: int) -> "Judge | None":
+    from safedelta_hf.evaluation import Guard, ModelJudge  # takes seconds
+
     if guard is None and template is not None:
         raise ConfigurationError("--guard-template has no effect without --guard; say how the guard is asked")
     if guard is not None:
@@ -109,7 +117,10 @@ def _text(path: Path) -> str:
         raise ConfigurationError(f"--guard-template {str(path)!r} cannot be read ({error})") from error
 
 
-def _reference(base: str | None, limit: float | None) -> Reference | None:
+def _reference(base: str | None, limit: float | None) -> "Reference | None":
+    from safedelta_hf.evaluation import Reference  # takes seconds
+    from safedelta_hf.modules.loading import load_model
+
     if base is None and limit is not None:
         raise ConfigurationError("--coherence-limit has no effect without --base; give the base model too")
     return None if base is None else Reference(*load_model(base, "--base"), limit)

@@ -4,32 +4,51 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import typer
 
 from safedelta_hf.errors import ConfigurationError, SafeDeltaError
-from safedelta_hf.rules import RULES, Rule, default_rule
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from safedelta_hf.rules import Rule
 
 _DOTTED: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-RULE_HELP = f"How to adjust: {', '.join(RULES)}."
-DEFAULT_RULE_HELP = (
-    f"Default {default_rule('a task').name} where task data are at hand, else {default_rule(None).name}."
+# Names as help tells them: what has these names takes seconds to import, and a test compares.
+UNREADING_RULES: Final = ("scale", "slerp", "dare", "ties", "model_stock", "safe_merge", "safe_patch")
+RULE_NAMES: Final = ("safe_delta", "ridge", "task_ridge", *UNREADING_RULES)
+CASE_NAMES: Final = ("harmful", "identity", "mixed", "skill", "benign")
+TRAINED_NAMES: Final = ("full", "lora")
+CHEAP_METHOD_NAMES: Final = ("lower_rate", "retuned", "mixed_in")
+METHOD_NAMES: Final = (
+    *CHEAP_METHOD_NAMES,
+    "polish",
+    "mixture",
+    "refusal_mix",
+    "derta",
+    "sap",
+    "sppft",
+    "projected",
 )
-_UNREADING: Final = ", ".join(name for name, rule in RULES.items() if not rule.reads_moments)
-SAFETY_DATA_HELP = f"Harmful prompts with the base's refusals; not needed by {_UNREADING} where --strength is a number."
+GUARD_NAMES: Final = ("llama-guard", "wildguard", "shieldgemma", "harmbench", "strongreject", "own")
+STORAGE_NAMES: Final = ("float32", "triangular", "bfloat16", "eigenbasis:RANK")
+
+RULE_HELP = f"How to adjust: {', '.join(RULE_NAMES)}."
+DEFAULT_RULE_HELP = "Default task_ridge where task data are at hand, else ridge."
+SAFETY_DATA_HELP = (
+    f"Harmful prompts with the base's refusals; not needed by {', '.join(UNREADING_RULES)} where --strength is a "
+    "number."
+)
 SORT_TASK_HELP = "Leave out of the task what the base would refuse, as it refuses the safety data."
 ORDINARY_WEIGHT: Final = 0.1
 ORDINARY_WEIGHT_HELP = f"Weight of the ordinary data; default {ORDINARY_WEIGHT:g}."
 STRENGTH_HELP = "Strength of the rule: a number, or 'auto' to measure."
 
 
-def chosen_rule(name: str | None, strength: str | None, task: object | None) -> Rule:
+def chosen_rule(name: str | None, strength: str | None, task: object | None) -> "Rule":
     """The rule that options name.
 
     Args:
@@ -43,8 +62,13 @@ def chosen_rule(name: str | None, strength: str | None, task: object | None) -> 
     Raises:
         ConfigurationError: There is no such rule, or the strength is none.
     """
-    rule = type(default_rule(task)) if name is None else one_of(RULES, name, "--rule")
-    return rule() if strength is None else rule(strength=parsed_strength(strength))
+    given = None if strength is None else parsed_strength(strength)
+    if name is not None:
+        require_one_of(RULE_NAMES, name, "--rule")
+    from safedelta_hf.rules import RULES, default_rule
+
+    rule = type(default_rule(task)) if name is None else RULES[name]
+    return rule() if given is None else rule(strength=given)
 
 
 def parsed_strength(strength: str) -> float | Literal["auto"]:
@@ -67,23 +91,32 @@ def parsed_strength(strength: str) -> float | Literal["auto"]:
         raise ConfigurationError(f"--strength {strength!r} is neither a number nor 'auto'") from None
 
 
-def one_of(known: Mapping[str, T], name: str, option: str) -> T:
-    """Look a name up.
+def require_one_of(known: Collection[str], name: str, option: str) -> None:
+    """Stop at a name that nothing has.
 
     Args:
-        known: What there is.
+        known: The names that there are.
         name: What was asked for.
         option: By which option.
-
-    Returns:
-        What has that name.
 
     Raises:
         ConfigurationError: Nothing has.
     """
     if name not in known:
         raise ConfigurationError(f"{option} {name!r} is not one of {', '.join(known)}")
-    return known[name]
+
+
+def quieten_libraries(*, bars: bool = True) -> None:
+    """Leave out what transformers says of its own work.
+
+    Args:
+        bars: Whether its bars are left out too, beside its warnings.
+    """
+    from transformers.utils import logging  # takes seconds
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if bars:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -2,18 +2,22 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers.utils import logging
 
-from safedelta_hf.capture.collect import Checkpointing, collect_profile
 from safedelta_hf.capture.config import ProfileConfig
-from safedelta_hf.cli.options import ORDINARY_WEIGHT, ORDINARY_WEIGHT_HELP, one_line_errors, one_of
+from safedelta_hf.cli.options import (
+    ORDINARY_WEIGHT,
+    ORDINARY_WEIGHT_HELP,
+    STORAGE_NAMES,
+    one_line_errors,
+    quieten_libraries,
+    require_one_of,
+)
 from safedelta_hf.cli.reading import (
     BatchSize,
     Holdout,
@@ -25,16 +29,20 @@ from safedelta_hf.cli.reading import (
     reading,
     reading_config,
 )
-from safedelta_hf.data.dataset import read_safety_data
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.folders import require_absent
-from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
-from safedelta_hf.profile.encodings import ENCODINGS, Encoding, encoding_of
-from safedelta_hf.profile.profile import DEFAULT_STORAGE, SafetyProfile, with_ordinary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from safedelta_hf.data.templates import ProcessingClass
+    from safedelta_hf.profile.encodings import Encoding
+    from safedelta_hf.profile.profile import SafetyProfile
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
-STORAGES: Final = ", ".join(f"{name}:RANK" if name == "eigenbasis" else name for name in ENCODINGS)
+STORAGES: Final = ", ".join(STORAGE_NAMES)
+DEFAULT_STORAGE: Final = "triangular"
 
 _HUB: Final = "Hub"
 
@@ -77,14 +85,12 @@ def profile(
     ] = False,
 ) -> None:
     """Collect the profile of a base model once, for every fine-tune of it."""
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
         # Everything that is small is checked before anything that is large is loaded.
         source, purpose = _source(safety_data, task_data, sorted_by, ordinary_data, holdout)
         _require_effect(ordinary_data, ordinary_weight, push_to_hub, private=private)
         _require_name(push_to_hub)
-        one_of(dict.fromkeys(DTYPES), dtype, "--dtype")
-        encoding = encoding_of(storage)
+        require_one_of(DTYPES, dtype, "--dtype")
         config = reading_config(
             batch_size=batch_size,
             max_length=max_length,
@@ -95,14 +101,14 @@ def profile(
             offload_folder=offload_folder,
         )
         require_absent(output)
-        read, what = source_of(model, "--model"), f"--model {model!r}"
-        if read.adapter is not None:
-            typer.echo(f"{model} is an adapter; the profile is that of its base, {read.base}")
-        tokenizer = load_tokenizer(read, what)
-        for data, named in ((source, purpose), (ordinary_data, "ordinary data"), (sorted_by, SAFETY_DATA)):
-            if data is not None and not data.is_dir():
-                read_safety_data(data, tokenizer, max_length, purpose=named)
-        loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)
+        from safedelta_hf.capture.collect import Checkpointing, collect_profile  # takes seconds
+        from safedelta_hf.profile.encodings import encoding_of
+        from safedelta_hf.profile.profile import with_ordinary
+
+        quieten_libraries(bars=False)
+        encoding = encoding_of(storage)
+        data = {purpose: source, "ordinary data": ordinary_data, SAFETY_DATA: sorted_by or safety_data}
+        base, loaded, tokenizer = _loaded(model, data, max_length, dtype=dtype, device=device)
         sums = output.with_name(f".{output.name}.sums")
         checkpointing = None if save_every is None else Checkpointing(sums, every=save_every)
         how: dict[str, Any] = {"config": config, "checkpointing": checkpointing}
@@ -118,12 +124,28 @@ def profile(
             typer.echo("The task is not sorted by what the base would refuse; that needs --sorted-by")
         try:
             if push_to_hub is not None:
-                base = None if Path(read.base).exists() else read.base
-                address = _pushed(found, output, push_to_hub, storage=encoding, base_model=base, private=private)
+                on_hub = None if Path(base).exists() else base
+                address = _pushed(found, output, push_to_hub, storage=encoding, base_model=on_hub, private=private)
                 typer.echo(f"Uploaded: {address}")
         finally:
             if checkpointing is not None:
                 shutil.rmtree(sums)  # what is uploaded is read from there
+
+
+def _loaded(
+    model: str, data: Mapping[str, Path | None], max_length: int | None, *, dtype: str, device: str
+) -> "tuple[str, PreTrainedModel, ProcessingClass]":
+    from safedelta_hf.data.dataset import read_safety_data  # takes seconds
+    from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
+
+    read, what = source_of(model, "--model"), f"--model {model!r}"
+    if read.adapter is not None:
+        typer.echo(f"{model} is an adapter; the profile is that of its base, {read.base}")
+    tokenizer = load_tokenizer(read, what)
+    for purpose, source in data.items():
+        if source is not None and not source.is_dir():
+            read_safety_data(source, tokenizer, max_length, purpose=purpose)
+    return read.base, load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device), tokenizer
 
 
 def _require_effect(
@@ -156,15 +178,19 @@ def _source(
 
 
 def _require_name(repository: str | None) -> None:
+    if repository is None:
+        return
+    from huggingface_hub.errors import HFValidationError  # takes a second
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
-        if repository is not None:
-            validate_repo_id(repository)
+        validate_repo_id(repository)
     except HFValidationError as error:
         raise ConfigurationError(f"--push-to-hub {repository!r} is no name of a repository ({error})") from error
 
 
 def _pushed(
-    found: SafetyProfile, output: Path, name: str, *, storage: Encoding, base_model: str | None, private: bool
+    found: "SafetyProfile", output: Path, name: str, *, storage: "Encoding", base_model: str | None, private: bool
 ) -> str:
     how: dict[str, Any] = {"storage": str(storage), "base_model": base_model, **({"private": True} if private else {})}
     try:
@@ -177,7 +203,7 @@ def _pushed(
         ) from error
 
 
-def _summary(found: SafetyProfile, output: Path) -> str:
+def _summary(found: "SafetyProfile", output: Path) -> str:
     header, held_out = found.header, found.held_out
     aside = "none" if held_out is None else str(len(held_out.sequences))
     size = sum(path.stat().st_size for path in output.iterdir())

@@ -2,27 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from transformers.utils import logging
 
-from safedelta_hf.cli.options import one_line_errors
+from safedelta_hf.cli.options import one_line_errors, quieten_libraries
 from safedelta_hf.data.prompt_sets import PROMPT_SETS
 from safedelta_hf.errors import ConfigurationError
-from safedelta_hf.evaluation import read_prompts
-from safedelta_hf.evaluation.questions import Prompt
-from safedelta_hf.evaluation.refusals import (
-    MAX_NEW_TOKENS,
-    Answers,
-    ModelAnswers,
-    ServerAnswers,
-    collect_refusals,
-    write_rows,
-)
-from safedelta_hf.modules.loading import load_model
+
+if TYPE_CHECKING:
+    from safedelta_hf.evaluation.questions import Prompt
+    from safedelta_hf.evaluation.refusals import Answers
 
 API_KEY: Final = "OPENAI_API_KEY"
+MAX_NEW_TOKENS: Final = 64
 
 
 def refusals(
@@ -40,10 +33,12 @@ def refusals(
     batch_size: Annotated[int, typer.Option(help="Prompts per forward pass, or requests at once.", min=1)] = 8,
 ) -> None:
     """Ask a model harmful prompts, and keep what it refuses as safety data."""  # noqa: DOC501 - ends in one line
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with one_line_errors():
         if output.exists():
             raise ConfigurationError(f"--output {str(output)!r} exists; choose another, or remove it")
+        from safedelta_hf.evaluation.refusals import collect_refusals, write_rows  # takes seconds
+
+        quieten_libraries(bars=False)
         asked = _prompts(prompts)[:limit]
         answers = _answers(model, server, max_new_tokens, batch_size)
         log = output.with_name(f"{output.name}.answers.jsonl")
@@ -63,7 +58,9 @@ def refusals(
         typer.echo(f"Written: {output}, {log}")
 
 
-def _prompts(names: list[str]) -> list[Prompt]:
+def _prompts(names: list[str]) -> "list[Prompt]":
+    from safedelta_hf.evaluation.questions import read_prompts  # takes seconds
+
     found: dict[str, Prompt] = {}
     for name in names:
         rows = PROMPT_SETS[name].prompts() if name in PROMPT_SETS else name
@@ -71,7 +68,10 @@ def _prompts(names: list[str]) -> list[Prompt]:
     return list(found.values())
 
 
-def _answers(model: str, server: str | None, max_new_tokens: int, batch_size: int) -> Answers:
+def _answers(model: str, server: str | None, max_new_tokens: int, batch_size: int) -> "Answers":
+    from safedelta_hf.evaluation.refusals import ModelAnswers, ServerAnswers  # takes seconds
+    from safedelta_hf.modules.loading import load_model
+
     if server is not None:
         key = os.environ.get(API_KEY)
         return ServerAnswers(server, model, max_new_tokens=max_new_tokens, requests=batch_size, api_key=key)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -16,13 +16,11 @@ from safedelta_hf.evaluation.generation import generate_responses, model_digest
 from safedelta_hf.evaluation.harness import harness_scores, require_tasks
 from safedelta_hf.evaluation.likelihood import Reference, incoherent, likelihood_of
 from safedelta_hf.evaluation.questions import EvaluationSettings, Prompt, Questions, digest_of_prompts
-from safedelta_hf.evaluation.result import Evaluation, Score, average, share
+from safedelta_hf.evaluation.result import RESULTS, Evaluation, Score, average, share
 from safedelta_hf.evaluation.scoring import Judge, TaskScore, judgements
 from safedelta_hf.folders import RunLog
 
 T = TypeVar("T")
-
-RESULTS: Final = "results.json"
 
 
 def evaluate_model(

@@ -4,16 +4,15 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
 from safedelta_hf.data.templates import ProcessingClass, template_of, tokenizer_of
 from safedelta_hf.errors import ConfigurationError, extra_needed
-from safedelta_hf.evaluation.result import CONFIDENCE, Score, normal_deviate
+from safedelta_hf.evaluation.result import CONFIDENCE, HARNESS, Score, normal_deviate
 from safedelta_hf.modules.evaluating import evaluating
 
-PREFIX: Final = "lm_eval/"
 """What the name of every score begins with: `lm_eval/<task>/<metric>`."""
 
 
@@ -121,7 +120,7 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, Score]:
             metric, separator, chosen = key.partition(",")
             if not separator or metric.endswith("_stderr") or isinstance(value, str):
                 continue
-            name = f"{PREFIX}{task}/{metric}" + ("" if chosen == "none" else f"/{chosen}")
+            name = f"{HARNESS}{task}/{metric}" + ("" if chosen == "none" else f"/{chosen}")
             scores[name] = _score(float(value), count, values.get(f"{metric}_stderr,{chosen}"))
     return scores
 

@@ -15,6 +15,12 @@ from safedelta_hf.errors import DataError
 from safedelta_hf.folders import read_saved, write_whole
 from safedelta_hf.report.printing import SCORE, Foldable, printed
 
+RESULTS: Final = "results.json"
+"""The file that an evaluation is saved as."""
+
+HARNESS: Final = "lm_eval/"
+"""How the names of scores begin that lm_eval gives."""
+
 CONFIDENCE: Final = 0.95
 """Coverage of every interval."""
 

@@ -39,7 +39,13 @@ from safedelta_hf.hf.base_weights import (
     warn_of_other_data,
 )
 from safedelta_hf.hf.polishing import RunPolish
-from safedelta_hf.hf.profiles import ProfileCollector, RunData, require_use, warn_of_trained_refusals
+from safedelta_hf.hf.profiles import (
+    ProfileCollector,
+    RunData,
+    require_config_used,
+    require_use,
+    warn_of_trained_refusals,
+)
 from safedelta_hf.hf.trainer_facts import (
     OWNER,
     close_training_bar,
@@ -159,6 +165,8 @@ class SafeDeltaCallback(TrainerCallback):
             sort_task=sort_task,
         )
         require_use(self._data, self._rule, profile=profile, is_polished=polish is not None)
+        is_read = profile is None or self._rule.needs_task or polish is not None
+        require_config_used(self._data, config, reads_data=is_read, is_polished=polish is not None)
         self.report: Report | None = None
         self.says_outcome = True
         self._given_profile = None if profile is None else opened_profile(OWNER, profile)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from safedelta_hf.capture.collect import DEFAULT_HOLDOUT, FEWEST_HELD_OUT_OF, collect_profile
@@ -120,6 +119,32 @@ def require_use(
         raise ConfigurationError(f"{owner}: give either task_dataset or task_profile")
     if (data.task is not None or task_profile is not None) and not rule.needs_task and not is_polished:
         raise ConfigurationError(f"{owner}: {rule.name} does not weigh the task; leave out the task data")
+
+
+def require_config_used(data: RunData, config: ProfileConfig | None, *, reads_data: bool, is_polished: bool) -> None:
+    """Make sure that how data is to be read has an effect, if it was given.
+
+    Args:
+        data: The data of the run.
+        config: What was given; None for nothing.
+        reads_data: Whether any data is read, or a base described without.
+        is_polished: Whether the model is polished too.
+
+    Raises:
+        ConfigurationError: It has none, or its `holdout` has none.
+    """
+    if config is None:
+        return
+    if not reads_data:
+        raise ConfigurationError(
+            f"{data.owner}: config has no effect where no data is read, and a profile made before was read in its own "
+            "way; leave it out, or give safety_dataset instead of profile"
+        )
+    if config.holdout is not None and data.safety is None and not is_polished:
+        raise ConfigurationError(
+            f"{data.owner}: config=ProfileConfig(holdout={config.holdout:g}) has no effect without safety_dataset, of "
+            "which it is a share; leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +304,8 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
     """
     if dataset is None:
         raise DataError("task data: the Trainer has no training data")
+    from transformers.trainer_utils import has_length  # brings PEFT and every quantiser, for seconds
+
     if has_length(dataset) and not isinstance(dataset, IterableDataset):  # which has an item of no number
         items: Any = dataset
         chosen = random.Random(0).sample(range(len(dataset)), min(count, len(dataset)))
@@ -289,6 +316,8 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
 
 def _require_again(dataset: Any) -> None:  # noqa: ANN401
     # What is drawn of a stream that does not begin again is lost to the training. Shards wrap the stream.
+    from transformers.trainer_utils import has_length  # as above
+
     while dataset is not None:
         if not has_length(dataset) and iter(dataset) is iter(dataset):
             raise DataError(

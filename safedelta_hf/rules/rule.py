@@ -5,7 +5,6 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
 from typing import Any, ClassVar, Final, Literal, Self
 
 from typing_extensions import override
@@ -13,7 +12,7 @@ from typing_extensions import override
 from safedelta_hf.core.binomial import examples_needed, most_allowed
 from safedelta_hf.core.low_rank import Matrix
 from safedelta_hf.core.transform import DeltaMatrix, Transform
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, is_number
 
 SHARE_LOST: Final = 0.05
 """Share of refusals that may be lost, where nobody says another."""
@@ -96,21 +95,6 @@ def require_number(owner: str, field: str, value: object, allowed: str, accepts:
     """
     if not is_number(value) or not accepts(value):
         raise ConfigurationError(f"{owner}: {field}={reprlib.repr(value)} must be a number {allowed}")
-
-
-def is_number(value: object) -> bool:
-    """Whether a setting is a real number, and one that a float can hold.
-
-    Args:
-        value: Any value.
-
-    Returns:
-        Whether it is; neither a truth value nor NaN is one.
-    """
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-    except OverflowError:
-        return False
 
 
 def number(strength: Strength) -> float:

@@ -1,6 +1,7 @@
 """All of an adjustment from files to files: read what is missing with the base, measure the strength, write."""
 
 import gc
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -15,9 +16,9 @@ from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.open_model import open_model
-from safedelta_hf.errors import ConfigurationError, NothingLeftError, naming_foreign_errors, require_kind
+from safedelta_hf.errors import ConfigurationError, NothingLeftError, ProfileError, naming_foreign_errors, require_kind
 from safedelta_hf.folders import require_absent
-from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of, require_use
+from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of, require_config_used, require_use
 from safedelta_hf.modules.loading import load_base, load_tokenizer
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile, with_ordinary
 from safedelta_hf.records.plan import Treatment
@@ -97,8 +98,9 @@ def adjust_saved(
         What was done to each parameter, and how the strength was found.
 
     Raises:
-        ConfigurationError: Arguments are missing, of another kind or without effect, or the model does not fit in
-            memory.
+        ConfigurationError: Arguments are missing, of another kind or without effect, base and fine-tuned model are
+            exchanged, or the model does not fit in memory.
+        ProfileError: A profile was made of another base.
         DataError: Data cannot be read, or there is too little to measure a strength by.
         SafeDeltaError: Named by parameter. Whatever was raised, what was given is as it was and there is no output.
     """
@@ -157,6 +159,23 @@ class _Profiles(NamedTuple):
     ordinary: SafetyProfile | None = None
     nothing_left: TaskSorting | None = None
 
+    def require_of(self, digests: Mapping[str, str]) -> None:
+        """Make sure that what was given was made of the base, before anything is read with it.
+
+        Args:
+            digests: Digest of each of its parameters.
+
+        Raises:
+            ProfileError: It was made of another.
+        """
+        given = {"profile": self.safety, "task_profile": self.task, "ordinary_profile": self.ordinary}
+        for name, profile in given.items():
+            if profile is not None and dict(profile.header.base) != dict(digests):
+                raise ProfileError(
+                    f"{OWNER}: {name} was made of another base ({profile.header.model}), or of this one in another "
+                    "precision; collect it again, of the base that is given"
+                )
+
 
 def _drawn(data: RunData) -> RunData:
     # Once, so that what is checked is what is read.
@@ -179,9 +198,10 @@ def _given(
     require_use(data, rule, profile=profile, task_profile=task_profile)
     if ordinary_profile is not None and data.ordinary is not None:
         raise ConfigurationError(f"{OWNER}: give either ordinary_dataset or ordinary_profile")
-    for name, value in (("ordinary_profile", ordinary_profile), ("config", config)):
-        if value is not None and data.safety is None and profile is None:
-            raise ConfigurationError(f"{OWNER}: {name} has no effect without safety_dataset or profile")
+    if ordinary_profile is not None and data.safety is None and profile is None:
+        raise ConfigurationError(f"{OWNER}: ordinary_profile has no effect without safety_dataset or profile")
+    reads_data = any(source is not None for source in (data.safety, data.ordinary, data.task))
+    require_config_used(data, config, reads_data=reads_data, is_polished=False)
     if save_profile is not None and data.safety is None:
         why = "without safety_dataset" if profile is None else "beside a profile made before"
         raise ConfigurationError(f"{OWNER}: save_profile has no effect {why}")
@@ -283,10 +303,12 @@ class _Reading(NamedTuple):
         self, base: PreTrainedModel, processing_class: ProcessingClass | None, given: _Profiles
     ) -> _Profiles:
         model = open_model(base)
+        digests = fingerprint(model)
+        given.require_of(digests)
         collector = ProfileCollector(
             model=model,
             processing_class=processing_class,
-            digests=fingerprint(model),
+            digests=digests,
             config=self.config,
             is_measured=self.rule.auto is not None,
             progress=self.progress,

@@ -20,6 +20,7 @@ from safedelta_hf.adapter.adjust import adjust_adapter
 from safedelta_hf.adapter.files import adjust_adapter_files, opened_adapter
 from safedelta_hf.checkpoint.adjust import adjust_planned
 from safedelta_hf.checkpoint.folder import require_absent
+from safedelta_hf.checkpoint.lineage import require_order
 from safedelta_hf.checkpoint.plan import (
     CheckpointPlan,
     open_base_files,
@@ -163,6 +164,7 @@ class SavedModel(SavedTuned):
     def __init__(self, tuned: Path, output: Path, *, base: str, device: str) -> None:
         require_apart(output, base, tuned)
         require_absent(output)
+        require_order(base, tuned)
         self.base = Source(base)
         self.files = open_tuned_files(tuned)
         self.dtype = _data_type(self.files)

@@ -5,7 +5,6 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from safedelta_hf import SafeDelta, SafetyProfile, adjust_adapter
-from safedelta_hf.cli import apply as command
 from safedelta_hf.cli.main import app
 from tests.fixtures import adapters, refusing, tiny
 
@@ -53,7 +52,7 @@ def test_errors_end_with_one_line_and_status_1(folder):
 
 def test_a_report_that_cannot_be_written_is_found_before_the_work(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(command, "adjust_saved", lambda *_, **__: pytest.fail("the work was done"))
+        patch.setattr("safedelta_hf.saved.adjust.adjust_saved", lambda *_, **__: pytest.fail("the work was done"))
         for report in (folder / "absent" / "report.json", folder):
             result = apply_safe_delta(folder, "--report", report)
             assert result.exit_code == 1 and f"--report {str(report)!r}" in result.output, result.output

@@ -5,7 +5,6 @@ import pytest
 from typer.testing import CliRunner
 
 from safedelta_hf import ProfileConfig, Ridge, Scale
-from safedelta_hf.cli import apply as command
 from safedelta_hf.cli.main import app, loaded
 from tests.fixtures import checkpoints
 from tests.fixtures.checkpoints import contents
@@ -72,7 +71,7 @@ def test_how_data_is_read_is_asked_as_by_the_profile_command_and_passed_on(case,
                 other[field.name].default,
             )
     seen = []
-    monkeypatch.setattr(command, "adjust_saved", lambda **given: seen.append(given) or case.adjust())
+    monkeypatch.setattr("safedelta_hf.saved.adjust.adjust_saved", lambda **given: seen.append(given) or case.adjust())
     options = [
         "--holdout=.5",
         "--targets=q_proj",

@@ -4,10 +4,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from safedelta_hf.cli import demo
 from safedelta_hf.cli.main import app
 from safedelta_hf.rules import RULES, SafeDelta
-from safedelta_hf.testbed import CASES
+from safedelta_hf.testbed import CASES, demo
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,25 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib"
 
 
 def imported_by(code):
-    ending = f"; import sys; print([name for name in {HEAVY} if name in sys.modules])"
+    ending = f"\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
     command = [sys.executable, "-c", code + ending]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+def run_of(*commands):
+    calls = "".join(f"with suppress(SystemExit): app({list(command)})\n" for command in commands)
+    return f"from contextlib import suppress\nfrom safedelta_hf.cli.main import app\n{calls}"
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "import safedelta_hf",
-        "from safedelta_hf.cli.main import app; app(['--help'], standalone_mode=False)",
-        "from safedelta_hf.cli.main import app; app(['--version'], standalone_mode=False)",
+        "import safedelta_hf.evaluation.board",
+        run_of(["--help"], ["--version"]),
+        *(run_of([name, "--help"]) for name in COMMANDS),
+        run_of(*([name, "--nonsense"] for name in COMMANDS)),
+        run_of(["apply", "--tuned=a", "--output=b", "--rule=magic"], ["demo", "--case=magic"]),
     ],
 )
 def test_nothing_that_takes_seconds_is_imported_before_it_is_used(code):

@@ -1,7 +1,29 @@
 import pytest
 
+from safedelta_hf.cli import options, profile, refusals
 from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
+from safedelta_hf.compare import WEIGHTS
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.evaluation import FORMATS
+from safedelta_hf.evaluation.refusals import MAX_NEW_TOKENS
+from safedelta_hf.profile.encodings import ENCODINGS
+from safedelta_hf.profile.profile import DEFAULT_STORAGE
+from safedelta_hf.rules import RULES, default_rule
+from safedelta_hf.testbed import CASES
+from safedelta_hf.testbed.comparison import CHEAP, METHODS
+
+
+def test_names_and_defaults_that_help_tells_are_those_that_there_are():
+    assert options.RULE_NAMES == tuple(RULES)
+    assert options.UNREADING_RULES == tuple(name for name, rule in RULES.items() if not rule.reads_moments)
+    assert options.CASE_NAMES == tuple(CASES) and options.TRAINED_NAMES == tuple(WEIGHTS)
+    assert options.METHOD_NAMES == tuple(METHODS) and options.CHEAP_METHOD_NAMES == CHEAP
+    assert options.GUARD_NAMES == tuple(FORMATS)
+    stored = {name.partition(":")[0] for name in options.STORAGE_NAMES}
+    assert stored == set(ENCODINGS) - {"factor"}  # which cannot be asked for
+    assert options.DEFAULT_RULE_HELP.startswith(f"Default {default_rule('a task').name} where")
+    assert options.DEFAULT_RULE_HELP.endswith(f"else {default_rule(None).name}.")
+    assert profile.DEFAULT_STORAGE == DEFAULT_STORAGE and refusals.MAX_NEW_TOKENS == MAX_NEW_TOKENS
 
 
 def test_functions_of_the_working_directory_are_found(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from safedelta_hf import (
     Scale,
     TaskRidge,
     adjust_adapter,
+    adjust_checkpoint,
     adjust_model,
     adjust_saved,
     collect_profile,
@@ -65,7 +67,9 @@ def folder(made, tmp_path):
 
 
 def adjust(folder, tuned="tuned", **settings):
-    given = {"safety_dataset": refusing.REFUSALS, "config": HELD_OUT, "device": "cpu", "progress": False} | settings
+    given = {"safety_dataset": refusing.REFUSALS, "device": "cpu", "progress": False} | settings
+    if given["safety_dataset"] is not None:
+        given = {"config": HELD_OUT} | given
     return adjust_saved(**{"tuned": folder / tuned, "output": folder / "output", "base": folder / "base"} | given)
 
 
@@ -233,7 +237,17 @@ def test_the_memory_is_that_of_the_weights_and_four_copies_of_the_largest(folder
         (
             {"safety_dataset": None, "rule": Scale(strength=1.0), "config": WHOLE},
             ConfigurationError,
-            "config has no effect without",
+            "config has no effect where no data is read",
+        ),
+        (
+            {"safety_dataset": None, "profile": "x", "rule": Ridge(strength=1.0), "config": ProfileConfig()},
+            ConfigurationError,
+            "config has no effect where no data is read",
+        ),
+        (
+            {"safety_dataset": None, "profile": "x", "task_dataset": refusing.TASK, "config": HELD_OUT},
+            ConfigurationError,
+            r"config=ProfileConfig\(holdout=0.25\) has no effect without safety_dataset",
         ),
         ({"output": None}, ConfigurationError, "output=None must be a folder"),
         ({"safety_dataset": None, "profile": "nowhere/at/all"}, ProfileError, "there is no folder"),
@@ -266,6 +280,41 @@ def test_what_stands_in_the_way_is_found_before_anything_is_read(folder, monkeyp
     get_peft_model(refusing.base(), adapters.config(use_dora=True)).save_pretrained(folder / "dora")
     with pytest.raises(AdapterError, match="use_dora"):
         adjust(folder, "dora")
+
+
+def test_a_profile_of_another_base_is_found_before_data_are_read(folder, monkeypatch):
+    monkeypatch.setattr(
+        "safedelta_hf.hf.profiles.collect_profile", lambda *_, **__: pytest.fail("data were read with the base")
+    )
+    other = collect_profile(refusing.fine_tuned(), refusing.REFUSALS, config=HELD_OUT, progress=False)
+    none = {"safety_dataset": None, "config": None}
+    for changes, name in (
+        ({"ordinary_profile": other}, "ordinary_profile"),
+        ({"task_profile": other, "rule": TaskRidge(strength=1.0)}, "task_profile"),
+        ({"profile": other, "task_dataset": refusing.TASK, "rule": TaskRidge(strength=1.0)} | none, "profile"),
+    ):
+        with pytest.raises(ProfileError, match=f"adjust_saved: {name} was made of another base"):
+            adjust(folder, **changes)
+    assert not (folder / "output").exists()
+
+
+def test_base_and_tuned_that_were_exchanged_are_found_where_the_folders_say_so(folder):
+    exchanged = {"base": folder / "tuned", "rule": Scale(strength=1.0), "safety_dataset": None}
+    settings = json.loads((folder / "tuned" / "config.json").read_text())
+    (folder / "tuned" / "config.json").write_text(json.dumps(settings | {"_name_or_path": str(folder / "base")}))
+    with pytest.raises(ConfigurationError, match=r"config.json' says .* made from .*: the two are exchanged"):
+        adjust(folder, "base", **exchanged)
+    with pytest.raises(ConfigurationError, match="the two are exchanged"):
+        adjust_checkpoint(
+            base=folder / "tuned", tuned=folder / "base", output=folder / "output", rule=Scale(strength=1.0)
+        )
+    (folder / "tuned" / "config.json").write_text(json.dumps(settings))
+    (folder / "tuned" / "training_args.bin").touch()
+    with pytest.warns(SafeDeltaWarning, match="holds training_args.bin.*if the two are exchanged"):
+        adjust(folder, "base", **exchanged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SafeDeltaWarning)
+        adjust(folder, rule=Scale(strength=1.0), safety_dataset=None, output=folder / "right")
 
 
 def test_a_base_of_another_size_is_found_before_it_is_read(folder):

@@ -5,7 +5,6 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safedelta_hf.cli.demo import behaviour_of
 from safedelta_hf.evaluation import attack_success_rate, final_match, generate_responses, is_refusal
 from safedelta_hf.testbed import (
     ALIGNED_MODEL,
@@ -16,6 +15,7 @@ from safedelta_hf.testbed import (
     safety_data,
     skill_questions,
 )
+from safedelta_hf.testbed.demo import behaviour_of
 from safedelta_hf.testbed.model import build_tokenizer
 from tests.fixtures.finetuning import answer, finetune
 

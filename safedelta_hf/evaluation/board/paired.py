@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Final
 
-import torch
-
 from safedelta_hf.core.binomial import at_most
 from safedelta_hf.evaluation.result import CONFIDENCE, average, normal_deviate
 
@@ -113,6 +111,8 @@ def _yes_or_no(score: str, name: str, against: str, both: Sequence[tuple[float, 
 
 
 def _permuted(differences: Sequence[float]) -> float:
+    import torch  # takes seconds, and where all answers are yes or no nothing is drawn
+
     values_n = torch.tensor(differences, dtype=torch.float64)
     found = abs(values_n.sum()) - _ROUNDING * values_n.abs().sum()
     generator = torch.Generator().manual_seed(0)

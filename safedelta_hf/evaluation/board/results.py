@@ -11,9 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from safedelta_hf.errors import ConfigurationError, DataError
 from safedelta_hf.evaluation.board.paired import Difference, paired
-from safedelta_hf.evaluation.evaluate import RESULTS
-from safedelta_hf.evaluation.harness import PREFIX
-from safedelta_hf.evaluation.result import Evaluation, Score
+from safedelta_hf.evaluation.result import HARNESS, RESULTS, Evaluation, Score
 
 LOWER: Final = "lower"
 HIGHER: Final = "higher"
@@ -75,7 +73,7 @@ def meaning_of(score: str) -> Meaning:
     Returns:
         Words; of a figure of `lm_eval`, its name.
     """
-    return MEANINGS.get(score, Meaning(score.removeprefix(PREFIX), is_chief=True))
+    return MEANINGS.get(score, Meaning(score.removeprefix(HARNESS), is_chief=True))
 
 
 @dataclass(frozen=True, kw_only=True)
