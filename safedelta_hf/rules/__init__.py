@@ -1,4 +1,4 @@
-"""One file per rule. A new rule is one file and one line in `RULES`; its name in `cli.options` is asked for by a test."""
+"""One file per rule. A new rule is one file and one line in `RULES`; a test asks for its name in `cli.options` too."""
 
 from safedelta_hf.core.transform import DeltaMatrix
 from safedelta_hf.errors import ConfigurationError, require_kind
