@@ -1,6 +1,7 @@
 """Programs on two processes: started as a user would, or forked from a process that has imported everything."""
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -90,6 +91,7 @@ def _run_rank(module: str, arguments: tuple[str, ...], told: dict[str, str], pla
             os.dup2(file.fileno(), descriptor)
     os.chdir(ROOT)
     sys.argv = [module, *arguments]
+    gc.freeze()  # what was imported need not be looked through for garbage
     importlib.import_module(module).main(*arguments)
 
 
