@@ -1,5 +1,6 @@
 """Tiny models and data, and quiet defaults."""
 
+import gc
 import os
 import re
 
@@ -57,6 +58,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[re.escape(launching.ABORTED)]))
+
+
+def pytest_collection_finish():
+    """Let no collection of garbage look through what lives as long as the run: modules, and thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

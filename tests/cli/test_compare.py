@@ -1,9 +1,5 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,6 +18,7 @@ from safedelta_hf.testbed import (
     skill_questions,
 )
 from tests.fixtures import adapters, tiny
+from tests.programs.launching import command
 
 SMALL = ["--case=harmful", "--seed=0", "--weights=full", "--questions=12", "--method=none", "--ordinary-weight=0.1"]
 SMALL += ["--rule=ridge", "--rule=scale", "--strength=auto", "--strength=1e-5"]
@@ -98,14 +95,13 @@ def test_table_figure_and_json_are_written(whole):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_points(whole, tmp_path):
     """SIGKILL, as a scheduler or the kernel would; in a process of its own."""
-    command = [sys.executable, "-m", "safedelta_hf.cli.main", "compare", f"--output={tmp_path}", *SMALL]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = command("compare", f"--output={tmp_path}", *SMALL)
     file, started = tmp_path / "results.jsonl", time.monotonic()
     while not (file.exists() and len(points(tmp_path)) >= 3):
-        assert process.poll() is None and time.monotonic() - started < 600
+        assert process.is_alive() and time.monotonic() - started < 600
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     there = points(tmp_path)
     assert 3 <= len(there) < len(points(whole[0]))
     assert run(tmp_path, *SMALL).exit_code == 0

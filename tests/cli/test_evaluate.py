@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +10,7 @@ from safedelta_hf.evaluation import Evaluation
 from safedelta_hf.testbed import ALIGNED_MODEL, attack_questions, load_aligned, safety_data, skill_questions
 from tests.evaluation.test_scoring import train_judge
 from tests.fixtures import tiny
+from tests.programs.launching import command
 
 
 @pytest.fixture
@@ -134,14 +131,13 @@ def test_a_killed_run_goes_on_where_it_stopped(files):
         "--score=safedelta_hf.evaluation:final_answer",
     ]
     assert run([*small, f"--output={files / 'whole'}"]).exit_code == 0
-    command = [sys.executable, "-m", "safedelta_hf.cli.main", *map(str, small)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = command(*small)
     responses, started = files / "out" / "responses-harmful.jsonl", time.monotonic()
     while not (responses.exists() and len(responses.read_bytes().splitlines()) > 8):
-        assert process.poll() is None and time.monotonic() - started < 120
+        assert process.is_alive() and time.monotonic() - started < 120
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (files / "out" / "results.json").exists()
     there = responses.read_bytes()
     assert run(small).exit_code == 0

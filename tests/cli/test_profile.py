@@ -1,9 +1,6 @@
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,6 +16,7 @@ from safedelta_hf.testbed.data import ordinary_data
 from tests.fixtures import adapters
 from tests.fixtures.fake_hub import connected
 from tests.profile.saved_profiles import contents, same_moments
+from tests.programs.launching import command
 
 REFUSALS = safety_data(24)
 
@@ -96,17 +94,13 @@ def test_a_task_of_which_nothing_is_left_is_one_line_and_no_folder(files):
 def test_a_killed_run_goes_on_with_the_rest_and_ends_with_the_same_bytes(files):
     options = ["--save-every=2", "--batch-size=1"]
     sums = files / ".profile.sums"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "safedelta_hf.cli.main", *arguments(files, *options)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = command(*arguments(files, *options))
     until = time.monotonic() + 240
-    while not list(sums.glob("*-00003")) and process.poll() is None and time.monotonic() < until:
+    while not list(sums.glob("*-00003")) and process.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and sums.exists() and not (files / "profile").exists()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and sums.exists() and not (files / "profile").exists()
     read, whole = [], module.capture_profile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "capture_profile", lambda *given, **rest: read.append(given) or whole(*given, **rest))

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from tests.fixtures import tiny
-from tests.programs.launching import torchrun
+from tests.programs.launching import forked
 from tests.programs.tower import Checks
 
 
@@ -19,7 +19,7 @@ def require(done, check: str) -> None:
 
 @pytest.fixture(scope="module")
 def fsdp1():
-    return torchrun("tests.programs.fsdp1")
+    return forked("tests.programs.fsdp1")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_fsdp1_holds_what_one_process_holds(fsdp1, check):
 def fsdp2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     tiny.llama(tied=True, vocab_size=47).save_pretrained(folder)  # no process holds as many rows as another
-    return torchrun("tests.programs.fsdp2", folder)
+    return forked("tests.programs.fsdp2", folder)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ ZERO = [
 def zero():
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    return torchrun("tests.programs.zero", 1, 2, 3)
+    return forked("tests.programs.zero", 1, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from tests.programs.launching import aborted, passes, torchrun
@@ -22,15 +24,11 @@ def test_a_rank_that_fails_inside_a_librarys_collectives_ends_the_run():
     ("said", "again"),
     [
         ("terminate called without an active exception\n", True),
-        ("[rank0]: AssertionError\nterminate called without an active exception\n", False),
+        ("Traceback (most recent call last)\nterminate called without an active exception\n", False),
         ("double free or corruption\n", False),
         ("terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  op.preamble\n", False),
     ],
 )
 def test_only_what_neither_python_nor_a_collective_explains_is_run_again(said, again):
-    summary = (
-        "[rank1]: Traceback\nRoot Cause (first observed failure):\n"
-        "  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 7)\n"
-    )
-    assert aborted(said + summary) is again
-    assert not aborted(said + summary.replace("-6", "1"))
+    assert aborted(-signal.SIGABRT, said) is again
+    assert not aborted(1, said)

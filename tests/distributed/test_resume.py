@@ -1,6 +1,5 @@
 """A run that is killed by the system and started again ends as one that was not."""
 
-import multiprocessing
 import os
 import signal
 
@@ -10,22 +9,14 @@ from safetensors.torch import load_file
 
 from tests.fixtures import tiny
 from tests.programs import resuming
-from tests.programs.launching import passes, torchrun
+from tests.programs.launching import passes, python, torchrun
 
 FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
 
-@pytest.fixture(scope="module")
-def python():
-    """Processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.programs.resuming", "peft"])
-    return context
-
-
-def run(python, folder, kind, *kill):
+def run(folder, kind, *kill):
     """Run the script in a process of its own; returns how it ended."""
-    process = python.Process(target=resuming.main, args=("single", folder, kind, *kill))
+    process = python().Process(target=resuming.main, args=("single", folder, kind, *kill))
     process.start()
     process.join(timeout=300)
     assert process.exitcode is not None, "it hangs"
@@ -38,10 +29,10 @@ def prepared(folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(python, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     folders = {kind: prepared(tmp_path_factory.mktemp(kind)) for kind in FILES}
     for kind, folder in folders.items():
-        assert run(python, folder, kind) == 0
+        assert run(folder, kind) == 0
     return folders
 
 
@@ -89,14 +80,12 @@ KILLS = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_run_killed_anywhere_and_started_again_ends_bit_for_bit_as_one_that_was_not(
-    python, uninterrupted, tmp_path, kind
-):
+def test_a_run_killed_anywhere_and_started_again_ends_bit_for_bit_as_one_that_was_not(uninterrupted, tmp_path, kind):
     folder = prepared(tmp_path)
     for point, call in KILLS[kind]:
-        assert run(python, folder, kind, point, call) == -signal.SIGKILL, (point, call)
+        assert run(folder, kind, point, call) == -signal.SIGKILL, (point, call)
         half_written(folder, point, kind)
-    assert run(python, folder, kind) == 0
+    assert run(folder, kind) == 0
     require_same_end(folder, uninterrupted[kind], kind)
 
 

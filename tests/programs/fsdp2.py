@@ -30,7 +30,7 @@ def tensor_parallelism_is_refused(folder: str) -> None:
         passed("tensor_parallelism", "refused")
 
 
-def main() -> None:
+def main(folder: str) -> None:
     dist.init_process_group("gloo")
     meshes = {
         "two": init_device_mesh("cpu", (2,)),
@@ -40,12 +40,12 @@ def main() -> None:
     for name, mesh in meshes.items():
         model = sharded(Tower(), mesh)
         Checks("FSDP2", name, model, Tower(), stepping(model)).all()
-    tied = LlamaForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(fsdp_size=2))
-    twin = LlamaForCausalLM.from_pretrained(sys.argv[1])
+    tied = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    twin = LlamaForCausalLM.from_pretrained(folder)
     Checks("FSDP2", "by_transformers", tied, twin, stepping(tied)).all()
-    tensor_parallelism_is_refused(sys.argv[1])
+    tensor_parallelism_is_refused(folder)
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

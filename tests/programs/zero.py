@@ -70,9 +70,9 @@ def frozen(stage: int, kind: str) -> None:
     checks.read("training", exact=False)
 
 
-def main() -> None:
+def main(*stages: str) -> None:
     dist.init_process_group("gloo")
-    for stage in map(int, sys.argv[1:]):
+    for stage in map(int, stages):
         kind = "ZeRO-3" if stage == 3 else "ZeRO-1/2"
         layouts = {"plain": {}, "optimizer_offloaded": {"offload_optimizer": {"device": "cpu"}}}
         if stage == 3:
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
