@@ -32,7 +32,7 @@ from safedelta_hf.cli.reading import (
 from safedelta_hf.errors import ConfigurationError, OutputError
 from safedelta_hf.records.plan import Treatment
 from safedelta_hf.report import Report
-from safedelta_hf.report.printing import printed
+from safedelta_hf.report.printing import printed, written
 
 if TYPE_CHECKING:
     from safedelta_hf.rules import Rule
@@ -153,7 +153,7 @@ def apply(
             device=device,
         )
         if left_out := sorted(path.name for path in tuned.iterdir() if not (output / path.name).exists()):
-            typer.echo(f"Not copied: {', '.join(left_out)}")
+            typer.echo(printed(f"Not copied: {', '.join(left_out)}"), nl=False)
         _finish(done, output, report)
 
 
@@ -189,7 +189,7 @@ def _require_place(report: Path | None) -> None:
 
 def _finish(done: Report, output: Path, report: Path | None) -> None:
     typer.echo(printed(done.summary()), nl=False)
-    typer.echo(f"Written: {output}")
+    typer.echo(written(output))
     if report is not None:
         try:
             done.save(report)

@@ -7,7 +7,7 @@ import typer
 
 from safedelta_hf.cli.options import one_line_errors, quieten_libraries
 from safedelta_hf.folders import require_absent
-from safedelta_hf.report.printing import printed
+from safedelta_hf.report.printing import printed, written
 
 TOO_MANY = 3
 """Exit status where more is refused than --fail-above allows."""
@@ -44,7 +44,7 @@ def audit(
         loaded = load_base(read, f"{what} (on --device {device!r})", dtype=dtype, device_map=device)
         found = audit_data(loaded, task_data, safety_data, tokenizer, output=output, batch_size=batch_size)
         typer.echo(printed(found.summary()), nl=False)
-        typer.echo(f"Written: {output}")
+        typer.echo(written(output))
     if fail_above is not None and found.share > fail_above:
         typer.echo(f"More than --fail-above {fail_above:g}", err=True)
         raise typer.Exit(TOO_MANY)

@@ -11,6 +11,7 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.board import Board, Verdict, figure, judged, page, texts
 from safedelta_hf.evaluation.result import RESULTS
 from safedelta_hf.folders import complete_file, write_whole
+from safedelta_hf.report.printing import written
 
 FAILED: Final = 3
 """Exit status where a condition of --fail-if holds."""
@@ -48,7 +49,7 @@ def board(
         verdicts = [judged(condition, shown) for condition in fail_if or ()]
         typer.echo(texts.table(shown, verdicts), nl=False)
         if output is not None:
-            typer.echo(f"Written: {', '.join(map(str, _write(output, shown, verdicts, examples)))}")
+            typer.echo(written(*_write(output, shown, verdicts, examples)))
     if any(one.fails for one in verdicts):
         raise typer.Exit(FAILED)
 

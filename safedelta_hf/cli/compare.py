@@ -26,6 +26,7 @@ from safedelta_hf.cli.options import (
 )
 from safedelta_hf.errors import ConfigurationError, figures_needed, how_to_install
 from safedelta_hf.folders import write_whole
+from safedelta_hf.report.printing import printed, written
 
 if TYPE_CHECKING:
     from safedelta_hf.compare import Candidates, ComparisonFile, Scenario
@@ -156,7 +157,7 @@ def comparison(
             steps=grid,
         )
         for name, reason in candidates.left_out.items():
-            typer.echo(f"{name} takes no part: {reason}")
+            typer.echo(printed(f"{name} takes no part: {reason}"), nl=False)
         if own:
             scenarios, file = _of_files(own, output, sort_task=sort_task)
         else:
@@ -263,7 +264,7 @@ def _finish(scenarios: "Sequence[Scenario]", candidates: "Candidates", file: "Co
     write_whole(output / TABLE, text)
     figures = draw(file, output, {name: case.description for name, case in CASES.items()})
     typer.echo(text)
-    typer.echo(f"Written: {', '.join(map(str, [output / RESULTS, output / TABLE, *figures]))}")
+    typer.echo(written(output / RESULTS, output / TABLE, *figures))
 
 
 def _ordinary_weights(given: float | None, own: Mapping[str, Any]) -> list[float]:

@@ -8,6 +8,7 @@ import typer
 from safedelta_hf.cli.options import GUARD_NAMES, is_dotted, load_function, one_line_errors, quieten_libraries
 from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.evaluation.result import RESULTS
+from safedelta_hf.report.printing import written
 
 if TYPE_CHECKING:
     from safedelta_hf.evaluation import HarnessTasks, Judge, Reference
@@ -76,8 +77,7 @@ def evaluate(
             output=output,
         )
         typer.echo(evaluation.table(), nl=False)
-        written = [output / RESULTS, *sorted(output.glob("*.jsonl"))]
-        typer.echo(f"Written: {', '.join(map(str, written))}")
+        typer.echo(written(output / RESULTS, *sorted(output.glob("*.jsonl"))))
 
 
 def _harness(tasks: str | None, include: Path | None, limit: int | None) -> "HarnessTasks | None":

@@ -4,13 +4,15 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import typer
 
-from safedelta_hf.errors import ConfigurationError, SafeDeltaError
+from safedelta_hf.errors import ConfigurationError, SafeDeltaError, SafeDeltaWarning
 
 if TYPE_CHECKING:
     from safedelta_hf.rules import Rule
@@ -123,9 +125,13 @@ def quieten_libraries(*, bars: bool = True) -> None:
 def one_line_errors() -> Iterator[None]:
     """End the command with one line and status 1 on what this package reports on purpose, and where there is no room.
 
+    Its warnings are lines too, without the place in its code.
+
     Yields:
         Nothing.
     """
+    usual = warnings.formatwarning
+    warnings.formatwarning = partial(_formatted, usual)
     try:
         yield
     except (SafeDeltaError, OSError, MemoryError) as error:
@@ -133,6 +139,14 @@ def one_line_errors() -> Iterator[None]:
             f"safedelta: {' '.join(str(error).split()) or type(error).__name__}", err=True
         )  # libraries speak in several lines
         sys.exit(1)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _formatted(usual: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any) -> str:  # noqa: ANN401
+    if issubclass(category, SafeDeltaWarning):
+        return f"Warning: {' '.join(str(message).split())}\n"
+    return usual(message, category, *place)
 
 
 def is_dotted(path: str) -> bool:

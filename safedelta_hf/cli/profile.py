@@ -32,6 +32,7 @@ from safedelta_hf.cli.reading import (
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.errors import ConfigurationError, ProfileError
 from safedelta_hf.folders import require_absent
+from safedelta_hf.report.printing import printed, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,6 +213,5 @@ def _summary(found: "SafetyProfile", output: Path) -> str:
         f"({header.tokens} tokens), {aside} held out to measure by",
         *(f"  not covered: {name}: {reason}" for name, reason in header.skipped.items()),
         *([header.sorting.summary, header.sorting.told] if header.sorting is not None else []),
-        f"Written: {output} ({size / 2**20:.1f} MiB)",
     ]
-    return "\n".join(lines)
+    return printed(*lines) + written(output, note=f" ({size / 2**20:.1f} MiB)")

@@ -9,6 +9,7 @@ import typer
 from safedelta_hf.cli.options import one_line_errors, quieten_libraries
 from safedelta_hf.data.prompt_sets import PROMPT_SETS
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.report.printing import printed, written
 
 if TYPE_CHECKING:
     from safedelta_hf.evaluation.questions import Prompt
@@ -49,13 +50,12 @@ def refusals(
             )
         write_rows(found.rows, output)
         share = found.share
-        typer.echo(
-            f"{len(found.rows)} of {found.asked} refused ({share.value:.1%}, 95 % interval {share.low:.1%} to "
-            f"{share.high:.1%})"
-        )
+        interval = f"95 % interval {share.low:.1%} to {share.high:.1%}"
+        told = f"{len(found.rows)} of {found.asked} refused ({share.value:.1%}, {interval})"
+        typer.echo(printed(told), nl=False)
         if found.warning:
             typer.echo(f"Warning: {found.warning}.", err=True)
-        typer.echo(f"Written: {output}, {log}")
+        typer.echo(written(output, log))
 
 
 def _prompts(names: list[str]) -> "list[Prompt]":

@@ -3,7 +3,9 @@
 import io
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console, ConsoleOptions
@@ -23,6 +25,10 @@ SCORE: Final = r"(?<=_)"
 
 INTERVAL: Final = r"(?=\()"
 """Where a figure with an interval in brackets is folded."""
+
+
+_QUOTED: Final = re.compile(r"""`[^`\n]+`|"[^"\n]+"|(?<!\w)'[^'\n]+'(?!\w)""")
+_SPACE: Final = "\0"
 
 
 class Foldable:
@@ -53,10 +59,13 @@ class Foldable:
 def printed(*parts: str | Table, width: int | None = None) -> str:
     """Set sentences and tables one below the other.
 
+    Lines of sentences end at a space, outside of quotation marks: a path or a command that is wider than the terminal
+    is left to it to fold, so that it can be copied in one piece.
+
     Args:
         parts: Sentences and tables; empty ones are left out.
-        width: Columns that none is wider than; None for those of the terminal, and where there is none, as many as are
-            needed.
+        width: Columns that none is wider than, but for such a path; None for those of the terminal, and where there is
+            none, as many as are needed.
 
     Returns:
         Text that ends with a line break.
@@ -65,6 +74,38 @@ def printed(*parts: str | Table, width: int | None = None) -> str:
     columns = width or shutil.get_terminal_size((UNFOLDED, 0)).columns
     console = Console(file=text, width=columns, highlight=False, markup=False, emoji=False)
     for part in parts:
-        if part:
+        if isinstance(part, str) and part:
+            text.writelines(f"{_filled(line, columns)}\n" for line in part.split("\n"))
+        elif part:
             console.print(part)
     return re.sub(" +\n", "\n", text.getvalue())
+
+
+def written(*paths: Path, note: str = "") -> str:
+    """Say which files or folders were written, each in a line of its own, so that each can be copied.
+
+    Args:
+        *paths: What was written.
+        note: What follows the last.
+
+    Returns:
+        Text without a line break at its end.
+    """
+    first = "Written: "
+    return first + f"\n{' ' * len(first)}".join(map(str, paths)) + note
+
+
+def _filled(line: str, columns: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    whole = _QUOTED.sub(lambda found: found.group().replace(" ", _SPACE), line)
+    wrapped = textwrap.wrap(
+        whole,
+        columns,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+        expand_tabs=False,
+    )
+    return "\n".join(wrapped).replace(_SPACE, " ")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from safedelta_hf.errors import ConfigurationError, figures_needed
 from safedelta_hf.folders import write_whole
 from safedelta_hf.hf.callback import SafeDeltaCallback
-from safedelta_hf.report.printing import printed
+from safedelta_hf.report.printing import printed, written
 from safedelta_hf.rules import Rule
 from safedelta_hf.testbed.data import Case, safety_data
 from safedelta_hf.testbed.model import LORA_RANK, behaviour_scores, fine_tune, load_aligned, lora_case, with_lora
@@ -120,7 +120,8 @@ def run_demo(
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
     echo(table(found, title).rstrip())
-    echo(f"{content['seconds']:.0f} s. Figure, figures and report:\n{stem}.png, .json, .report.json")
+    echo(f"{content['seconds']:.0f} s. Figure, figures and report:")
+    echo(written(*(Path(f"{stem}{ending}") for ending in (".png", ".json", ".report.json"))))
     return found
 
 

@@ -1,9 +1,11 @@
+import warnings
+
 import pytest
 
 from safedelta_hf.cli import options, profile, refusals
 from safedelta_hf.cli.options import is_dotted, load_function, one_line_errors
 from safedelta_hf.compare import WEIGHTS
-from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.errors import ConfigurationError, warn
 from safedelta_hf.evaluation import FORMATS
 from safedelta_hf.evaluation.refusals import MAX_NEW_TOKENS
 from safedelta_hf.profile.encodings import ENCODINGS
@@ -52,6 +54,19 @@ def test_names_of_models_and_folders_are_not_taken_for_functions():
     assert not any(
         map(is_dotted, ("meta-llama/Llama-Guard-3-8B", "/models/guard", "C:\\models\\guard", "guard", "a:b:c"))
     )
+
+
+def test_a_warning_of_ours_is_a_line_without_a_place_in_the_code_and_others_stay(capsys):
+    usual = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *given: print(warnings.formatwarning(*given[:4]), end="")
+        with one_line_errors():
+            warn("the base\n refuses little")
+            warnings.warn("of another library", UserWarning, stacklevel=1)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "Warning: the base refuses little" and "test_options.py" in second and "UserWarning" in second
+    assert warnings.formatwarning is usual
 
 
 @pytest.mark.parametrize(
