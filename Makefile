@@ -15,4 +15,4 @@ format:
 	ruff format .
 
 test:
-	pytest -n auto
+	pytest -n auto --dist loadfile
