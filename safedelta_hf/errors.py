@@ -136,6 +136,22 @@ class CoverageError(SafeDeltaError, ValueError):
     """Trained parameters lie outside what the method can adjust."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 1
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: of what is within it, a glimpse.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        Text of some words.
+    """
+    return _SHORT.repr(value)
+
+
 def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[type, ...], told: str) -> None:
     """Stop at an argument of another kind than can be used, before anything is done with it.
 
@@ -153,7 +169,7 @@ def require_kind(owner: str, setting: str, value: object, kinds: type | tuple[ty
         if isinstance(value, type):
             name = value.__name__
             raise ConfigurationError(f"{owner}: {setting}={name} is a class and must be {told}; pass {name}(...)")
-        raise ConfigurationError(f"{owner}: {setting}={reprlib.repr(value)} must be {told}")
+        raise ConfigurationError(f"{owner}: {setting}={shown(value)} must be {told}")
 
 
 def is_number(value: object) -> bool:

@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,8 +138,9 @@ def locked(folder: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        OutputError: Another process is writing it.
+        OutputError: Another process is writing it, or nobody can.
     """
+    require_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder, not in it, so that renaming or removing the folder does not take the lock along.
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
@@ -148,9 +150,9 @@ def locked(folder: Path) -> Iterator[None]:
         raise OutputError(f"{str(folder)!r}: another process is writing it; wait, or choose another name") from error
     try:
         yield
+    finally:
         # While it is held: who opened it before finds that it has lost its name, and opens another.
         Path(lock.lock_file).unlink(missing_ok=True)
-    finally:
         lock.release()
 
 
@@ -165,6 +167,25 @@ def require_absent(folder: Path) -> None:
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
         raise OutputError(f"{str(folder)!r} exists already; remove it or choose another name")
+
+
+def require_writable(path: Path) -> None:
+    """Stop before hours of work whose result could not be written.
+
+    Args:
+        path: What will be written, with its parents.
+
+    Raises:
+        OutputError: Nothing can be made where it will stand.
+    """
+    place = next(one for one in path.absolute().parents if one.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{str(path)!r} cannot be written: nothing can be made in {str(place)!r} ({error}); choose another place"
+        ) from error
 
 
 @contextmanager

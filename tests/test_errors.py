@@ -6,9 +6,18 @@ import warnings
 import pytest
 import torch
 
-from safedelta_hf import adjust_adapter, adjust_adapter_files, adjust_model, adjust_saved, refactor_adapter
+from safedelta_hf import (
+    Ridge,
+    SafeDeltaCallback,
+    adjust_adapter,
+    adjust_adapter_files,
+    adjust_model,
+    adjust_saved,
+    refactor_adapter,
+)
 from safedelta_hf.errors import (
     AdjustmentError,
+    ConfigurationError,
     CoverageError,
     DataError,
     SafeDeltaWarning,
@@ -57,6 +66,13 @@ def test_arguments_that_a_function_does_not_take_are_a_type_error_of_its_own(fun
         function(strength=1.0)
     with pytest.raises(TypeError, match="too many positional arguments"):
         function(*range(20))
+
+
+def test_an_error_shows_a_glimpse_of_a_long_value():
+    rows = [{"messages": [{"role": "user", "content": "how do i " * 20}] * 4}] * 99
+    with pytest.raises(ConfigurationError, match="must be a rule") as raised:
+        SafeDeltaCallback(Ridge(), rows)
+    assert len(str(raised.value)) < 200
 
 
 def test_what_a_function_raises_is_named_and_its_signature_stays():

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from safedelta_hf import folders
 from safedelta_hf.errors import OutputError
-from safedelta_hf.folders import RunLog, ScratchFolder, complete_file, complete_or_absent, resumable
+from safedelta_hf.folders import RunLog, ScratchFolder, complete_file, complete_or_absent, require_writable, resumable
 
 
 def test_a_failed_block_leaves_nothing_behind(tmp_path):
@@ -32,6 +32,25 @@ def test_what_an_interrupted_run_left_is_found_by_the_next(tmp_path):
         (unfinished / "two").write_text("2")
     assert sorted(path.name for path in (tmp_path / "parent" / "folder").iterdir()) == ["one", "two"]
     assert [path.name for path in (tmp_path / "parent").iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("place", ["file/inner/folder", "/proc/nowhere/folder"])  # where root can write nothing either
+def test_where_nothing_can_be_made_is_told_before_anything_is(tmp_path, place):
+    (tmp_path / "file").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for refused in (require_writable, lambda path: resumable(path).__enter__()):
+        with pytest.raises(OutputError, match=r"cannot be written: nothing can be made in .*choose another place"):
+            refused(tmp_path / place)
+    require_writable(tmp_path / "not" / "there" / "yet")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_failure_leaves_no_lock_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("precious")
+    with pytest.raises(OutputError, match="exists already"), resumable(tmp_path / "folder"):
+        pytest.fail("it was entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_one_writer_at_a_time(tmp_path):

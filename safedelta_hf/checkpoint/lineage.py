@@ -23,11 +23,16 @@ def require_order(base: str | Path, tuned: str | Path) -> None:
         tuned: Folder of the fine-tuned model.
 
     Raises:
-        ConfigurationError: The base names the fine-tuned model as what it was made from.
+        ConfigurationError: They are one folder, or the base names the fine-tuned model as what it was made from.
     """
     folder, other = Path(base), Path(tuned)
     if not folder.is_dir():
         return
+    if folder.resolve() == other.resolve():
+        raise ConfigurationError(
+            f"base and tuned are both {str(base)!r}; give the aligned model as base (--base), and what fine-tuning "
+            "made of it as tuned (--tuned)"
+        )
     for file, name in _origins(folder):
         if name == _repository(other) or (Path(name).is_dir() and Path(name).resolve() == other.resolve()):
             raise ConfigurationError(

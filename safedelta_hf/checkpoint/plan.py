@@ -147,7 +147,6 @@ def plan_checkpoint(
     output = Path(output)
     require_apart(output, base, tuned, profile, task_profile)
     require_absent(output)
-    require_order(base, tuned)
     settings = opened_settings(
         "adjust_checkpoint",
         profile,
@@ -156,6 +155,7 @@ def plan_checkpoint(
         treatment,
         without_data=lambda: base_without_data(open_base_files(base))[0],
     )
+    require_order(base, tuned)
     check_rule(settings.rule, settings.profile, settings.task)
     tuned_files, base_files = open_tuned_files(Path(tuned)), open_base_files(base)
     pair = CheckpointPair(base_files, tuned_files, settings.profile.header)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from safedelta_hf.cli.options import one_line_errors, quieten_libraries
-from safedelta_hf.folders import require_absent
+from safedelta_hf.folders import require_absent, require_writable
 from safedelta_hf.report.printing import printed, written
 
 TOO_MANY = 3
@@ -35,6 +35,7 @@ def audit(
     """Find the rows of a fine-tuning data set that the base would refuse, and how surely."""  # noqa: DOC501 - a status
     with one_line_errors():
         require_absent(output)
+        require_writable(output)
         from safedelta_hf.evaluation.audit import audit_data  # takes seconds
         from safedelta_hf.modules.loading import load_base, load_tokenizer, source_of
 

@@ -145,6 +145,13 @@ def comparison(
         own = _own_options(context.params)
         for name in rule or ():
             require_one_of(RULE_NAMES, name, "--rule")
+        for given, known, option in (
+            (case, CASE_NAMES, "--case"),
+            (weights, TRAINED_NAMES, "--weights"),
+            (method, (*METHOD_NAMES, "all", "none"), "--method"),
+        ):
+            for name in given or ():
+                require_one_of(known, name, option)
         strengths = None if strength is None else [parsed_strength(text) for text in strength]
         from safedelta_hf.compare import choose_candidates  # takes seconds
 
@@ -181,10 +188,6 @@ def _refuse(options: Sequence[str], reason: str) -> None:
 
 def _of_testbed(given: Mapping[str, Any], output: Path) -> "tuple[list[Scenario], ComparisonFile]":
     cases, trained = dict.fromkeys(given["case"] or CASE_NAMES), dict.fromkeys(given["weights"] or TRAINED_NAMES)
-    for name in cases:
-        require_one_of(CASE_NAMES, name, "--case")
-    for name in trained:
-        require_one_of(TRAINED_NAMES, name, "--weights")
     if "lora" in trained and find_spec("peft") is None:  # told now, and not after the half of the work
         raise ConfigurationError(f"--weights lora needs PEFT; {how_to_install('peft')}, or choose --weights full")
     methods, questions = _methods(given["method"] or CHEAP_METHOD_NAMES), given["questions"] or QUESTIONS
@@ -213,10 +216,7 @@ def _of_testbed(given: Mapping[str, Any], output: Path) -> "tuple[list[Scenario]
 def _methods(names: Sequence[str]) -> list[str]:
     if "all" in names:
         return list(METHOD_NAMES)
-    chosen = [name for name in dict.fromkeys(names) if name != "none"]
-    for name in chosen:
-        require_one_of(METHOD_NAMES, name, "--method")
-    return chosen
+    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def _of_files(own: Mapping[str, Any], output: Path, *, sort_task: bool) -> "tuple[list[Scenario], ComparisonFile]":

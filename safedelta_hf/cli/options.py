@@ -17,6 +17,9 @@ from safedelta_hf.errors import ConfigurationError, SafeDeltaError, SafeDeltaWar
 if TYPE_CHECKING:
     from safedelta_hf.rules import Rule
 
+STOPPED: Final = 130
+"""Exit status after Ctrl-C, as shells give it."""
+
 _DOTTED: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Names as help tells them: what has these names takes seconds to import, and a test compares.
@@ -125,7 +128,7 @@ def quieten_libraries(*, bars: bool = True) -> None:
 def one_line_errors() -> Iterator[None]:
     """End the command with one line and status 1 on what this package reports on purpose, and where there is no room.
 
-    Its warnings are lines too, without the place in its code.
+    Its warnings are lines too, without the place in its code. Ctrl-C ends with status 130.
 
     Yields:
         Nothing.
@@ -139,6 +142,13 @@ def one_line_errors() -> Iterator[None]:
             f"safedelta: {' '.join(str(error).split()) or type(error).__name__}", err=True
         )  # libraries speak in several lines
         sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo(
+            "safedelta: stopped; what was given is as it was, and the same command goes on from what is finished, or "
+            "begins again",
+            err=True,
+        )
+        sys.exit(STOPPED)
     finally:
         warnings.formatwarning = usual
 

@@ -31,7 +31,7 @@ from safedelta_hf.cli.reading import (
 )
 from safedelta_hf.data.phrases import SAFETY_DATA
 from safedelta_hf.errors import ConfigurationError, ProfileError
-from safedelta_hf.folders import require_absent
+from safedelta_hf.folders import require_absent, require_writable
 from safedelta_hf.report.printing import printed, written
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def profile(
             offload_folder=offload_folder,
         )
         require_absent(output)
+        require_writable(output)
         from safedelta_hf.capture.collect import Checkpointing, collect_profile  # takes seconds
         from safedelta_hf.profile.encodings import encoding_of
         from safedelta_hf.profile.profile import with_ordinary

@@ -9,6 +9,7 @@ import typer
 from safedelta_hf.cli.options import one_line_errors, quieten_libraries
 from safedelta_hf.data.prompt_sets import PROMPT_SETS
 from safedelta_hf.errors import ConfigurationError
+from safedelta_hf.folders import require_writable
 from safedelta_hf.report.printing import printed, written
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def refusals(
     with one_line_errors():
         if output.exists():
             raise ConfigurationError(f"--output {str(output)!r} exists; choose another, or remove it")
+        _require_prompts(prompts)
+        require_writable(output)
         from safedelta_hf.evaluation.refusals import collect_refusals, write_rows  # takes seconds
 
         quieten_libraries(bars=False)
@@ -56,6 +59,13 @@ def refusals(
         if found.warning:
             typer.echo(f"Warning: {found.warning}.", err=True)
         typer.echo(written(output, log))
+
+
+def _require_prompts(names: list[str]) -> None:
+    for name in names:
+        is_word = "/" not in name and "." not in name
+        if is_word and name not in PROMPT_SETS and not Path(name).exists():
+            raise ConfigurationError(f"--prompts {name!r} is no file, and no set: {', '.join(PROMPT_SETS)}")
 
 
 def _prompts(names: list[str]) -> "list[Prompt]":

@@ -156,7 +156,8 @@ def audit_data(
 
     Raises:
         ConfigurationError: `batch_size` is below 1, or the safety data has no prompts.
-        DataError: The data or the safety data cannot be read, or the safety data does not fit the model.
+        DataError: The data or the safety data cannot be read, no row can be judged, or the safety data does not fit the
+            model.
         OutputError: The output exists, is being written, was begun with something else, or cannot be written.
     """
     if batch_size < 1:
@@ -175,6 +176,9 @@ def audit_data(
         )
     places, opened = [place for place, _ in rows], ShardedModel(model)
     prompts, reasons, answered = _judged(opened, read, places, questions)
+    if not prompts:
+        why = reasons[0].removeprefix(places[0]).lstrip(": ")
+        raise DataError(f"task data: none of its {len(rows)} rows can be judged, such as {places[0]}: {why}")
     with _log_of(output, opened, prompts, questions, processing_class) as log:
         found = {} if log is None else {row: value for entry in log.entries for row, value in entry.items()}
         for more in _probabilities(opened, prompts, questions, found, batch_size, progress=progress):

@@ -20,8 +20,8 @@ from safedelta_hf.data.templates import ProcessingClass
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.distributed.ranks import Ranks, is_shared
-from safedelta_hf.errors import CheckpointError, ConfigurationError, RestoreError, SafeDeltaError
-from safedelta_hf.folders import complete_or_absent
+from safedelta_hf.errors import CheckpointError, ConfigurationError, OutputError, RestoreError, SafeDeltaError
+from safedelta_hf.folders import complete_or_absent, require_writable
 from safedelta_hf.hf.base_weights import name_of_run
 from safedelta_hf.modules.adapters import active_adapters
 from safedelta_hf.modules.names import ADAPTER_PREFIX, embeddings, without_wrappers
@@ -40,8 +40,8 @@ def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
         state: Of the Trainer.
 
     Raises:
-        ConfigurationError: The folder holds something else than this run saved before it was resumed, or there will be
-            several models.
+        ConfigurationError: The folder holds something else than this run saved before it was resumed, or cannot be
+            written, or there will be several models.
     """
     if folder is None:
         return
@@ -54,6 +54,10 @@ def require_room_for_tuned(folder: Path | None, state: TrainerState) -> None:
         raise ConfigurationError(
             f"SafeDeltaCallback: keep_tuned={str(folder)!r} exists already; remove it or choose another folder"
         )
+    try:
+        require_writable(folder)
+    except OutputError as error:
+        raise ConfigurationError(f"SafeDeltaCallback: keep_tuned: {error}") from error
 
 
 def _is_of_run(folder: Path, state: TrainerState) -> bool:

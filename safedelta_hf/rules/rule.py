@@ -1,7 +1,6 @@
 """How hard a rule acts: a number, or whatever measured refusals allow."""
 
 import math
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing_extensions import override
 from safedelta_hf.core.binomial import examples_needed, most_allowed
 from safedelta_hf.core.low_rank import Matrix
 from safedelta_hf.core.transform import DeltaMatrix, Transform
-from safedelta_hf.errors import ConfigurationError, is_number
+from safedelta_hf.errors import ConfigurationError, is_number, shown
 
 SHARE_LOST: Final = 0.05
 """Share of refusals that may be lost, where nobody says another."""
@@ -94,7 +93,7 @@ def require_number(owner: str, field: str, value: object, allowed: str, accepts:
         ConfigurationError: It is not.
     """
     if not is_number(value) or not accepts(value):
-        raise ConfigurationError(f"{owner}: {field}={reprlib.repr(value)} must be a number {allowed}")
+        raise ConfigurationError(f"{owner}: {field}={shown(value)} must be a number {allowed}")
 
 
 def number(strength: Strength) -> float:

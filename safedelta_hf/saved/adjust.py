@@ -17,7 +17,7 @@ from safedelta_hf.data.rows import read_rows
 from safedelta_hf.data.templates import ProcessingClass, require_processing_class
 from safedelta_hf.distributed.open_model import open_model
 from safedelta_hf.errors import ConfigurationError, NothingLeftError, ProfileError, naming_foreign_errors, require_kind
-from safedelta_hf.folders import require_absent
+from safedelta_hf.folders import require_absent, require_writable
 from safedelta_hf.hf.profiles import ProfileCollector, RunData, examples_of, require_config_used, require_use
 from safedelta_hf.modules.loading import load_base, load_tokenizer
 from safedelta_hf.profile.profile import SafetyProfile, opened_profile, with_ordinary
@@ -101,6 +101,7 @@ def adjust_saved(
         ConfigurationError: Arguments are missing, of another kind or without effect, base and fine-tuned model are
             exchanged, or the model does not fit in memory.
         ProfileError: A profile was made of another base.
+        OutputError: The output, or the folder of the profile, cannot be written.
         DataError: Data cannot be read, or there is too little to measure a strength by.
         SafeDeltaError: Named by parameter. Whatever was raised, what was given is as it was and there is no output.
     """
@@ -130,6 +131,10 @@ def adjust_saved(
         initial_adapter=None if initial_adapter is None else Path(initial_adapter),
         device=device,
     )
+    require_writable(Path(output))
+    if save_profile is not None:
+        require_absent(Path(save_profile))
+        require_writable(Path(save_profile))
     reading = _Reading(saved, rule, data, config or ProfileConfig(), device, progress)
     reading.require_possible()
     held, profiles = reading.profiles(profiles, processing_class, None if save_profile is None else Path(save_profile))
@@ -276,8 +281,6 @@ class _Reading(NamedTuple):
         """
         if not self.sources:
             return None, given
-        if folder is not None:
-            require_absent(folder)
         what = f"base: {self.saved.base.base!r}"
         tokenizer = self._tokenizer(processing_class, what)
         for purpose, source in self.sources.items():  # what is small is read before what is large

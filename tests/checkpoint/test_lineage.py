@@ -35,6 +35,14 @@ def test_a_base_that_names_the_fine_tuned_model_was_exchanged_with_it(folders):
             (tuned / file).unlink()
 
 
+def test_one_folder_is_not_both(folders, monkeypatch):
+    base, tuned = folders
+    monkeypatch.chdir(tuned)
+    for one, other in ((base, base), (".", tuned), (tuned / "." / "..", tuned.parent)):
+        with pytest.raises(ConfigurationError, match="base and tuned are both"):
+            require_order(one, other)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "---\nbase_model: [\n---\n", "---\nbase_model: 7\n---\n", "\udcff"])
 def test_what_cannot_be_read_says_nothing(folders, text):
     base, tuned = folders

@@ -69,6 +69,13 @@ def test_a_warning_of_ours_is_a_line_without_a_place_in_the_code_and_others_stay
     assert warnings.formatwarning is usual
 
 
+def test_what_is_interrupted_says_how_it_goes_on(capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert ended.value.code == 130 and "what was given is as it was" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

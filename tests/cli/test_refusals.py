@@ -35,3 +35,8 @@ def test_no_refusal_and_an_output_that_exists_are_one_line_errors(tmp_path):
     output.write_text("mine")
     result = run(f"--prompts={tmp_path / 'benign.jsonl'}", f"--output={output}")
     assert result.exit_code == 1 and "exists" in result.output and output.read_text() == "mine"
+
+
+def test_a_set_that_is_misspelt_is_told_with_those_that_there_are(tmp_path):
+    result = run("--prompts=advbensh", f"--output={tmp_path / 'out.jsonl'}")
+    assert result.exit_code == 1 and "no file, and no set: advbench, harmbench" in result.output

@@ -124,6 +124,11 @@ def test_where_much_is_refused_the_summary_says_what_it_looks_like(loaded, monke
         ({"safety_dataset": [{"text": "i cannot"}]}, ConfigurationError, "how a refusal begins"),
         ({"safety_dataset": []}, DataError, "safety data: it is empty"),
         ({"task_dataset": "nowhere.jsonl"}, DataError, "task data: there is no file"),
+        (
+            {"task_dataset": [{"a": "b"}] * 3},
+            DataError,
+            "none of its 3 rows can be judged, such as row 0: has",
+        ),
     ],
 )
 def test_what_cannot_be_audited_is_a_named_error(loaded, changes, error, message):

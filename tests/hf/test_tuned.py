@@ -63,6 +63,15 @@ def test_an_adapter_that_transformers_loaded_is_saved_as_it_was(tmp_path):
     assert PeftModel.from_pretrained(tiny.llama(), tmp_path / "tuned").peft_config["default"].r == 4
 
 
+def test_a_place_where_nothing_can_be_kept_is_found_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    callback = SafeDeltaCallback(ROWS, RULE, keep_tuned=tmp_path / "file" / "tuned")
+    trainer = tiny.trainer(tiny.llama(), callback, tmp_path / "run")
+    with pytest.raises(ConfigurationError, match="keep_tuned: .*cannot be written"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_keep_tuned_never_overwrites(tmp_path):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "model.safetensors").write_text("precious")

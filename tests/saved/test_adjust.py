@@ -30,6 +30,7 @@ from safedelta_hf.errors import (
     CheckpointError,
     ConfigurationError,
     DataError,
+    OutputError,
     ProfileError,
     SafeDeltaWarning,
 )
@@ -251,6 +252,8 @@ def test_the_memory_is_that_of_the_weights_and_four_copies_of_the_largest(folder
         ),
         ({"output": None}, ConfigurationError, "output=None must be a folder"),
         ({"safety_dataset": None, "profile": "nowhere/at/all"}, ProfileError, "there is no folder"),
+        ({"output": "/proc/nowhere/output"}, OutputError, "cannot be written: nothing can be made in"),
+        ({"save_profile": "/proc/nowhere/profile"}, OutputError, "cannot be written: nothing can be made in"),
         ({"base": "nowhere"}, BaseWeightsError, "base: 'nowhere'"),
         ({"tuned": "nowhere"}, CheckpointError, "tuned: 'nowhere' is no folder"),
     ],
