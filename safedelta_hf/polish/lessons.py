@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from safedelta_hf.core.divergence import Targets, divergence, targets_of
 from safedelta_hf.data.batches import Batch
@@ -185,23 +184,18 @@ def mean_divergences(model: ShardedModel, lessons: Lessons, batch_size: int = 8)
     return {kind: fmean(divergences(model, rows, batch_size)) for kind, rows in lessons.held_out.items() if rows}
 
 
-class Curriculum(Dataset[list[Lesson]]):
+def curriculum(taught: Mapping[str, Sequence[Lesson]], items: int) -> list[list[Lesson]]:
     """As many items as a polish takes, each with one row of each kind; all rows of a kind come equally often.
 
     Args:
         taught: Rows of each kind.
         items: Number of items.
+
+    Returns:
+        The items.
     """
-
-    def __init__(self, taught: Mapping[str, Sequence[Lesson]], items: int) -> None:
-        self._rows = [rows for rows in taught.values() if rows]
-        self._items = items
-
-    def __len__(self) -> int:
-        return self._items
-
-    def __getitem__(self, number: int) -> list[Lesson]:
-        return [rows[number % len(rows)] for rows in self._rows]
+    kinds = [rows for rows in taught.values() if rows]
+    return [[rows[number % len(rows)] for rows in kinds] for number in range(items)]
 
 
 def collated(items: Sequence[Sequence[Lesson]]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from safedelta_hf.errors import ConfigurationError
 from safedelta_hf.modules.evaluating import random_state_kept
 from safedelta_hf.modules.names import unwrapped
 from safedelta_hf.polish.config import PolishConfig
-from safedelta_hf.polish.lessons import Curriculum, Lessons, batch_loss, collated
+from safedelta_hf.polish.lessons import Lessons, batch_loss, collated, curriculum
 
 SUPPORTED: Final = ("whole", "FSDP2", "FSDP1")
 """Ways of holding a model that a second Trainer can train, as they are, after the first one has."""
@@ -89,7 +89,7 @@ def trained(
         trainer = PolishTrainer(
             model=model.runnable,
             args=own,
-            train_dataset=Curriculum(lessons.taught, items),
+            train_dataset=curriculum(lessons.taught, items),
             data_collator=collated,
         )
         trainer.remove_callback(PrinterCallback)

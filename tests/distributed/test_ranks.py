@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from tests.programs.launching import aborted, passes, torchrun
+from tests.programs.launching import aborted, forked, passes, torchrun
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -18,6 +18,12 @@ def test_a_rank_that_fails_inside_a_librarys_collectives_ends_the_run():
     done = torchrun("tests.programs.failing", "alone", timeout=300)  # a rank that waited would do so for hours
     assert done.returncode != 0
     assert "lost in a forward pass" in done.stderr
+
+
+def test_forked_processes_end_with_the_one_that_fails_first():
+    done = forked("tests.programs.failing", "alone", timeout=60)
+    assert done.returncode == 1 and "lost in a forward pass" in done.cause
+    assert forked("tests.programs.none").returncode == 1
 
 
 @pytest.mark.parametrize(

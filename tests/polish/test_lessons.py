@@ -8,7 +8,7 @@ from safedelta_hf.data.dataset import SafetySequence, read_safety_data
 from safedelta_hf.data.forms import IGNORED
 from safedelta_hf.distributed.model import ShardedModel
 from safedelta_hf.polish import lessons as module
-from safedelta_hf.polish.lessons import Curriculum, aside, batch_loss, collated, divergences, lessons_of
+from safedelta_hf.polish.lessons import aside, batch_loss, collated, curriculum, divergences, lessons_of
 from tests.fixtures import tiny
 
 
@@ -60,9 +60,8 @@ def test_the_loss_of_a_padded_batch_is_the_mean_over_rows_of_their_means(taught)
 
 def test_each_item_has_a_row_of_each_kind_and_rows_come_equally_often(llama):
     rows = lessons_of(ShardedModel(llama), "task", prompted(5, 1), [], top_k=5).taught["task"]
-    items = Curriculum({"refusals": rows[:3], "task": rows[3:], "ordinary": ()}, 12)
-    drawn = [items[number] for number in range(len(items))]
-    assert all(item[0] in rows[:3] and item[1] in rows[3:] and len(item) == 2 for item in drawn)
+    drawn = curriculum({"refusals": rows[:3], "task": rows[3:], "ordinary": ()}, 12)
+    assert len(drawn) == 12 and all(item[0] in rows[:3] and item[1] in rows[3:] and len(item) == 2 for item in drawn)
     assert {sum(one in item for item in drawn) for one in rows[:3]} == {4}
 
 

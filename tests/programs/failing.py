@@ -52,7 +52,8 @@ def nested_and_renamed(ranks):
     return block
 
 
-def main(*, alone=False):
+def main(*arguments):
+    alone = "alone" in arguments
     dist.init_process_group("gloo")
     ranks = Ranks.of_run()
     assert Ranks.of_run() is ranks
@@ -81,4 +82,4 @@ def main(*, alone=False):
 
 
 if __name__ == "__main__":
-    main(alone="alone" in sys.argv)
+    main(*sys.argv[1:])

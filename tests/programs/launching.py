@@ -64,10 +64,14 @@ def forked(module: str, *arguments: object, processes: int = 2, timeout: float =
             ranks[-1].start()
         failed = _first_failed(ranks, timeout)
         shown, errors = (
-            [(Path(folder) / f"{rank}.{stream}").read_text() for rank in range(processes)] for stream in ("out", "err")
+            [_read(Path(folder) / f"{rank}.{stream}") for rank in range(processes)] for stream in ("out", "err")
         )
     code, cause = (0, "") if failed is None else (ranks[failed].exitcode, errors[failed])
     return Ended(code, "".join(shown), "".join(errors), cause)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""  # ended before it began
 
 
 def command(*arguments: object) -> BaseProcess:
