@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import typer
 
 from safedelta_hf.errors import ConfigurationError, SafeDeltaError, SafeDeltaWarning
+from safedelta_hf.report.printing import printed
 
 if TYPE_CHECKING:
     from safedelta_hf.rules import Rule
@@ -155,7 +156,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _formatted(usual: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any) -> str:  # noqa: ANN401
     if issubclass(category, SafeDeltaWarning):
-        return f"Warning: {' '.join(str(message).split())}\n"
+        return printed(f"Warning: {message}")
     return usual(message, category, *place)
 
 

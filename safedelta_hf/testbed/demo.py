@@ -120,8 +120,8 @@ def run_demo(
     callback.report.save(f"{stem}.report.json")
     draw(found, title, Path(f"{stem}.png"))
     echo(table(found, title).rstrip())
-    echo(f"{content['seconds']:.0f} s. Figure, figures and report:")
-    echo(written(*(Path(f"{stem}{ending}") for ending in (".png", ".json", ".report.json"))))
+    files = (Path(f"{stem}{ending}") for ending in (".png", ".json", ".report.json"))
+    echo(written(*files, note=f" ({content['seconds']:.0f} s)"))
     return found
 
 

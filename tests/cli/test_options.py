@@ -62,10 +62,11 @@ def test_a_warning_of_ours_is_a_line_without_a_place_in_the_code_and_others_stay
         warnings.simplefilter("always")
         warnings.showwarning = lambda *given: print(warnings.formatwarning(*given[:4]), end="")
         with one_line_errors():
-            warn("the base\n refuses little")
+            warn("the base refuses:\n  row 5: how do i")
             warnings.warn("of another library", UserWarning, stacklevel=1)
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert first == "Warning: the base refuses little" and "test_options.py" in second and "UserWarning" in second
+    first, row, other, *_ = capsys.readouterr().out.splitlines()
+    assert first == "Warning: the base refuses:" and row == "  row 5: how do i"
+    assert "test_options.py" in other and "UserWarning" in other
     assert warnings.formatwarning is usual
 
 
