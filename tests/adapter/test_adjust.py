@@ -144,7 +144,7 @@ def test_factors_are_rounded_to_the_nearest_unless_that_costs_safety(profiles):
     for strength, fed in ((1e-3, False), (1e5, True)):
         one, other = copy.deepcopy(model), copy.deepcopy(exact)
         records = adjusted(one, profiles["llama"], rule=Ridge(strength=strength)).parameters
-        assert {"errors fed on" in record.notes[-1] for record in records} == {fed}
+        assert any("errors fed on" in record.notes[-1] for record in records) == fed
         adjusted(other, profiles["llama"], rule=Ridge(strength=strength))
         wanted = adapters.own_tensors(other)
         nearest = {name: torch.equal(held, wanted[name].bfloat16()) for name, held in adapters.own_tensors(one).items()}
