@@ -180,16 +180,16 @@ class Adjustment:
         losses = {"tuned_loss": _loss(entry, delta, factors)} if figures else {}
         price = None
         if self._merging is None:
-            adjusted, notes, price = _transformed(entry, delta, cast(TransformRule, rule), factors)
+            kept, notes, price = _transformed(entry, delta, cast(TransformRule, rule), factors)
         else:
-            adjusted, notes = self._merging.merged(rule, entry, delta)
-        kept = adjusted
+            kept, notes = self._merging.merged(rule, entry, delta)
+        carried = kept
         if is_coarse(delta.dtype):
             if figures:
                 losses["unrounded_loss"] = _loss_of_kept(entry, kept, kept, price, factors)
-            adjusted, note = _rounded(entry, kept, factors)
+            carried, note = _rounded(entry, kept, factors)
             notes += (note,)
-        written, remarks = self._store.write(entry.parameter, adjusted)
+        written, remarks = self._store.write(entry.parameter, carried)
         if figures:
             losses["adjusted_loss"] = _loss_of_kept(entry, kept, written, price, factors)
         return _record(entry, written if figures else None, outcome="adjusted", notes=notes + remarks, **losses)

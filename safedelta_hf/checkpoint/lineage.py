@@ -13,7 +13,7 @@ TRACES: Final = ("training_args.bin", "trainer_state.json", "optimizer.pt")
 
 
 def require_order(base: str | Path, tuned: str | Path) -> None:
-    """Stop where the base says that it was made from the fine-tuned model, and warn where it looks so.
+    """Stop where the base says that it was made from the fine-tuned model; warn where it looks so, or is that model.
 
     Without a profile no digest tells the two apart, and what came of it would be the base with a part of its delta
     taken away twice.
@@ -23,16 +23,17 @@ def require_order(base: str | Path, tuned: str | Path) -> None:
         tuned: Folder of the fine-tuned model.
 
     Raises:
-        ConfigurationError: They are one folder, or the base names the fine-tuned model as what it was made from.
+        ConfigurationError: The base names the fine-tuned model as what it was made from.
     """
     folder, other = Path(base), Path(tuned)
     if not folder.is_dir():
         return
     if folder.resolve() == other.resolve():
-        raise ConfigurationError(
-            f"base and tuned are both {str(base)!r}; give the aligned model as base (--base), and what fine-tuning "
-            "made of it as tuned (--tuned)"
+        warn(
+            f"base and tuned are both {str(base)!r}, so there is nothing to adjust; give the aligned model as base "
+            "(--base), and what fine-tuning made of it as tuned (--tuned)"
         )
+        return
     for file, name in _origins(folder):
         if name == _repository(other) or (Path(name).is_dir() and Path(name).resolve() == other.resolve()):
             raise ConfigurationError(
