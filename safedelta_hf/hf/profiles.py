@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from safedelta_hf.capture.collect import DEFAULT_HOLDOUT, FEWEST_HELD_OUT_OF, collect_profile
@@ -304,8 +305,6 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
     """
     if dataset is None:
         raise DataError("task data: the Trainer has no training data")
-    from transformers.trainer_utils import has_length  # brings PEFT and every quantiser, for seconds
-
     if has_length(dataset) and not isinstance(dataset, IterableDataset):  # which has an item of no number
         items: Any = dataset
         chosen = random.Random(0).sample(range(len(dataset)), min(count, len(dataset)))
@@ -316,8 +315,6 @@ def examples_of(dataset: Any, count: int) -> list[Mapping[str, Any]]:  # noqa: A
 
 def _require_again(dataset: Any) -> None:  # noqa: ANN401
     # What is drawn of a stream that does not begin again is lost to the training. Shards wrap the stream.
-    from transformers.trainer_utils import has_length  # as above
-
     while dataset is not None:
         if not has_length(dataset) and iter(dataset) is iter(dataset):
             raise DataError(

@@ -107,13 +107,19 @@ def test_only_the_named_adapter_is_touched(profiles):
     assert model.active_adapter == "other"
 
 
-def test_the_report_of_a_half_precision_adapter_is_that_of_what_it_holds(profiles):
-    model = adapters.adapted(tiny.llama())
-    exact = copy.deepcopy(model)
+def in_bfloat16_and_float32():
+    """One adapter, held in either type; all of its values fit into the coarser."""
+    exact = adapters.adapted(tiny.llama())
+    model = copy.deepcopy(exact)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
             exact.get_parameter(name).data = parameter.data.float()
+    return model, exact
+
+
+def test_the_report_of_a_half_precision_adapter_is_that_of_what_it_holds(profiles):
+    model, exact = in_bfloat16_and_float32()
 
     def deltas():
         return {own.parameter: own.delta().values for own in lora_deltas(open_model(model), "default")}
@@ -134,12 +140,7 @@ def test_the_report_of_a_half_precision_adapter_is_that_of_what_it_holds(profile
 
 
 def test_factors_are_rounded_to_the_nearest_unless_that_costs_safety(profiles):
-    exact = adapters.adapted(tiny.llama())
-    model = copy.deepcopy(exact)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.bfloat16()
-            exact.get_parameter(name).data = parameter.data.float()
+    model, exact = in_bfloat16_and_float32()
     # At the first a share of it is kept in every direction, at the second next to nothing where the data point.
     for strength, fed in ((1e-3, False), (1e5, True)):
         one, other = copy.deepcopy(model), copy.deepcopy(exact)
